@@ -84,3 +84,39 @@ def cap_penalty(model: nn.Module) -> Tensor:
     """Sum of the squared caps over all D-ReLUs of a model (the second term of the paper's eq. 1), a scalar >= 0."""
     penalties = [layer.cap.square().sum() for layer in drelu_layers(model)]
     return torch.stack(penalties).sum() if penalties else torch.zeros(())
+
+
+def cap_statistics(model: nn.Module) -> dict[str, float]:
+    """Mean, smallest and largest cap of a model; empty without a D-ReLU."""
+    caps = [layer.cap.detach().flatten() for layer in drelu_layers(model)]
+    if not caps:
+        return {}
+    values = torch.cat(caps).float()
+    return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
+
+
+@torch.no_grad()
+def unit_shares(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Share of D-ReLU units, over images [B, C, H, W], that stand at 0, between 0 and their cap, or above it.
+
+    Only the units between pass a gradient on. Empty without a D-ReLU.
+    """
+    counts: list[Tensor] = []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, DReLU)
+        (x,) = inputs
+        cap = along_channels(layer.cap.clamp(min=0), x, layer.channel_dim).to(x.dtype)
+        zero, capped = x <= 0, x > cap
+        counts.append(torch.stack([zero.sum(), (~zero & ~capped).sum(), (capped & ~zero).sum()]))
+
+    hooks = [layer.register_forward_pre_hook(count) for layer in drelu_layers(model)]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not counts:
+        return {}
+    total = torch.stack(counts).sum(0).cpu().double()
+    return dict(zip(("zero", "active", "capped"), (total / total.sum()).tolist(), strict=True))

@@ -1,0 +1,53 @@
+"""`drelu-timm VERB ...` and `python -m drelu_timm VERB ...`: from a verb to the module that does it."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .errors import InputError, unknown
+
+VERBS = {
+    "demo": "the whole way on scikit-learn's digits, in under two minutes on a laptop: start here",
+    "train": "train a timm model, naturally, adversarially or by TRADES; writes a run directory",
+    "evaluate": "attack a trained model with the strongest attacks known; writes results into its run",
+    "export": "a run as a RobustBench entry, a timm / Hugging Face folder and a model card",
+}
+
+HELP = "usage: drelu-timm VERB [options]\n\n" + "\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items())
+HELP += "\n\n`drelu-timm VERB --help` lists a verb's options."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; 0 when done, 2 for input that cannot be used, 130 for Ctrl-C."""
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(HELP)
+        return 0
+    try:
+        if verb not in VERBS:
+            raise unknown("VERB", verb, VERBS)
+        _module(verb).main(rest)
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a launch meets the same error: say it once
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; training goes on where its last epoch ended: the same command with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _module(verb: str):
+    try:
+        return import_module(f"drelu_timm.{verb}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("drelu_timm"):
+            raise
+        raise InputError(
+            f"{verb} needs the package {error.name!r}, which is not installed; pip install 'drelu-timm[all]'"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

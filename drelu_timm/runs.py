@@ -1,0 +1,158 @@
+"""The run directory: what `train` writes once, and all that later stages read.
+
+config.json   everything the run was made with: resolved flags, dataset, versions, hardware, command
+log.jsonl     a line an epoch
+state/        what `train --resume` goes on from
+model/        the trained model as a timm / Hugging Face folder
+results/      one .json and one .csv an evaluation
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import InputError
+from .models import load_folder, normalized
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory that exists.
+
+    Attributes:
+        path: The directory.
+        config: What its config.json holds.
+    """
+
+    path: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Run":
+        """Read a run directory.
+
+        Raises:
+            InputError: No such folder, no config.json in it, or a broken one.
+        """
+        path = Path(path)
+        config = path / "config.json"
+        if not config.is_file():
+            raise InputError(f"{path} is no run directory (it has no config.json); give a folder made by train")
+        return cls(path, read_json(config))
+
+    @property
+    def model_folder(self) -> Path:
+        """The trained model's timm / Hugging Face folder.
+
+        Raises:
+            InputError: The training has not ended yet.
+        """
+        folder = self.path / "model"
+        if not folder.is_dir():
+            raise InputError(f"{self.path} has no trained model yet; end its training by train --resume")
+        return folder
+
+    @property
+    def results_folder(self) -> Path:
+        """Where evaluations of this run lie."""
+        return self.path / "results"
+
+    @cached_property
+    def model_digest(self) -> str:
+        """sha256 of the weights file: what a result says it was measured on."""
+        return hashlib.sha256((self.model_folder / "model.safetensors").read_bytes()).hexdigest()
+
+    def load_model(self) -> nn.Module:
+        """The trained model in eval mode; it takes [0, 1] images [B, C, H, W] and returns logits [B, K]."""
+        return normalized(load_folder(self.model_folder)).eval()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: A file that is cut short or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); restore it or make it anew") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object; restore it or make it anew")
+    return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one whole, and never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, atomically; paths are written as text."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, command and git revision: what a figure has to be read with."""
+    return {
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_revision": _git_revision(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ["drelu-timm", "torch", "timm", "accelerate", "pyautoattack", "foolbox", "robustbench"]
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} x {_processor()}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout this package runs from; None for an installed package."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
