@@ -1,6 +1,6 @@
-"""Threat models, and the projected gradient descent that training and evaluation share."""
+"""Threat models, and projected gradient descent: the part that training and evaluation share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -50,6 +50,12 @@ class ThreatModel:
     def __str__(self) -> str:
         return f"{self.norm}, eps {self.written}"
 
+    def contains(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """Which adversarial images [B, C, H, W] lie in the ball of their image and in [0, 1], up to rounding; [B]."""
+        rounding = 1e-6 * max(1.0, self.eps)
+        in_range = ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(1)
+        return in_range & (self.distance(adversarial, images) <= self.eps + rounding)
+
     def distance(self, adversarial: Tensor, images: Tensor) -> Tensor:
         """Distance of each adversarial image [B, C, H, W] from its image, as [B]."""
         difference = (adversarial - images).flatten(1)
@@ -65,15 +71,18 @@ class ThreatModel:
             difference = difference * (self.eps / length.clamp(min=1e-12)).clamp(max=1)
         return (images + difference).clamp(0, 1)
 
-    def random_start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A point drawn from the ball around each image (uniform for Linf, uniform in radius for L2), in [0, 1]."""
+    def noise(self, shape: torch.Size, generator: torch.Generator | None = None) -> Tensor:
+        """Points of the ball around 0 (uniform for Linf; uniform direction and radius for L2), [B, C, H, W]."""
+        device = generator.device if generator else None
         if self.norm == "Linf":
-            noise = 2 * torch.rand(images.shape, generator=generator, device=images.device) - 1
-        else:
-            noise = torch.randn(images.shape, generator=generator, device=images.device)
-            radius = torch.rand(len(images), generator=generator, device=images.device)
-            noise = noise * _per_image(radius / noise.flatten(1).norm(dim=1), images)
-        return self.project(images + self.eps * noise, images)
+            return self.eps * (2 * torch.rand(shape, generator=generator, device=device) - 1)
+        direction = torch.randn(shape, generator=generator, device=device)
+        radius = self.eps * torch.rand(shape[0], generator=generator, device=device)
+        return direction * _per_image(radius / direction.flatten(1).norm(dim=1), direction)
+
+    def random_start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A point drawn from the ball around each image [B, C, H, W], in [0, 1]."""
+        return self.project(images + self.noise(images.shape, generator).to(images), images)
 
     def ascend(self, adversarial: Tensor, gradient: Tensor, step_size: float) -> Tensor:
         """A step of ``step_size`` uphill: along the sign of the gradient (Linf) or its direction (L2)."""
@@ -149,3 +158,88 @@ def pgd(
 def cross_entropy(labels: Tensor) -> Loss:
     """The loss that attacks raise by default: cross-entropy of each example against its label [B]."""
     return lambda logits: F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def margin(labels: Tensor) -> Loss:
+    """The largest logit of another class minus that of the label [B]: unlike cross-entropy it never saturates."""
+
+    def loss(logits: Tensor) -> Tensor:
+        label = labels.unsqueeze(1)
+        others = logits.scatter(1, label, float("-inf")).max(dim=1).values
+        return others - logits.gather(1, label).squeeze(1)
+
+    return loss
+
+
+def scaled_cross_entropy(labels: Tensor) -> Loss:
+    """Cross-entropy of logits [B, K] that are shrunk, image by image, where they spread over more than 20.
+
+    Much larger logits, as a net has them whose caps are taken away, leave a float32 softmax without gradient.
+    """
+
+    def loss(logits: Tensor) -> Tensor:
+        spread = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach()
+        return cross_entropy(labels)(logits / (spread / 20).clamp(min=1))
+
+    return loss
+
+
+LOSSES: dict[str, Callable[[Tensor], Loss]] = {
+    "ce": cross_entropy,
+    "scaled-ce": scaled_cross_entropy,
+    "margin": margin,
+}
+
+
+def drawn(draw: Callable[[Tensor, torch.Generator], Tensor], images: Tensor, seeds: Sequence[int]) -> Tensor:
+    """What ``draw`` makes of every image [1, C, H, W] with the image's own seed: equal in any batch, on any device."""
+    cpu = images.cpu()
+    rows = [draw(cpu[i : i + 1], torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)]
+    return torch.cat(rows).to(images.device)
+
+
+# Attacks of the evaluation share one form: (model, images, labels, threat_model, seeds, *, settings) -> adversarial
+# images [B, C, H, W]. The model is used as it is (see `frozen`), ``seeds`` holds one number an image, and whatever is
+# returned is judged again by the caller: it need not fool the model, nor even lie in the ball.
+
+
+def fgsm(model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int]) -> Tensor:
+    """The fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572); for L2 its direction."""
+    loss = cross_entropy(labels)
+    return pgd(model, images, loss, threat_model, start=images, steps=1, step_size=threat_model.eps)
+
+
+def random_start_pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat_model: ThreatModel,
+    seeds: Sequence[int],
+    *,
+    loss: str,
+    steps: int,
+    relative_step_size: float,
+) -> Tensor:
+    """`pgd` from a random point of the ball.
+
+    Args:
+        model: Takes [0, 1] images.
+        images: [B, C, H, W] in [0, 1].
+        labels: [B].
+        threat_model: The balls.
+        seeds: One an image.
+        loss: A name in `LOSSES`.
+        steps: Number of gradients.
+        relative_step_size: Length of a step, in units of eps.
+    """
+    start = drawn(threat_model.random_start, images, seeds)
+    step_size = relative_step_size * threat_model.eps
+    return pgd(model, images, LOSSES[loss](labels), threat_model, start=start, steps=steps, step_size=step_size)
+
+
+def sign_noise(
+    model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int]
+) -> Tensor:
+    """One random corner of the Linf ball, or direction of the L2 ball: what every attack has to beat."""
+    direction = drawn(lambda image, generator: torch.randn(image.shape, generator=generator), images, seeds)
+    return threat_model.project(threat_model.ascend(images, direction, threat_model.eps), images)

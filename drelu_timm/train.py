@@ -46,6 +46,8 @@ class TrainConfig:
     """digits, mnist, cifar10, cifar100, tiny_imagenet, or folder for any folder of images."""
     data_dir: Path = Path("data")
     """Where the dataset lies, or is downloaded to."""
+    img_size: int | None = None
+    """Side of an image, in pixels; by default the dataset's own, and needed for folder."""
     output_dir: Path | None = None
     """Run directory to write; by default runs/ and a name of what the run holds."""
     resume: bool = False
@@ -100,7 +102,7 @@ class TrainConfig:
     batch_size: int = 128
     """Images a step, over all processes together: the same run on any number of GPUs."""
     n_train: int | None = None
-    """Use that many training images only, drawn by the seed."""
+    """Use the first so many training images only; any first ones are a fair sample."""
     seed: int = 0
     """Keys all randomness."""
 
@@ -146,9 +148,8 @@ def train(config: TrainConfig) -> Path:
         raise InputError(f"--batch-size {config.batch_size} is no multiple of {accelerator.num_processes} processes")
     if (config.output_dir / "model").is_dir():
         return config.output_dir
-    data = load_images(config.dataset, config.data_dir, "train")
-    if config.n_train is not None:
-        data = data.subset(config.n_train, seed=config.seed)
+    with accelerator.main_process_first():  # which may have to download
+        data = load_images(config.dataset, config.data_dir, "train", img_size=config.img_size)[: config.n_train]
     torch.manual_seed(config.seed)
     trainer = Trainer(config, data, create_model(config, data), accelerator)
     if accelerator.is_main_process:
@@ -252,9 +253,8 @@ def create_model(config: TrainConfig, data: Images) -> nn.Module:
         **arguments,
     )
     dataset = DATASETS[config.dataset]
-    model.pretrained_cfg.update(
-        input_size=(channels, *size), num_classes=len(data.classes), mean=dataset.mean, std=dataset.std
-    )
+    mean, std = (dataset.mean, dataset.std) if dataset.mean else data.mean_std()
+    model.pretrained_cfg.update(input_size=(channels, *size), num_classes=len(data.classes), mean=mean, std=std)
     if config.init_from is not None:
         _initialise(model, config.init_from)
     return normalized(model)

@@ -1,6 +1,6 @@
 """The training loop: one epoch after another, each validated on held-out images, logged and saved.
 
-Accelerate lives here. Every random number is keyed by (seed, epoch, step), see `data.random_generator`, so an epoch can
+Accelerate lives here. Every random number is keyed by (seed, epoch, step), see `random_generator`, so an epoch can
 be repeated exactly, by any number of processes.
 """
 
@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
@@ -18,7 +19,7 @@ from torch.optim import Optimizer, lr_scheduler
 from tqdm import tqdm
 
 from .attacks import cross_entropy
-from .data import DATASETS, Images, TrainingBatches, hold_out, random_generator, to_float
+from .data import DATASETS, Images, TrainingBatches, hold_out, to_float
 from .drelu import cap_penalty, cap_statistics, drelu_layers, unit_shares
 from .errors import InputError
 from .models import save_folder
@@ -116,12 +117,8 @@ class Trainer:
                 "seconds": seconds,
             }
         )
-        progress.set_postfix(
-            epoch=self.epoch,
-            loss=f"{parts['loss']:.3g}",
-            clean=f"{held_out['clean']:.1%}",
-            pgd=f"{held_out['pgd']:.1%}",
-        )
+        figures = f"loss {parts['loss']:.3g}, held out: clean {held_out['clean']:.1%}, PGD {held_out['pgd']:.1%}"
+        progress.set_postfix_str(f"epoch {self.epoch}, {figures}")
         self._save()
 
     def _train_epoch(self, progress: tqdm) -> dict[str, float]:
@@ -235,6 +232,12 @@ class Trainer:
         log = self.output_dir / "log.jsonl"
         if self.accelerator.is_main_process and log.exists():
             write_text(log, "".join(line + "\n" for line in log.read_text().splitlines()[: self.epoch]))
+
+
+def random_generator(seed: int, *key: int) -> torch.Generator:
+    """A generator of its own for every key, such as (epoch, step)."""
+    (state,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def make_optimizer(model: nn.Module, config: "TrainConfig") -> Optimizer:

@@ -1,0 +1,473 @@
+"""Datasets: read once into uint8 tensors, and cut into training batches by (seed, epoch, step) alone."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from PIL import Image
+from torch import Tensor
+
+from .attacks import Norm
+from .errors import InputError, unknown
+from .image_files import ImageFiles, Size, Tree, decode, one_line, open_tree, read_folder
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is known of a dataset before it is read; None where only reading tells.
+
+    Attributes:
+        name: What ``--dataset`` takes.
+        title: What tables call it.
+        num_classes: Number of classes.
+        in_chans: Channels of an image: 1 or 3.
+        img_size: Height and width of an image, in pixels.
+        mean: Of every channel of the training set, in [0, 1] units.
+        std: The same.
+        norm: Default norm of the threat model.
+        eps: Default radius of the threat model, as it is written.
+        crop_padding: Zero padding of the random crop in training, in pixels; 0 for no crop.
+        flip: Whether training mirrors images at random.
+        held_out: Default share of the training set that choices are made on.
+    """
+
+    name: str
+    title: str
+    num_classes: int | None
+    in_chans: int
+    img_size: int | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    norm: Norm = "Linf"
+    eps: str = "8/255"
+    crop_padding: int = 0
+    flip: bool = False
+    held_out: float = 0.1
+
+
+# Means and standard deviations are over all pixels of the training set. Those of digits and MNIST were measured with
+# `Images.mean_std`; those of CIFAR are the ones commonly published, and measuring the JPEG copy of CIFAR-10 comes
+# within 0.002 of them; so does a fifth of TinyImageNet's training set.
+_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_TINY_IMAGENET = ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
+
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset("digits", "Digits", 10, 1, 8, (0.3052,), (0.3758,), eps="0.1"),
+        # eps as in section 6 of the paper.
+        Dataset("mnist", "MNIST", 10, 1, 28, (0.1307,), (0.3081,), eps="0.1"),
+        Dataset("cifar10", "CIFAR-10", 10, 3, 32, *_CIFAR10, crop_padding=4, flip=True),
+        Dataset("cifar100", "CIFAR-100", 100, 3, 32, *_CIFAR100, crop_padding=4, flip=True),
+        # The paper: "We partitioned the training set using an 80/20 ratio for validation".
+        Dataset("tiny_imagenet", "TinyImageNet", 200, 3, 64, *_TINY_IMAGENET, crop_padding=8, flip=True, held_out=0.2),
+        # Taken for photographs.
+        Dataset("folder", "Image folder", None, 3, None, None, None, crop_padding=8, flip=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A decoded set of images, always in the same order, of which the first n are a fair sample for any n.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], below the number of classes.
+        classes: Name of every class.
+        title: What tables call the set.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: slice | Tensor) -> "Images":
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def to(self, device: torch.device | str) -> "Images":
+        """The same set on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of every channel, in [0, 1] units."""
+        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in self.images.unbind(1)])
+        shares = counts.double() / counts.sum(1, keepdim=True)
+        values = torch.arange(256, dtype=torch.float64, device=shares.device) / 255
+        mean = shares @ values
+        std = (shares @ values.square() - mean.square()).sqrt()
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Turn uint8 images into float32 in [0, 1]; the shape stays."""
+    return images.float() / 255
+
+
+def load_images(
+    dataset: str,
+    data_dir: str | Path | None,
+    split: str,
+    *,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+) -> Images:
+    """Read a split of a dataset and decode it into memory.
+
+    What is published class by class comes in a fixed shuffled order, the rest in the order of its publication.
+
+    Args:
+        dataset: A name in `DATASETS`.
+        data_dir: Where the files lie or, for MNIST and CIFAR, are downloaded to; digits need none.
+        split: "train" or "test".
+        img_size: Height and width to crop and resize to; by default the dataset's own.
+        in_chans: 1 for grey, 3 for RGB; by default the dataset's own.
+
+    Raises:
+        InputError: Names or values that are not allowed; files that are missing, of another layout, cut short, or too
+            large for the memory; labels outside the classes.
+    """
+    if dataset not in DATASETS:
+        raise unknown("--dataset", dataset, DATASETS)
+    if split not in _SPLITS:
+        raise unknown("split", split, _SPLITS)
+    entry = DATASETS[dataset]
+    size = _size(entry, img_size, in_chans)
+    if data_dir is None and dataset != "digits":
+        raise InputError(f"--data-dir is needed for --dataset {dataset}; give the folder that holds {entry.title}")
+    return _checked(_READERS[dataset](entry, Path(data_dir or ".").expanduser(), split, size), entry)
+
+
+def _size(dataset: Dataset, img_size: int | None, in_chans: int | None) -> Size:
+    """The size that was asked for, the dataset's own where none was."""
+    img_size = dataset.img_size if img_size is None else img_size
+    in_chans = dataset.in_chans if in_chans is None else in_chans
+    if img_size is None:
+        raise InputError(f"--img-size is needed for --dataset {dataset.name}; give the side in pixels, such as 64")
+    if img_size < 1:
+        raise InputError(f"--img-size {img_size} is no size; give the side in pixels, at least 1")
+    if in_chans not in (1, 3):
+        raise InputError(f"--in-chans {in_chans} is not possible; give 1 (grey) or 3 (RGB)")
+    return Size(in_chans, img_size)
+
+
+def _checked(images: Images, dataset: Dataset) -> Images:
+    """The same set, once it is known to have images, a label for each, and no label outside the classes."""
+    if len(images.images) != len(images.labels) or not len(images):
+        raise InputError(
+            f"--dataset {dataset.name} has {len(images.images)} images and {len(images.labels)} labels; "
+            "there must be as many of one as of the other, and at least one: replace its files"
+        )
+    num_classes = dataset.num_classes or len(images.classes)
+    lowest, highest = int(images.labels.min()), int(images.labels.max())
+    if lowest < 0 or highest >= num_classes:
+        raise InputError(
+            f"--dataset {dataset.name} has labels from {lowest} to {highest}; allowed are 0 to {num_classes - 1}: "
+            "replace its files"
+        )
+    return images
+
+
+# A reader a dataset: (dataset, data_dir, split, size) -> Images
+
+
+def _digits(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
+    """The 1,797 digits that come with scikit-learn; a fixed fifth of each class is the test set."""
+    from sklearn.datasets import load_digits  # takes seconds, which the other datasets need not wait
+
+    pixels, labels = load_digits(return_X_y=True)  # [1797, 64], 0 to 16
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+    train, test = hold_out(_from_arrays(images, labels, "0123456789", dataset.title, size), 0.2, seed=0)
+    return train if split == "train" else test
+
+
+_TORCHVISION = {  # name: class in torchvision, the files that it reads
+    "mnist": ("MNIST", "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py (in https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz)"),
+    "cifar100": ("CIFAR100", "cifar-100-python (in https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz)"),
+}
+
+
+def _torchvision(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
+    """A dataset of torchvision, downloaded first where it is not there."""
+    import torchvision.datasets  # not in the light base
+
+    name, files = _TORCHVISION[dataset.name]
+    try:
+        source = getattr(torchvision.datasets, name)(data_dir, train=split == "train", download=True)
+    except (OSError, RuntimeError, ValueError, LookupError, AssertionError) as error:
+        raise InputError(
+            f"--data-dir {data_dir} holds no whole {dataset.title}, and it could not be downloaded "
+            f"({one_line(error)}); put {files} there"
+        ) from error
+    return _from_arrays(np.asarray(source.data), source.targets, source.classes, dataset.title, size)
+
+
+def _from_arrays(images: np.ndarray, labels: ArrayLike, classes: Sequence[str], title: str, size: Size) -> Images:
+    """Images from uint8 arrays [N, H, W] or [N, H, W, 3]."""
+    decoded = decode(lambda index: Image.fromarray(images[index]), np.arange(len(images)), size)
+    return Images(decoded, torch.from_numpy(np.asarray(labels, dtype=np.int64)), tuple(classes), title)
+
+
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _cifar(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
+    """CIFAR from torchvision's files or, where there are such, from image files in folders or tars of classes."""
+    if not any(_split_path(data_dir, each) for each in _SPLITS):
+        return _torchvision(dataset, data_dir, split, size)
+    files = _read_split(data_dir, split)
+    # torchvision's order of the classes is the alphabet's, in CIFAR-100 too.
+    expected = _CIFAR10_CLASSES if dataset.name == "cifar10" else files.classes
+    if files.classes != expected or len(files.classes) != dataset.num_classes:
+        raise InputError(
+            f"--data-dir: {files.path} has {len(files.classes)} classes ({', '.join(files.classes[:10])}); "
+            f"{dataset.title} has {dataset.num_classes}: make a folder for each, named as torchvision names it"
+        )
+    jpeg = all(PurePath(name).suffix.lower() in (".jpg", ".jpeg") for name in files.names)
+    return _from_files(files, f"{dataset.title} ({'JPEG copy' if jpeg else 'image files'})", size, shuffle=True)
+
+
+def _folder(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
+    """Any images in folders or tars of classes; the training set says which classes there are."""
+    files, train = _read_split(data_dir, split), _read_split(data_dir, "train")
+    if strange := sorted(set(files.classes) - set(train.classes)):
+        raise InputError(
+            f"--data-dir: {files.path} has classes that {train.path} has not ({', '.join(strange[:5])}); "
+            "rename or remove their folders"
+        )
+    if len(train.classes) < 2:
+        raise InputError(
+            f"--data-dir: {train.path} has one class ({', '.join(train.classes)}); give a folder for each of 2 or more"
+        )
+    labels = [train.classes.index(files.classes[label]) for label in files.labels]
+    files = replace(files, labels=labels, classes=train.classes)
+    return _from_files(files, data_dir.resolve().name, size, shuffle=True, threads=os.cpu_count() or 1)
+
+
+_SPLITS = {"train": ("train",), "test": ("test", "val")}  # split: names of its folder or tar
+
+
+def _split_path(data_dir: Path, split: str) -> Path | None:
+    """The folder or tar of a split, if there is one."""
+    paths = (data_dir / f"{name}{suffix}" for name in _SPLITS[split] for suffix in ("", ".tar"))
+    return next((path for path in paths if path.exists()), None)
+
+
+def _read_split(data_dir: Path, split: str) -> ImageFiles:
+    path = _split_path(data_dir, split)
+    if path is None:
+        raise InputError(
+            f"--data-dir {data_dir} has no {' or '.join(_SPLITS[split])}; it must hold train (or train.tar) and test "
+            "or val (or test.tar or val.tar), each with a folder of images a class"
+        )
+    return read_folder(path)
+
+
+def _from_files(files: ImageFiles, title: str, size: Size, *, shuffle: bool, threads: int = 1) -> Images:
+    """Decode image files, in their order or shuffled in a way that depends on their number only."""
+    places = _permutation(len(files.names), 0) if shuffle else np.arange(len(files.names))
+    labels = torch.empty(len(files.names), dtype=torch.int64)
+    labels[places] = torch.as_tensor(files.labels, dtype=torch.int64)
+    return Images(decode(files.open, places, size, threads=threads), labels, files.classes, title)
+
+
+def _tiny_imagenet(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
+    """TinyImageNet from its zip, without unpacking it, or from its folder; ``val`` is the test set."""
+    with open_tree(_tiny_imagenet_path(data_dir)) as tree:
+        # The training set is published class by class, the validation set in random order.
+        return _from_files(_tiny_imagenet_files(tree, split), dataset.title, size, shuffle=split == "train")
+
+
+def _tiny_imagenet_path(data_dir: Path) -> Path:
+    """The zip or folder of TinyImageNet that ``data_dir`` is or holds."""
+    if data_dir.is_file() or (data_dir / "wnids.txt").is_file():
+        return data_dir
+    folder, zips = data_dir / "tiny-imagenet-200", sorted(data_dir.glob("tiny-imagenet-200*.zip"))
+    if folder.is_dir():
+        return folder
+    if len(zips) == 1:
+        return zips[0]
+    found = f"several zips ({', '.join(path.name for path in zips)})" if zips else "no TinyImageNet"
+    raise InputError(f"--data-dir {data_dir} holds {found}; give one tiny-imagenet-200.zip, or the folder in it")
+
+
+def _tiny_imagenet_files(tree: Tree, split: str) -> ImageFiles:
+    """The images of train/<class>/images, or those that val/val_annotations.txt names."""
+    try:
+        classes = tuple(sorted(tree.read("wnids.txt").decode().split()))
+        if split == "train":
+            names = [name for name in tree.names if name.startswith("train/") and name.endswith(".JPEG")]
+            class_names = [name.split("/")[1] for name in names]
+        else:
+            lines = [line.split("\t") for line in tree.read("val/val_annotations.txt").decode().splitlines()]
+            names = [f"val/images/{line[0]}" for line in lines]
+            class_names = [line[1] for line in lines]
+        label_of = {name: label for label, name in enumerate(classes)}
+        labels = [label_of[name] for name in class_names]
+    # A missing member of a zip is a KeyError, as is a class that wnids.txt does not name.
+    except (OSError, LookupError, ValueError) as error:
+        raise InputError(
+            f"--data-dir: {tree.path} is not laid out as TinyImageNet ({one_line(error)}); "
+            "give the official tiny-imagenet-200.zip, or the folder in it"
+        ) from error
+    return ImageFiles(tree.path, names, labels, classes, lambda index: tree.read(names[index]))
+
+
+_READERS: dict[str, Callable[[Dataset, Path, str, Size], Images]] = {
+    "digits": _digits,
+    "mnist": _torchvision,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "tiny_imagenet": _tiny_imagenet,
+    "folder": _folder,
+}
+
+
+def _random_bits(count: int, seed: int, *key: int) -> np.ndarray:
+    """``count`` random uint64 of (seed, key), the same with every version of NumPy (its NEP 19)."""
+    if seed < 0:
+        raise InputError(f"--seed {seed} is not possible; give an integer >= 0")
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
+
+
+def _permutation(count: int, seed: int, *key: int) -> np.ndarray:
+    """A random order of ``range(count)``, int64."""
+    return np.argsort(_random_bits(count, seed, *key), kind="stable")
+
+
+def hold_out(images: Images, fraction: float, *, seed: int) -> tuple[Images, Images]:
+    """Split a training set into what is trained on and what choices are made on.
+
+    Of a class with n images round(fraction * n) are held out, drawn at random; both parts keep the order.
+
+    Args:
+        images: The training set.
+        fraction: Share that is held out, above 0 and below 1.
+        seed: Integer >= 0; the same seed gives the same split.
+
+    Returns:
+        The training part and the held-out part.
+
+    Raises:
+        InputError: A fraction outside (0, 1), or one that leaves a part empty.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"held-out fraction {fraction} is not possible; give a number above 0 and below 1")
+    labels = images.labels.cpu().numpy()
+    order = _permutation(len(labels), seed)
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
+    counts = np.bincount(labels)
+    rank = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)  # of an image within its class
+    held = np.zeros(len(labels), dtype=bool)
+    held[order] = rank < np.repeat(np.rint(fraction * counts), counts)
+    if held.all() or not held.any():
+        raise InputError(
+            f"held-out fraction {fraction} of {len(labels)} images in {np.count_nonzero(counts)} classes leaves one "
+            "part empty; give a fraction nearer to 0.5, or more images"
+        )
+    return images[torch.from_numpy(~held)], images[torch.from_numpy(held)]
+
+
+class TrainingBatches:
+    """Shuffled and augmented batches, each a function of (seed, epoch, step) alone.
+
+    So any number of processes sees the same batches, each its own part of them, and a resumed training goes on with
+    the batch that it would have had. Images that do not fill a last batch are left out, other ones in every epoch.
+
+    Args:
+        images: The training set, on any device; batches are made there.
+        batch_size: Images in a batch, of all processes together.
+        seed: Integer >= 0.
+        crop_padding: Width of the zeros around an image, out of which it is cropped again at random, in pixels.
+        flip: Whether each image is mirrored with probability 1/2.
+
+    Attributes:
+        steps_per_epoch: Number of batches in an epoch.
+
+    Raises:
+        InputError: Fewer images than a batch has, or a value that is not allowed.
+    """
+
+    def __init__(self, images: Images, *, batch_size: int, seed: int, crop_padding: int = 0, flip: bool = False):
+        if not 1 <= batch_size <= len(images):
+            raise InputError(
+                f"--batch-size {batch_size} is not possible with {len(images)} training images; give 1 to {len(images)}"
+            )
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.steps_per_epoch = len(images) // batch_size
+        self._epoch, self._order = 0, _permutation(len(images), seed, 0)
+
+    def batch(self, epoch: int, step: int, process_index: int = 0, num_processes: int = 1) -> tuple[Tensor, Tensor]:
+        """A process's part of a batch: float32 images [B / num_processes, C, H, W] in [0, 1], and their labels.
+
+        Args:
+            epoch: From 0.
+            step: From 0 to ``steps_per_epoch - 1``.
+            process_index: From 0 to ``num_processes - 1``; the parts lie in the batch in this order.
+            num_processes: Must divide the batch size.
+
+        Raises:
+            InputError: A batch size that the number of processes does not divide.
+        """
+        if self.batch_size % num_processes:
+            raise InputError(
+                f"--batch-size {self.batch_size} (of all processes together) cannot be shared by {num_processes} "
+                f"processes; give a multiple of {num_processes}"
+            )
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
+        share = self.batch_size // num_processes
+        part = slice(process_index * share, (process_index + 1) * share)
+        index = self._epoch_order(epoch)[step * self.batch_size :][part]
+        batch = self.images[torch.from_numpy(index).to(self.images.labels.device)]
+        return to_float(self._augment(batch.images, epoch, step, part)), batch.labels
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch; the last one is kept, since making it can take longer than a batch."""
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, _permutation(len(self.images), self.seed, epoch)
+        return self._order
+
+    def _augment(self, images: Tensor, epoch: int, step: int, part: slice) -> Tensor:
+        """Augment a part of a batch; drawn on the CPU for the whole of it, so that device and part do not matter."""
+        bits = _random_bits(3 * self.batch_size, self.seed, epoch, step).reshape(3, -1)[:, part]
+        if self.crop_padding:
+            offsets = (bits[:2] % np.uint64(2 * self.crop_padding + 1)).astype(np.int64)
+            top, left = torch.from_numpy(offsets).to(images.device)
+            images = crop(images, top, left, padding=self.crop_padding)
+        if self.flip:
+            mirrored = torch.from_numpy(bits[2] % np.uint64(2) == 1).to(images.device)
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+        return images
+
+
+def crop(images: Tensor, top: Tensor, left: Tensor, *, padding: int) -> Tensor:
+    """Pad images with zeros, and crop each to its old size at its own place.
+
+    Args:
+        images: [B, C, H, W] of any type.
+        top: int64 [B], first row of the crop, 0 to ``2 * padding``.
+        left: int64 [B], first column of the crop, 0 to ``2 * padding``.
+        padding: Width of the zeros, in pixels.
+
+    Returns:
+        [B, C, H, W].
+    """
+    height, width = images.shape[2:]
+    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, C, tops, lefts, H, W]
+    return crops[torch.arange(len(images), device=images.device), :, top, left]

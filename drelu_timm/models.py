@@ -1,0 +1,160 @@
+"""The models: importing this registers every `<arch>_drelu`; normalisation; a model as a folder of files."""
+
+import json
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from . import registration  # noqa: F401
+from .errors import InputError, unknown
+from .surgery import TimmModel
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+# Entries of a saved cfg that would point away from the folder's own weights.
+SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
+# Arguments of timm.create_model itself, which a folder from elsewhere must not set.
+FACTORY_ARGUMENTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
+
+class Normalize(nn.Module):
+    """``(images - mean) / std`` a channel, [B, C, H, W] to the same."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise images [B, C, H, W].
+
+        Raises:
+            InputError: Images with another number of channels, which would broadcast without a word.
+        """
+        if images.shape[1] != self.mean.shape[1]:
+            raise InputError(f"images have {images.shape[1]} channels, the model takes {self.mean.shape[1]}")
+        return (images - self.mean) / self.std
+
+
+def normalized(
+    model: TimmModel, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> nn.Sequential:
+    """A model for [0, 1] images: ``Sequential(normalize=..., model=model)``, as RobustBench wants it.
+
+    Args:
+        model: A timm model for normalised images.
+        mean: One value a channel; by default that of ``model.pretrained_cfg``, averaged over its channels where the
+            model has another number of them.
+        std: Likewise.
+    """
+    cfg = model.pretrained_cfg
+    in_chans = _in_chans(model)
+    mean = tuple(mean) if mean is not None else _spread(cfg["mean"], in_chans)
+    std = tuple(std) if std is not None else _spread(cfg["std"], in_chans)
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
+
+
+def _in_chans(model: TimmModel) -> int:
+    args = getattr(model, "_model_args", {})
+    return args.get("in_chans") or getattr(model, "in_chans", None) or model.pretrained_cfg["input_size"][0]
+
+
+def _spread(values: Sequence[float], count: int) -> tuple[float, ...]:
+    return tuple(values) if len(values) == count else (sum(values) / len(values),) * count
+
+
+def save_folder(model: TimmModel, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
+    """Write a model as a timm / Hugging Face folder: ``model.safetensors`` and ``config.json``.
+
+    ``load_folder`` reads it with any timm, ``timm.create_model("local-dir:...")`` with the newest.
+
+    Args:
+        model: A model from ``timm.create_model``.
+        folder: Made here, whole or not at all.
+        model_args: Arguments of ``timm.create_model`` that the model was made with; `_drelu` variants know theirs.
+
+    Raises:
+        InputError: The folder holds something already.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; give a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    config = _config(model, {**getattr(model, "_model_args", {}), **(model_args or {})})
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
+        beside = Path(parent) / folder.name  # a level down, so that the rename takes it away from the clean-up
+        beside.mkdir()
+        safetensors.torch.save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        beside.replace(folder)
+
+
+def _config(model: TimmModel, model_args: dict[str, Any]) -> dict[str, Any]:
+    """What timm's own ``save_for_hf`` writes, with all arguments whatever the version of timm."""
+    cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in SOURCES}
+    cfg = {**cfg, "num_classes": model.num_classes, "input_size": (_in_chans(model), *cfg["input_size"][1:])}
+    return {
+        "architecture": cfg.pop("architecture"),
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": {**model_args, "num_classes": model.num_classes},
+        "pretrained_cfg": cfg,
+    }
+
+
+def load_folder(folder: str | Path) -> nn.Module:
+    """The model of a folder that `save_folder` or timm wrote, with every weight and learned cap as saved.
+
+    Raises:
+        InputError: A file that is missing or cut short, an unknown architecture, or weights that do not fit.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    architecture = config["architecture"]
+    if not timm.is_model(architecture):
+        raise unknown(f"{folder / CONFIG}: architecture", architecture, timm.list_models())
+    try:
+        weights = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS} cannot be read ({_line(error)}); save the model again") from error
+    cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
+    try:
+        arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+        model = timm.create_model(architecture, pretrained_cfg=cfg, **arguments)
+        model.load_state_dict(weights)
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"{folder} does not hold a whole {architecture} ({_line(error)}); save it again") from error
+    return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A folder's config.json, with what `load_folder` needs."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({_line(error)}); give a folder that save_folder wrote") from error
+    needed = ("architecture", "num_classes", "pretrained_cfg")
+    if not isinstance(config, dict) or any(key not in config for key in needed):
+        raise InputError(f"{path} is no model's config; it must have {', '.join(needed)}")
+    forbidden = [key for key in config.get("model_args", {}) if key in FACTORY_ARGUMENTS]
+    if forbidden:
+        raise InputError(f"{path}: model_args may not hold {', '.join(forbidden)}; they would read other files")
+    return config
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,117 @@
+"""RobustBench, made to work: ``drelu_timm.robustbench.adapt()``, then everything of ``robustbench`` as it is.
+
+RobustBench (Croce et al. 2021, https://arxiv.org/abs/2010.09670) 1.1.1 on PyPI does not import by itself. Nothing here
+happens before `adapt` is called, and nothing of RobustBench is copied.
+"""
+
+import hashlib
+import sys
+from base64 import urlsafe_b64encode
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
+from types import ModuleType
+
+from torch import Tensor
+
+from .data import DATASETS, load_images, to_float
+from .errors import InputError
+
+INSTALL = "pip install 'drelu-timm[robustbench]'"
+
+
+@cache
+def adapt() -> ModuleType:
+    """The package ``robustbench``, imported, with what it lacks.
+
+    - The module ``autoattack``, which robustbench imports but does not declare, is ours (`drelu_timm.autoattack`, on
+      top of pyautoattack), unless the real one is installed.
+    - The datasets of `drelu_timm.data` that RobustBench does not know (digits, mnist, ...) become further values of
+      its ``BenchmarkDataset``, by the hook that Python's enumerations have for that, ``_missing_``. So
+      ``load_model(key, dataset="mnist")`` finds a registered model, and ``benchmark(model, dataset="mnist")`` images.
+
+    Raises:
+        InputError: RobustBench, or something that it needs, is missing or has been overwritten; the message says how to
+            mend it.
+    """
+    _check_installation()
+    if "autoattack" not in sys.modules and find_spec("autoattack") is None:
+        _stand_in_for_autoattack()
+    try:
+        robustbench = import_module("robustbench")
+    except ImportError as error:
+        raise InputError(
+            f"robustbench cannot be imported ({error}); reinstall it: {INSTALL} --force-reinstall"
+        ) from error
+    _add_datasets(robustbench)
+    return robustbench
+
+
+def _check_installation() -> None:
+    """Raise what would otherwise be a riddle, each with the command that mends it."""
+    if _overwritten_by_torchattacks():
+        raise InputError(
+            "robustbench: torchattacks has put its stale copy in the place of the real one; "
+            f"mend it with: pip uninstall -y torchattacks robustbench && {INSTALL}"
+        )
+    try:
+        version("robustbench")
+    except PackageNotFoundError:
+        raise InputError(f"robustbench is not installed; {INSTALL}") from None
+    if find_spec("pkg_resources") is None:
+        raise InputError(
+            "robustbench imports pkg_resources, which setuptools has no longer from version 81 on; "
+            "pip install 'setuptools<81'"
+        )
+
+
+def _overwritten_by_torchattacks() -> bool:
+    """Whether the robustbench/utils.py that is there is the one out of the torchattacks wheel."""
+    try:
+        carried = distribution("torchattacks").files or []
+    except PackageNotFoundError:
+        return False
+    for file in carried:
+        if file.as_posix() == "robustbench/utils.py" and file.hash is not None:
+            path = file.locate()
+            return path.is_file() and _record_hash(path.read_bytes()) == file.hash.value  # pyright: ignore
+    return False
+
+
+def _record_hash(content: bytes) -> str:
+    """SHA-256 as a wheel's RECORD writes it."""
+    return urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+
+
+def _stand_in_for_autoattack() -> None:
+    """Let ``import autoattack`` and ``import autoattack.state`` find ours."""
+    try:
+        sys.modules["autoattack.state"] = import_module("pyautoattack.state")
+    except ImportError:
+        raise InputError(f"robustbench needs autoattack or pyautoattack, and neither is installed; {INSTALL}") from None
+    sys.modules["autoattack"] = import_module("drelu_timm.autoattack")
+
+
+def _add_datasets(robustbench: ModuleType) -> None:
+    """Let ``BenchmarkDataset(name)`` know the datasets of this package."""
+    enumeration = robustbench.model_zoo.enums.BenchmarkDataset
+    known = {member.value for member in enumeration}
+    added = {}
+    for name in DATASETS.keys() - known:
+        added[name] = member = object.__new__(enumeration)
+        member._name_ = member._value_ = name
+        # None: timm drops the argument, and the model has the number of classes that it was exported with.
+        robustbench.utils.DATASET_CLASSES[member] = None
+        robustbench.data._clean_dataset_loaders[member] = _clean_loader(name)
+    enumeration._missing_ = classmethod(lambda cls, value: added.get(value))
+
+
+def _clean_loader(dataset: str):
+    """What RobustBench calls for its test images: (n_examples, data_dir, preprocessing) -> ([N, C, H, W], [N])."""
+
+    def load(n_examples: int | None, data_dir: str, preprocessing: object) -> tuple[Tensor, Tensor]:
+        test = load_images(dataset, data_dir, "test")[:n_examples]
+        return to_float(test.images), test.labels
+
+    return load

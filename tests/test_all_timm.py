@@ -1,0 +1,114 @@
+"""Every timm architecture takes the head or says why not: one of each family here, all of them under ``-m slow``."""
+
+import gc
+import signal
+import time
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import timm
+import torch
+from torch.overrides import TorchFunctionMode
+
+from drelu_timm import InputError
+
+SECONDS_PER_MODEL = 300
+
+
+class DropPathRatesOnCPU(TorchFunctionMode):
+    """timm 1.0.9 reads its drop path rates off a `torch.linspace`, which has no values on meta."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def check(architecture: str, device: str) -> None:
+    """Build the variant, and follow its output through the life of its classifier."""
+    with torch.device(device), DropPathRatesOnCPU():
+        model = timm.create_model(f"{architecture}_drelu", num_classes=10).eval()
+        features = []
+        forward_head = model.forward_head
+        model.forward_head = lambda x: features.append(x) or forward_head(x)
+        images = torch.zeros(1, *model.pretrained_cfg["input_size"])
+        assert model(images).shape == (1, 10)
+        features = features or [model.forward_features(images)]
+        assert model.get_classifier() is not None
+        assert forward_head(*features, pre_logits=True).shape == (1, 128)
+        model.reset_classifier(7)
+        assert forward_head(*features).shape == (1, 7)
+        model.reset_classifier(0)
+        assert forward_head(*features).shape == (1, 128)
+
+
+def built_on(architecture: str) -> str:
+    """The device that the check passed on: meta, or the CPU for what looks at values, which meta has not."""
+    try:
+        check(architecture, "meta")
+        return "meta"
+    except (RuntimeError, TypeError):
+        check(architecture, "cpu")
+        return "cpu"
+
+
+def outcome(architecture: str) -> tuple[str, str]:
+    """ "built" and the device it ran on, "refused" and why, or "failed" and how."""
+    try:
+        with at_most(SECONDS_PER_MODEL):
+            return "built", built_on(architecture)
+    except InputError as error:
+        return "refused", str(error)
+    except Exception as error:
+        return "failed", f"{type(error).__name__}: {error}"[:500]
+    finally:
+        gc.collect()
+
+
+@contextmanager
+def at_most(seconds: int):
+    def stop(*_):
+        raise TimeoutError(f"more than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def architectures() -> list[str]:
+    return timm.list_models(exclude_filters="*_drelu")
+
+
+def sweep(names: list[str]) -> dict[str, dict]:
+    """What becomes of each architecture, with the seconds it took."""
+    table = {}
+    for name in names:
+        start = time.perf_counter()
+        verdict, detail = outcome(name)
+        table[name] = {"outcome": verdict, "detail": detail, "seconds": round(time.perf_counter() - start, 2)}
+        print(f"{len(table):5} {name}: {verdict} ({detail})", flush=True)
+    return table
+
+
+def summary(table: dict[str, dict]) -> str:
+    counts = Counter(row["outcome"] for row in table.values())
+    lines = [f"timm {timm.__version__}: {len(table)} architectures, {dict(counts)}"]
+    lines += [f"  {name}: {row['detail']}" for name, row in table.items() if row["outcome"] != "built"]
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_every_architecture(capsys):
+    with capsys.disabled():
+        table = sweep(architectures())
+        print(summary(table))
+    assert [name for name, row in table.items() if row["outcome"] == "failed"] == []
+    refused = {name for name, row in table.items() if row["outcome"] == "refused"}
+    assert all(name.endswith("_enc") for name in refused), refused

@@ -1,0 +1,554 @@
+import io
+import os
+import tarfile
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as reference
+
+from drelu_timm.data import DATASETS, Images, TrainingBatches, crop, hold_out, load_images, to_float
+from drelu_timm.errors import InputError
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def real_data(name: str) -> Path:
+    """A folder of real data, or skip."""
+    beside_repository = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("DRELU_TIMM_DATA", beside_repository))
+    if not (folder / name).exists():
+        pytest.skip(f"no {name} in {folder}; DRELU_TIMM_DATA names the folder of real data")
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Every download fails at once."""
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    for scheme in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(scheme, "http://127.0.0.1:9")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def image_bytes(grey: int, *, size: tuple[int, int] = (8, 8), format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (grey, grey, grey)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_folder(folder: Path, classes, n: int, **options) -> Path:
+    """Images of one grey value a class: 10 times its rank."""
+    suffix = options.get("format", "png").lower()
+    for rank, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(n):
+            (folder / name / f"{index}.{suffix}").write_bytes(image_bytes(10 * rank, **options))
+    return folder
+
+
+def pack(folder: Path) -> Path:
+    """Move a folder into a tar beside it."""
+    with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
+        tar.add(folder, ".")
+    for file in folder.rglob("*.*"):
+        file.unlink()
+    for subfolder in folder.iterdir():
+        subfolder.rmdir()
+    folder.rmdir()
+    return folder.with_suffix(".tar")
+
+
+def write_mnist(folder: Path, labels, n_images: int) -> Path:
+    """A test split in MNIST's own format; the training files are there but empty."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1"):
+        (raw / f"{name}-ubyte").touch()
+    header = b"".join(value.to_bytes(4, "big") for value in (0x803, n_images, 28, 28))
+    (raw / "t10k-images-idx3-ubyte").write_bytes(header + bytes(range(n_images)) * 28 * 28)
+    header = b"".join(value.to_bytes(4, "big") for value in (0x801, len(labels)))
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(header + bytes(labels))
+    return folder
+
+
+def tiny_imagenet_files() -> dict[str, bytes]:
+    """Two of the classes, three training and two validation images each."""
+    files = {"wnids.txt": b"n02\nn01\n", "train/n01/n01_boxes.txt": b""}
+    for rank, name in enumerate(("n01", "n02")):
+        for index in range(3):
+            files[f"train/{name}/images/{name}_{index}.JPEG"] = image_bytes(200 * rank, size=(64, 64), format="JPEG")
+    lines = []
+    for index, rank in enumerate((1, 0, 0, 1)):
+        files[f"val/images/val_{index}.JPEG"] = image_bytes(200 * rank, size=(64, 64), format="JPEG")
+        lines.append(f"val_{index}.JPEG\tn0{rank + 1}\t0\t0\t62\t57")
+    files["val/val_annotations.txt"] = "\n".join(lines).encode() + b"\n"
+    return files
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"tiny-imagenet-200/{name}", content)
+    return path
+
+
+def numbered(n: int, *, channels: int = 3, side: int = 6, num_classes: int = 5) -> Images:
+    """Random images whose labels go round the classes."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8, generator=generator)
+    return Images(images, torch.arange(n) % num_classes, tuple("abcdefghij"[:num_classes]), "Random")
+
+
+def replicate(image: Images, n: int) -> Images:
+    return image[torch.zeros(n, dtype=torch.int64)]
+
+
+# Reading
+
+
+def test_digits():
+    train, test = (load_images("digits", None, split) for split in ("train", "test"))
+    assert (train.images.shape, test.images.shape) == ((1438, 1, 8, 8), (359, 1, 8, 8))
+    assert (train.images.dtype, train.labels.dtype, train.title) == (torch.uint8, torch.int64, "Digits")
+    assert (train.images.min(), train.images.max()) == (0, 255)
+    assert train.classes == tuple("0123456789")
+    assert all(count in range(34, 38) for count in test.labels.bincount())
+    # The same digit may be written twice, but not two hundred times.
+    in_training = {image.numpy().tobytes() for image in train.images}
+    assert sum(image.numpy().tobytes() in in_training for image in test.images) == 0
+    assert torch.equal(load_images("digits", None, "test").images, test.images)
+
+
+def test_size_and_channels():
+    digits = load_images("digits", None, "test", img_size=16, in_chans=3)
+    assert digits.images.shape == (359, 3, 16, 16)
+    assert (digits.images == digits.images[:, :1]).all()
+    shrunk = torch.nn.functional.avg_pool2d(digits.images[:, :1].float(), 2)
+    assert (shrunk - load_images("digits", None, "test").images).abs().mean() < 16
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_mean_and_std_of_the_table(name):
+    data_dir = real_data("MNIST") if name == "mnist" else None
+    mean, std = load_images(name, data_dir, "train").mean_std()
+    assert mean == pytest.approx(DATASETS[name].mean, abs=5e-5)
+    assert std == pytest.approx(DATASETS[name].std, abs=5e-5)
+
+
+def test_mean_std_is_that_of_the_pixels():
+    images = numbered(20)
+    mean, std = images.mean_std()
+    pixels = to_float(images.images).double()
+    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
+    assert std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist())
+
+
+def test_real_mnist():
+    from torchvision.datasets import MNIST
+
+    test, expected = load_images("mnist", real_data("MNIST"), "test"), MNIST(real_data("MNIST"), train=False)
+    assert torch.equal(test.images[:, 0], expected.data)
+    assert torch.equal(test.labels, expected.targets)
+
+
+def test_real_cifar10_jpeg():
+    folder = real_data("cifar10-jpeg") / "cifar10-jpeg"
+    test = load_images("cifar10", folder, "test")
+    assert (test.title, test.classes) == ("CIFAR-10 (JPEG copy)", CIFAR10)
+    assert test.images.shape == (10_000, 3, 32, 32)
+    assert (test.labels.bincount() == 1000).all()
+    assert test[:500].labels.bincount(minlength=10).min() >= 30
+    mean, std = test.mean_std()
+    assert mean == pytest.approx(DATASETS["cifar10"].mean, abs=0.005)
+    assert std == pytest.approx(DATASETS["cifar10"].std, abs=0.005)
+    with tarfile.open(folder / "test.tar") as tar:
+        image = np.asarray(Image.open(tar.extractfile("./truck/0007.jpg"))).transpose(2, 0, 1)
+    matches = (test.images == torch.tensor(image)).flatten(1).all(1)
+    assert test.labels[matches].tolist() == [9]
+
+
+def test_real_tiny_imagenet():
+    test = load_images("tiny_imagenet", real_data("tiny-imagenet") / "tiny-imagenet", "test")
+    assert test.images.shape == (10_000, 3, 64, 64)
+    assert (test.labels.bincount() == 50).all()
+    assert test.classes[test.labels[0]] == "n03444034"  # the first line of val_annotations.txt
+    assert test.mean_std()[0] == pytest.approx(DATASETS["tiny_imagenet"].mean, abs=0.005)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_folder(tmp_path, packed):
+    names = ("apple", "pear", "plum")
+    paths = write_folder(tmp_path / "train", names, 30), write_folder(tmp_path / "val", names, 5)
+    if packed:
+        for path in paths:
+            pack(path)
+    train, test = (load_images("folder", tmp_path, split, img_size=4) for split in ("train", "test"))
+    assert (train.images.shape, test.images.shape) == ((90, 3, 4, 4), (15, 3, 4, 4))
+    assert (train.classes, train.title) == (names, tmp_path.name)
+    for images in (train, test):
+        assert torch.equal(images.images[:, 0, 0, 0].long(), 10 * images.labels)
+    # Not class by class, and the same from a folder, from a tar, on every machine and with every NumPy.
+    assert train[:30].labels.bincount(minlength=3).min() >= 5
+    assert train.labels[:12].tolist() == [0, 0, 1, 0, 2, 0, 2, 0, 0, 0, 2, 1]
+
+
+def test_folder_keeps_the_classes_of_the_training_set(tmp_path):
+    write_folder(tmp_path / "train", ("apple", "pear", "plum"), 1)
+    write_folder(tmp_path / "test", ("pear", "plum"), 1)
+    test = load_images("folder", tmp_path, "test", img_size=4)
+    assert sorted(test.labels.tolist()) == [1, 2]
+    assert test.classes == ("apple", "pear", "plum")
+
+
+def test_oblong_images_are_cropped_to_the_middle(tmp_path):
+    oblong = Image.new("RGB", (20, 10), (255, 0, 0))
+    oblong.paste((0, 0, 255), (5, 0, 15, 10))
+    for split, name in (("train", "a"), ("train", "b"), ("test", "a")):
+        (tmp_path / split / name).mkdir(parents=True)
+        oblong.save(tmp_path / split / name / "0.png")
+    images = load_images("folder", tmp_path, "test", img_size=5).images
+    assert (images[0, 2] > 200).all()  # blue to the very edges, but for the resampling
+    assert (images[0, 0] < 55).all()
+
+
+@pytest.mark.parametrize(
+    ("format", "title"), [("jpeg", "CIFAR-10 (JPEG copy)"), ("png", "CIFAR-10 (image files)")], ids=["jpeg", "png"]
+)
+def test_cifar10_image_files(tmp_path, format, title):
+    write_folder(tmp_path / "train", CIFAR10, 1, size=(32, 32), format=format)
+    pack(write_folder(tmp_path / "test", CIFAR10, 2, size=(32, 32), format=format))
+    test = load_images("cifar10", tmp_path, "test")
+    assert (len(test), test.title) == (20, title)
+    assert torch.equal(test.images[:, 0, 0, 0].long(), 10 * test.labels)
+
+
+def test_tiny_imagenet_from_zip_and_folder(tmp_path):
+    files = tiny_imagenet_files()
+    write_zip(tmp_path / "tiny-imagenet-200.zip", files)
+    for name, content in files.items():
+        path = tmp_path / "unpacked" / "tiny-imagenet-200" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    places = (tmp_path, tmp_path / "tiny-imagenet-200.zip", tmp_path / "unpacked", path.parents[1])
+    for data_dir in places:
+        train, test = (load_images("tiny_imagenet", data_dir, split) for split in ("train", "test"))
+        assert sorted(train.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+        assert test.labels.tolist() == [1, 0, 0, 1]
+        assert train.classes == ("n01", "n02")
+        for images in (train, test):
+            assert torch.equal(images.images[:, 0, 0, 0].long(), 200 * images.labels)
+
+
+# Input that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("dataset", "data_dir", "options", "message"),
+    [
+        ("cifar11", ".", {}, "--dataset 'cifar11' is unknown; did you mean cifar10"),
+        ("mnist", None, {}, "--data-dir is needed for --dataset mnist; give the folder that holds MNIST"),
+        ("folder", ".", {}, "--img-size is needed for --dataset folder; give the side in pixels"),
+        ("digits", None, {"img_size": 0}, "--img-size 0 is no size; give the side in pixels, at least 1"),
+        ("digits", None, {"in_chans": 2}, r"--in-chans 2 is not possible; give 1 \(grey\) or 3 \(RGB\)"),
+        ("digits", None, {"img_size": 10**7}, r"--img-size 10000000 .* 179700000.0 GB .* give a smaller --img-size"),
+        ("folder", "absent", {"img_size": 4}, "--data-dir absent has no test or val; it must hold train"),
+        ("tiny_imagenet", "absent", {}, "--data-dir absent holds no TinyImageNet; give one tiny-imagenet-200.zip"),
+    ],
+)
+def test_what_cannot_be_asked(dataset, data_dir, options, message):
+    with pytest.raises(InputError, match=message):
+        load_images(dataset, data_dir, "test", **options)
+
+
+def test_split_is_checked():
+    with pytest.raises(InputError, match="split 'tset' is unknown; did you mean test"):
+        load_images("digits", None, "tset")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "files"),
+    [("mnist", "MNIST/raw/{train,t10k}"), ("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")],
+)
+def test_no_files_and_no_network(tmp_path, offline, dataset, files):
+    with pytest.raises(InputError) as error:
+        load_images(dataset, tmp_path, "test")
+    assert f"--data-dir {tmp_path} holds no whole {DATASETS[dataset].title}, and it could not be" in str(error.value)
+    assert f"put {files}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_mnist_files(tmp_path):
+    images = load_images("mnist", write_mnist(tmp_path, [3, 1, 4], 3), "test")
+    assert images.images.shape == (3, 1, 28, 28)
+    assert images.labels.tolist() == [3, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("labels", "n_images", "cut", "message"),
+    [
+        ([3, 10, 4], 3, 0, "--dataset mnist has labels from 3 to 10; allowed are 0 to 9"),
+        ([3, 1], 3, 0, "--dataset mnist has 3 images and 2 labels"),
+        ([3, 1, 4], 3, 100, "holds no whole MNIST.*put MNIST/raw/"),
+    ],
+    ids=["label 10", "label missing", "cut short"],
+)
+def test_mnist_files_that_are_wrong(tmp_path, labels, n_images, cut, message):
+    write_mnist(tmp_path, labels, n_images)
+    path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+    with pytest.raises(InputError, match=message):
+        load_images("mnist", tmp_path, "test")
+
+
+def test_cifar10_classes_are_checked(tmp_path):
+    write_folder(tmp_path / "train", ("cat", "dog"), 1)
+    with pytest.raises(InputError, match=r"train has 2 classes \(cat, dog\); CIFAR-10 has 10: make a folder for each"):
+        load_images("cifar10", tmp_path, "train")
+
+
+def test_cifar10_is_not_mixed_from_two_sources(tmp_path):
+    write_folder(tmp_path / "train", CIFAR10, 1)
+    with pytest.raises(InputError, match="has no test or val; it must hold train"):
+        load_images("cifar10", tmp_path, "test")
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"train holds no readable images .* put a folder of images a class there"):
+        load_images("folder", tmp_path, "train", img_size=4)
+
+
+def test_folder_with_one_class(tmp_path):
+    write_folder(tmp_path / "train", ("a",), 2)
+    with pytest.raises(InputError, match=r"train has one class \(a\); give a folder for each of 2 or more"):
+        load_images("folder", tmp_path, "train", img_size=4)
+
+
+def test_folder_with_a_strange_class(tmp_path):
+    write_folder(tmp_path / "train", ("a", "b"), 1)
+    write_folder(tmp_path / "test", ("a", "c"), 1)
+    with pytest.raises(InputError, match=r"test has classes that .*train has not \(c\); rename or remove"):
+        load_images("folder", tmp_path, "test", img_size=4)
+
+
+def test_image_cut_short(tmp_path):
+    write_folder(tmp_path / "train", ("a", "b"), 2, size=(64, 64), format="jpeg")
+    path = tmp_path / "train" / "b" / "1.jpeg"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"b/1.jpeg in .*train is no whole image \((?i:.*truncated.*)\); replace it"):
+        load_images("folder", tmp_path, "train", img_size=4)
+
+
+def test_tar_cut_short(tmp_path):
+    path = pack(write_folder(tmp_path / "train", ("a", "b"), 20))
+    path.write_bytes(path.read_bytes()[:9_000])
+    with pytest.raises(
+        InputError, match=r"train.tar (holds no readable images \(unexpected end of data\)|is no whole)"
+    ):
+        load_images("folder", tmp_path, "train", img_size=4)
+
+
+def test_zip_cut_short(tmp_path):
+    path = write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet_files())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"tiny-imagenet-200.zip is no whole zip \(.*\); download it again"):
+        load_images("tiny_imagenet", tmp_path, "test")
+
+
+@pytest.mark.parametrize("missing", ["wnids.txt", "val/val_annotations.txt"])
+def test_zip_of_another_layout(tmp_path, missing):
+    files = tiny_imagenet_files()
+    del files[missing]
+    write_zip(tmp_path / "tiny-imagenet-200.zip", files)
+    with pytest.raises(InputError, match=f"is not laid out as TinyImageNet .*{missing}.*; give the official"):
+        load_images("tiny_imagenet", tmp_path, "test")
+
+
+def test_zip_with_an_image_missing(tmp_path):
+    files = tiny_imagenet_files()
+    del files["val/images/val_2.JPEG"]
+    write_zip(tmp_path / "tiny-imagenet-200.zip", files)
+    with pytest.raises(InputError, match=r"val_2.JPEG in .*200.zip is no whole image"):
+        load_images("tiny_imagenet", tmp_path, "test")
+
+
+def test_tiny_imagenet_without_training_images(tmp_path):
+    files = {name: content for name, content in tiny_imagenet_files().items() if not name.startswith("train")}
+    write_zip(tmp_path / "tiny-imagenet-200.zip", files)
+    with pytest.raises(InputError, match="--dataset tiny_imagenet has 0 images and 0 labels"):
+        load_images("tiny_imagenet", tmp_path, "train")
+
+
+def test_two_zips(tmp_path):
+    for name in ("tiny-imagenet-200.zip", "tiny-imagenet-200-part.zip"):
+        write_zip(tmp_path / name, tiny_imagenet_files())
+    with pytest.raises(InputError, match=r"several zips \(tiny-imagenet-200-part.zip, .*\); give one"):
+        load_images("tiny_imagenet", tmp_path, "test")
+
+
+# Holding out
+
+
+def test_hold_out_is_exact_in_every_class():
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 10)[
+        torch.randperm(70, generator=torch.Generator().manual_seed(0))
+    ]
+    images = Images(torch.arange(70, dtype=torch.uint8).view(-1, 1, 1, 1), labels, ("a", "b", "c"), "Counted")
+    training, held_out = hold_out(images, 0.2, seed=0)
+    assert held_out.labels.bincount().tolist() == [8, 4, 2]
+    assert training.labels.bincount().tolist() == [32, 16, 8]
+    indices = [part.images.flatten().tolist() for part in (training, held_out)]
+    assert sorted(indices[0] + indices[1]) == list(range(70))
+    for part, index in zip((training, held_out), indices, strict=True):
+        assert index == sorted(index)
+        assert torch.equal(part.labels, labels[index])
+
+
+def test_hold_out_goes_by_seed():
+    images = numbered(100)
+    first, again, other = (hold_out(images, 0.1, seed=seed)[1] for seed in (7, 7, 8))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, float("nan")])
+def test_hold_out_fraction(fraction):
+    with pytest.raises(InputError, match=rf"held-out fraction {fraction} is not possible; give a number above 0"):
+        hold_out(numbered(100), fraction, seed=0)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.9])
+def test_hold_out_that_leaves_nothing(fraction):
+    with pytest.raises(InputError, match="of 5 images in 5 classes leaves one part empty; give a fraction nearer"):
+        hold_out(numbered(5), fraction, seed=0)
+
+
+# Batches
+
+
+def batches(images: Images, **options) -> TrainingBatches:
+    return TrainingBatches(images, **{"batch_size": 12, "seed": 0, "crop_padding": 2, "flip": True, **options})
+
+
+def test_number_of_processes_does_not_matter():
+    made = batches(numbered(50))
+    for step in range(made.steps_per_epoch):
+        images, labels = made.batch(3, step)
+        for num_processes in (2, 3, 4):
+            parts = [batches(numbered(50)).batch(3, step, index, num_processes) for index in range(num_processes)]
+            assert torch.equal(torch.cat([part[0] for part in parts]), images)
+            assert torch.equal(torch.cat([part[1] for part in parts]), labels)
+
+
+def test_a_batch_is_a_function_of_seed_epoch_and_step():
+    made = batches(numbered(50))
+    once = {(epoch, step): made.batch(epoch, step)[0] for epoch in (0, 1, 2) for step in range(4)}
+    for (epoch, step), images in reversed(once.items()):
+        assert torch.equal(made.batch(epoch, step)[0], images)
+    assert len({images.numpy().tobytes() for images in once.values()}) == 12
+
+
+def test_every_stream_is_its_own():
+    images = replicate(numbered(1), 36)  # the same image everywhere, so that only the augmentation differs
+    keys = [(seed, epoch, step) for seed in (0, 1, 2) for epoch in (0, 1, 2) for step in (0, 1, 2)]
+    made = {key: batches(images, seed=key[0]).batch(*key[1:])[0] for key in keys}
+    assert len({batch.numpy().tobytes() for batch in made.values()}) == len(keys)
+
+
+def test_an_epoch_shows_no_image_twice():
+    images = Images(torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1), torch.zeros(50).long(), ("a",), "Counted")
+    made = batches(images, crop_padding=0)
+    assert made.steps_per_epoch == 4
+    shown = [torch.cat([made.batch(epoch, step)[0] for step in range(4)]).flatten() * 255 for epoch in range(3)]
+    for epoch in shown:
+        assert len(epoch.round().unique()) == 48
+    assert not torch.equal(shown[0], shown[1])
+    assert len(torch.cat(shown).round().unique()) == 50  # what one epoch leaves out, another shows
+
+
+def test_labels_stay_with_their_images():
+    images = numbered(40, channels=1)
+    made = batches(images, crop_padding=0, flip=False)
+    batch, labels = made.batch(1, 2)
+    assert batch.dtype == torch.float32
+    for image, label in zip((batch * 255).round().to(torch.uint8), labels, strict=True):
+        (index,) = (images.images == image).flatten(1).all(1).nonzero().flatten()
+        assert images.labels[index] == label
+
+
+def test_augmentation_is_that_of_torchvision():
+    images = numbered(64, side=7)
+    made = batches(images, batch_size=64, crop_padding=2)
+    batch, _ = made.batch(0, 0)
+    seen = set()
+    plain = TrainingBatches(images, batch_size=64, seed=0).batch(0, 0)[0]
+    for image, augmented in zip(plain, batch, strict=True):
+        padded = reference.pad(image, [2])
+        candidates = {
+            (top, left, flip): reference.hflip(cropped) if flip else cropped
+            for top in range(5)
+            for left in range(5)
+            for flip in (False, True)
+            for cropped in [reference.crop(padded, top, left, 7, 7)]
+        }
+        (match,) = (key for key, value in candidates.items() if torch.equal(value, augmented))
+        seen.add(match)
+    assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(5))
+    assert {flip for *_, flip in seen} == {False, True}
+
+
+def test_crop_and_flip_are_uniform():
+    image = torch.zeros(1, 1, 5, 5, dtype=torch.uint8)
+    image[0, 0, 2, 2] = 255
+    image[0, 0, 2, 3] = 51
+    images = replicate(Images(image, torch.zeros(1).long(), ("a",), "Dot"), 4500)
+    batch = batches(images, batch_size=4500, crop_padding=1).batch(0, 0)[0]
+    places = (batch == 1).flatten(1).float()
+    assert (places.sum(1) == 1).all()
+    counts = places.sum(0).view(5, 5)[1:4, 1:4]
+    assert counts.sum() == 4500
+    assert ((counts - 500).abs() < 100).all()  # 4.7 standard deviations
+    dim = (batch - 0.2).abs() < 1e-6
+    mirrored = dim.flatten(1).float().argmax(1) < places.argmax(1)
+    assert abs(mirrored.float().mean() - 0.5) < 0.04
+
+
+def test_crop_keeps_the_type():
+    images = torch.rand(2, 3, 5, 6, dtype=torch.float64)
+    zero, last = torch.tensor([0, 1]), torch.tensor([2, 1])
+    cropped = crop(images, zero, last, padding=1)
+    assert torch.equal(cropped[1], images[1])
+    assert torch.equal(cropped[0, :, 1:, :-1], images[0, :, :-1, 1:])
+    assert (cropped[0, :, 0] == 0).all()
+    assert (cropped[0, :, :, -1] == 0).all()
+
+
+def test_to_float():
+    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == [0.0, pytest.approx(0.2), 1.0]
+
+
+@pytest.mark.parametrize("batch_size", [0, 51])
+def test_batch_size_that_does_not_fit(batch_size):
+    with pytest.raises(InputError, match=f"--batch-size {batch_size} is not possible with 50 training images; give 1"):
+        batches(numbered(50), batch_size=batch_size)
+
+
+def test_batch_size_that_does_not_divide():
+    with pytest.raises(InputError, match=r"--batch-size 12 .* cannot be shared by 5 processes; give a multiple of 5"):
+        batches(numbered(50)).batch(0, 0, 0, 5)
+
+
+def test_seed_below_zero():
+    with pytest.raises(InputError, match="--seed -1 is not possible; give an integer >= 0"):
+        batches(numbered(50), seed=-1)
+
+
+def test_step_past_the_epoch():
+    with pytest.raises(IndexError, match="step 4 of an epoch of 4 steps"):
+        batches(numbered(50)).batch(0, 4)

@@ -1,0 +1,226 @@
+"""The activation: the paper's formula, its Table A1, theorem 1 and corollary 1, and life in torch."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+from drelu_timm import DReLU, SReLU, cap_penalty
+from drelu_timm.drelu import along_channels
+
+numbers = st.floats(-1e3, 1e3, allow_subnormal=False)
+caps = st.floats(2**-10, 1024, width=32)  # as a layer holds them
+
+
+def relu(x: float) -> float:
+    return max(0.0, x)
+
+
+def capped(x: float, cap: float) -> float:
+    """What our layers give for one number; D-ReLU and S-ReLU must agree."""
+    value = torch.tensor([[x]], dtype=torch.float64)
+    dynamic = DReLU(1, cap).double()(value).item()
+    static = SReLU(cap)(value).item()
+    assert dynamic == static
+    return dynamic
+
+
+def difference(clean: float, perturbation: float, cap: float) -> float:
+    return abs(capped(clean, cap) - capped(clean + perturbation, cap))
+
+
+# Table A1: the conditions on A, A + B and m, and the output difference of S-ReLU. Case 1 prints |A - B| for ReLU where
+# its own left side, |0 - (A + B)|, gives |A + B|; the comparison holds for that too.
+TABLE_A1 = {
+    "A <= 0, A + B > m": (lambda a, b, m: a <= 0 and a + b > m, lambda a, b, m: m),
+    "0 < A <= m, A + B > m": (lambda a, b, m: 0 < a <= m < a + b, lambda a, b, m: abs(a - m)),
+    "A > m, A + B > m": (lambda a, b, m: a > m and a + b > m, lambda a, b, m: 0.0),
+    "A > m, 0 < A + B <= m": (lambda a, b, m: a > m and 0 < a + b <= m, lambda a, b, m: abs(b + a - m)),
+    "A > m, A + B <= 0": (lambda a, b, m: a > m and a + b <= 0, lambda a, b, m: m),
+    "A <= m, A + B <= m": (lambda a, b, m: a <= m and a + b <= m, lambda a, b, m: abs(relu(a) - relu(a + b))),
+}
+EXAMPLES = {  # a, a + b and m of each row, to be varied by scale: hypothesis alone rarely meets a row
+    "A <= 0, A + B > m": (st.floats(-10, 0), st.floats(1.001, 10)),
+    "0 < A <= m, A + B > m": (st.floats(1e-3, 1), st.floats(1.001, 10)),
+    "A > m, A + B > m": (st.floats(1.001, 10), st.floats(1.001, 10)),
+    "A > m, 0 < A + B <= m": (st.floats(1.001, 10), st.floats(1e-3, 0.999)),
+    "A > m, A + B <= 0": (st.floats(1.001, 10), st.floats(-10, 0)),
+    "A <= m, A + B <= m": (st.floats(-10, 1), st.floats(-10, 0.999)),
+}
+
+
+@pytest.mark.parametrize("row", TABLE_A1)
+@given(data=st.data())
+def test_every_row_of_table_a1(row, data):
+    condition, expected = TABLE_A1[row]
+    clean, perturbed = (data.draw(strategy) for strategy in EXAMPLES[row])
+    m = data.draw(st.sampled_from([0.5, 1.0, 2.0, 64.0]))  # powers of 2: scaling by them is exact
+    a, b = clean * m, perturbed * m - clean * m
+    assume(condition(a, b, m))
+    assert difference(a, b, m) == pytest.approx(expected(a, b, m), rel=1e-9, abs=1e-9)
+    assert difference(a, b, m) <= abs(relu(a) - relu(a + b)) + 1e-12
+
+
+@given(numbers, numbers, caps)
+def test_the_rows_of_table_a1_cover_every_case(a, b, m):
+    assert sum(condition(a, b, m) for condition, _ in TABLE_A1.values()) == 1
+
+
+@given(numbers, numbers, caps)
+def test_theorem_1_the_output_moves_no_more_than_relus(a, b, m):
+    assert difference(a, b, m) <= abs(relu(a) - relu(a + b)) + 1e-12
+
+
+@given(numbers, numbers, caps, caps)
+def test_corollary_1_a_smaller_cap_moves_no_more(a, b, m, other):
+    low, high = sorted((m, other))
+    assert difference(a, b, low) <= difference(a, b, high) + 1e-12
+
+
+@given(numbers, st.floats(-16, 1024, width=32))
+def test_the_formula(x, m):
+    assert capped(x, m) == max(0.0, min(max(m, 0.0), x)) == max(0.0, min(m, x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "channel_dim", "dim"),
+    [((2, 3), None, 1), ((2, 5, 3), None, 2), ((2, 3, 4, 5), None, 1), ((2, 4, 5, 3), -1, 3)],
+)
+def test_a_cap_for_each_channel(shape, channel_dim, dim):
+    layer = DReLU(3, channel_dim=channel_dim)
+    with torch.no_grad():
+        layer.cap.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    largest = layer(torch.full(shape, 10.0)).movedim(dim, 0).flatten(1)
+    assert torch.equal(largest, torch.tensor([[1.0], [2.0], [3.0]]).expand_as(largest))
+
+
+def test_one_cap_for_all():
+    assert torch.equal(DReLU(1, 2.0)(torch.full((2, 3, 4, 4), 5.0)), torch.full((2, 3, 4, 4), 2.0))
+
+
+def test_initial_cap_is_the_papers():
+    assert torch.equal(DReLU(4).cap, torch.full((4,), 100.0))
+
+
+def test_gradcheck():
+    layer = DReLU(3, 1.0).double()
+    x = torch.tensor([[-2.0, 0.5, 2.0], [0.3, -0.7, 1.7]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, cap: torch.func.functional_call(layer, {"cap": cap}, x), (x, layer.cap))
+
+
+def test_gradients_go_to_the_input_below_the_cap_and_to_the_cap_above():
+    layer = DReLU(4, 1.0)
+    x = torch.tensor([[-1.0, 0.5, 1.0, 2.0]], requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
+    assert torch.equal(layer.cap.grad, torch.tensor([0.0, 0.0, 0.0, 1.0]))
+
+
+def test_a_cap_below_zero_gives_0_and_comes_back():
+    layer = DReLU(2, -1.0)
+    x = torch.tensor([[3.0, -3.0]])
+    assert torch.equal(layer(x), torch.zeros(1, 2))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (layer(x) - 1).square().sum().backward()
+        optimizer.step()
+    assert layer.cap[0] > 0  # the unit that is wanted
+    assert layer.cap[1] == -1  # the unit that never fires has no reason to
+
+
+def test_a_cap_below_zero_passes_no_gradient_to_the_input():
+    x = torch.tensor([[3.0]], requires_grad=True)
+    DReLU(1, -1.0)(x).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(1, 1))
+
+
+def test_penalty_sums_the_squares_of_all_caps():
+    model = nn.Sequential(nn.Linear(2, 3), DReLU(3, 2.0), nn.Sequential(DReLU(2, 3.0)), SReLU(7.0))
+    penalty = cap_penalty(model)
+    assert penalty.item() == 3 * 4 + 2 * 9
+    penalty.backward()
+    assert torch.equal(model[1].cap.grad, torch.full((3,), 4.0))
+
+
+def test_penalty_counts_a_shared_layer_once_and_is_0_without_any():
+    shared = DReLU(2, 3.0)
+    assert cap_penalty(nn.Sequential(shared, shared)).item() == 18
+    assert cap_penalty(nn.Linear(2, 2)).item() == 0
+
+
+def test_penalty_shrinks_caps():
+    model = DReLU(3, 10.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cap_penalty(model).backward()
+    optimizer.step()
+    assert torch.equal(model.cap, torch.full((3,), 8.0))
+
+
+def test_autocast_to_bf16_keeps_activations_in_bf16_and_caps_in_float32():
+    model = nn.Sequential(nn.Linear(4, 3), DReLU(3, 0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(2, 4))
+    out.float().sum().backward()
+    assert (out.dtype, model[1].cap.dtype, model[1].cap.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype):
+    layer = DReLU(3, 1.0).to(dtype)
+    assert torch.equal(layer(torch.tensor([[-1, 0.5, 2]], dtype=dtype)), torch.tensor([[0, 0.5, 1]], dtype=dtype))
+
+
+def test_channels_last_stays_channels_last():
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    out = DReLU(3, 0.5)(x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, DReLU(3, 0.5)(x.contiguous()))
+
+
+def test_compiles_without_a_graph_break():
+    layer = DReLU(3, 0.5)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    compiled(x).sum().backward()
+    compiled_gradient, layer.cap.grad = layer.cap.grad, None
+    layer(y).sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    assert torch.equal(compiled_gradient, layer.cap.grad)
+
+
+def test_deepcopy_is_independent():
+    layer = DReLU(3, 1.0, channel_dim=-1)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.cap.zero_()
+    assert torch.equal(layer.cap, torch.ones(3))
+    assert twin.channel_dim == -1
+
+
+def test_state_dict_round_trip_is_exact():
+    layer, other = DReLU(3), DReLU(3)
+    with torch.no_grad():
+        layer.cap.copy_(torch.tensor([0.1, -0.2, 1e-30]))
+    assert list(layer.state_dict()) == ["cap"]
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.cap, other.cap)
+
+
+def test_nan_is_not_hidden():
+    assert DReLU(1)(torch.tensor([[float("nan")]])).isnan().all()
+    assert SReLU()(torch.tensor([[float("nan")]])).isnan().all()
+
+
+def test_shows_what_it_is():
+    assert repr(DReLU(3)) == "DReLU(3)"
+    assert repr(DReLU(3, channel_dim=-1)) == "DReLU(3, channel_dim=-1)"
+    assert repr(SReLU(2.0)) == "SReLU(cap=2.0)"
+
+
+def test_caps_meet_their_channel():
+    assert along_channels(torch.ones(3), torch.ones(2, 3, 4, 4), None).shape == (1, 3, 1, 1)

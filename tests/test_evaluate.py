@@ -1,0 +1,275 @@
+"""The evaluation: what counts as broken, what is refused, what is written."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from drelu_timm.__main__ import main
+from drelu_timm.attacks import ThreatModel
+from drelu_timm.errors import InputError
+from drelu_timm.evaluate import evaluate_model
+from drelu_timm.models import save_folder
+from drelu_timm.suites import ATTACKS, SUITES, Attack
+
+
+def small_net(num_classes=6):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, num_classes))
+
+
+@pytest.fixture
+def toy():
+    """A small net, images, and labels that are right for all but the first."""
+    model = small_net()
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = model(images).argmax(dim=1)
+    labels[0] = (labels[0] + 1) % 6
+    return model, images, labels
+
+
+def only(monkeypatch, *attacks):
+    """Make a suite of these attacks alone."""
+    monkeypatch.setitem(SUITES, "only", {attack.name: (attack,) for attack in attacks})
+    return "only"
+
+
+def gives(change, *, minimum_norm=False):
+    """An attack that returns ``change(images)``."""
+    return Attack("fake", "white-box", lambda model, images, *rest: change(images), minimum_norm=minimum_norm)
+
+
+def test_result_of_the_quick_suite(toy):
+    result = evaluate_model(*toy, eps="8/255", suite="quick")
+    assert result.clean == 39 / 40
+    assert set(result.accuracy) == set(SUITES["quick"]) == set(result.settings)
+    assert 0 <= result.worst <= min(result.accuracy.values()) <= result.clean
+    assert result.accuracy["apgd-ce"] < result.accuracy["noise"]
+    assert result.settings["square"]["n_queries"] == 500
+    assert result.zero_gradient_share == 0
+    assert result.cw_l2 is None
+    assert not any(robust[0] for robust in result.robust.values()), "wrong on the clean image, yet robust"
+    worst = torch.stack(list(result.robust.values())).all(0)
+    assert result.worst == worst.float().mean()
+
+
+def test_same_result_again_and_for_any_batch(toy, monkeypatch):
+    suite = only(monkeypatch, *(ATTACKS[name] for name in ("pgd", "noise", "bpda", "twin", "annealing")))
+    whole = evaluate_model(*toy, eps=0.03, suite=suite, batch_size=100)
+    torch.rand(7)
+    again = evaluate_model(*toy, eps=0.03, suite=suite, batch_size=7)
+    assert whole.accuracy == again.accuracy
+    assert all(torch.equal(whole.robust[name], again.robust[name]) for name in whole.robust)
+
+
+def test_model_and_random_state_are_left_as_they_were(toy):
+    model, images, labels = toy
+    model.train()
+    model[1].bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    evaluate_model(model, images[:4], labels[:4], eps=0.03, suite="quick")
+    assert all(module.training for module in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_images_outside_the_ball_count_only_as_projected(toy, monkeypatch):
+    model, images, labels = toy
+    far = evaluate_model(*toy, eps=1e-6, suite=only(monkeypatch, gives(lambda x: 5 - 9 * x)))
+    assert far.worst == far.clean
+    outcome = model(1 - images).argmax(dim=1) == labels
+    reached = evaluate_model(*toy, eps=1, suite=only(monkeypatch, gives(lambda x: 1 - x)))
+    assert torch.equal(reached.robust["fake"], outcome & (reached.predictions == labels))
+
+
+def test_images_that_are_not_finite_break_nothing(toy, monkeypatch):
+    result = evaluate_model(*toy, eps=1, suite=only(monkeypatch, gives(lambda x: x * float("nan"))))
+    assert result.worst == result.clean
+
+
+def test_a_model_that_fails_on_an_adversarial_image_is_broken(toy, monkeypatch):
+    class Fails(nn.Module):
+        def forward(self, images):
+            logits = small_net()(images)
+            return logits.where(images.flatten(1).amax(1, keepdim=True) < 1, torch.nan)
+
+    _, images, labels = toy
+    result = evaluate_model(Fails(), images * 0.99, labels, eps=1, suite=only(monkeypatch, gives(torch.ones_like)))
+    assert result.worst == 0
+
+
+def test_minimum_norm_attack_counts_inside_the_ball_only(toy, monkeypatch):
+    suite = only(monkeypatch, gives(lambda x: 1 - x, minimum_norm=True))
+    model, images, labels = toy
+    result = evaluate_model(*toy, eps=0.5, norm="L2", suite=suite)
+    assert result.worst == result.clean
+    found = (result.predictions == labels) & (model(1 - images).argmax(dim=1) != labels)
+    needed = (1 - 2 * images).flatten(1).norm(dim=1)
+    assert result.cw_l2.budget == 0.5
+    assert result.cw_l2.accuracy_at_budget == result.clean
+    distances = needed.where(found, torch.inf)[1:]
+    median = float(distances.median())
+    assert result.cw_l2.median_l2 == (pytest.approx(median) if median < float("inf") else None)
+    assert evaluate_model(*toy, eps=0.5, suite=suite).cw_l2.budget == 0.5 * 8
+
+
+def test_paper_suite_measures_the_distance_that_cw_needs(toy):
+    model, images, labels = toy
+    result = evaluate_model(model, images[:16], labels[:16], eps="0.5", norm="L2", suite="paper")
+    assert {"fgsm", "pgd", "apgd-ce", "apgd-dlr", "cw-l2", "square", "bpda", "twin"} <= set(result.accuracy)
+    assert 0 < result.cw_l2.median_l2 < 0.5
+    assert result.cw_l2.accuracy_at_budget == pytest.approx(result.accuracy["cw-l2"], abs=1 / 16)
+
+
+@pytest.mark.parametrize("norm, eps", [("Linf", 0.02), ("L2", 0.15)])
+def test_standard_is_autoattack(norm, eps):
+    """Against pyautoattack's own driver, with other seeds: the same examples stay, up to a few."""
+    from pyautoattack import AutoAttack
+
+    model = small_net(num_classes=10).eval()
+    images = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = model(images).argmax(dim=1)
+    ours = evaluate_model(model, images, labels, norm=norm, eps=eps, suite="standard")
+    with torch.random.fork_rng():
+        adversarial, _ = AutoAttack(model, norm=norm, eps=eps, seed=5).run_standard_evaluation(images, labels)
+    theirs = model(adversarial).argmax(dim=1) == labels
+    assert 8 < theirs.sum() < 40, "the test has nothing to tell apart"
+    assert (ours.robust["autoattack"] != theirs).sum() <= 1
+    assert ours.settings["autoattack"] == {"stages": ["apgd-ce", "apgd-t", "fab-t", "square"]}
+    assert ours.settings["square"]["n_queries"] == 5000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, x, y: (m, x * 255, y), r"images lie in \[.*, 25.*\]; give them in \[0, 1\]"),
+        (lambda m, x, y: (m, x - 0.5, y), r"images lie in \[-0.*; give them in \[0, 1\]"),
+        (lambda m, x, y: (m, x.log().log(), y), r"images lie in \[nan, nan\]"),
+        (lambda m, x, y: (m, (x * 255).byte(), y), r"images are torch.uint8 \[40, 1, 8, 8\]; give floats"),
+        (lambda m, x, y: (m, x.flatten(1), y), r"images are torch.float32 \[40, 64\]; give floats \[N, C, H, W\]"),
+        (lambda m, x, y: (m, x[:0], y[:0]), r"0 images and labels of shape \[0\]; give one label an image"),
+        (lambda m, x, y: (m, x, y[:-1]), r"40 images and labels of shape \[39\]; give one label an image"),
+        (lambda m, x, y: (m, x, y.float()), r"labels are torch.float32 .*give integers from 0 to classes - 1"),
+        (lambda m, x, y: (m, x, y - 1), "labels are torch.int64 from -1; give integers"),
+        (lambda m, x, y: (m, x, y + 10), "the labels go up to 15 but the model has 6 outputs"),
+        (lambda m, x, y: (nn.Sequential(m, nn.Threshold(-9e9, 0), Nan()), x, y), "NaN or infinite logits for 40 of 40"),
+        (
+            lambda m, x, y: (nn.Identity(), x, y),
+            r"the model returns \[1, 1, 8, 8\] for one image; it must return logits",
+        ),
+    ],
+)
+def test_data_and_models_that_cannot_be_used(toy, change, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_model(*change(*toy), eps=0.1)
+
+
+class Nan(nn.Module):
+    def forward(self, logits):
+        return logits * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": "hello"}, "--eps 'hello' is no radius"),
+        ({"norm": "L1"}, "--norm 'L1' is unknown"),
+        ({"suite": "standart"}, "--suite 'standart' is unknown; did you mean standard"),
+        ({"batch_size": 0}, "--batch-size 0 is not possible; give 1 or more"),
+    ],
+)
+def test_options_that_cannot_be_used(toy, options, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_model(*toy, **{"eps": 0.1, **options})
+
+
+# The verb
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run directory with an untrained net, as train leaves it."""
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("dense_drelu", num_classes=10, in_chans=1, img_size=8)
+    path = tmp_path / "x"
+    save_folder(model, path / "model", model_args={"img_size": 8})
+    train = {"model": "dense_drelu", "dataset": "digits", "data_dir": None, "norm": "Linf", "eps": "8/255"}
+    config = {"train": train, "dataset_title": "Digits", "num_classes": 10, "in_chans": 1, "img_size": 8}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
+    arguments = ["evaluate", str(run), "--n-examples", "20", "--batch_size", "8"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    path = run / "results" / "quick-Linf-8_255.json"
+    results = json.loads(path.read_text())
+    for shown in ("clean", "bpda", "worst case", "zero input gradients", "verdict", "drelu-timm export"):
+        assert shown in printed
+    assert (results["norm"], results["eps"], results["suite"], results["seed"]) == ("Linf", "8/255", "quick", 0)
+    assert (results["model"], results["dataset"], results["n_examples"]) == ("dense_drelu", "digits", 20)
+    assert results["verdict"]["evidence"]
+    assert len(results["model_digest"]) == 64
+
+    with path.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(20))
+    assert list(rows[0]) == ["index", "label", "clean_prediction", *results["accuracy"]]
+    for attack, accuracy in results["accuracy"].items():
+        assert sum(int(row[attack]) for row in rows) / 20 == accuracy
+    assert sum(row["label"] == row["clean_prediction"] for row in rows) / 20 == results["clean"]
+    assert {file.name for file in path.parent.iterdir()} == {path.name, path.with_suffix(".csv").name}
+
+    written = path.read_bytes()
+    assert main(arguments) == 0
+    assert "is there already" in capsys.readouterr().out
+    assert path.read_bytes() == written
+
+    assert main([*arguments, "--seed", "1"]) == 2
+    assert "holds a result with seed 0, not 1; move it away or delete it" in capsys.readouterr().err
+    assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "RUN 'nothing' is neither a run directory nor a timm model; give a folder made by train"),
+        (["."], "is no run directory (it has no config.json)"),
+        (["resnet18"], "--dataset is needed to evaluate resnet18; give one of digits, mnist"),
+        (["x", "--dataset", "digit"], "--dataset 'digit' is unknown; did you mean digits"),
+        (["x", "--eps", "eight"], "--eps 'eight' is no radius"),
+        (["x", "--suite", "quik"], "--suite 'quik' is unknown; did you mean quick"),
+        (["x", "--n-examples", "0"], "--n-examples 0 is not possible; give 1 or more"),
+        (["dense", "--dataset", "digits"], "is a timm model whose weights cannot be read (No pretrained weights"),
+    ],
+)
+def test_flags_that_cannot_be_used(run, capsys, arguments, message):
+    assert main(["evaluate", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (run / "results").exists()
+
+
+def test_a_result_cut_short_is_named(run, capsys):
+    path = run / "results" / "quick-Linf-8_255.json"
+    path.parent.mkdir()
+    path.write_text('{"run": "x", "mod')
+    assert main(["evaluate", str(run), "--n-examples", "20"]) == 2
+    assert f"{path} cannot be read as JSON" in capsys.readouterr().err
+
+
+def test_distance_is_that_of_the_norm():
+    moved = torch.full((1, 1, 2, 2), 0.5)
+    assert ThreatModel.parse("Linf", 1).distance(moved, torch.zeros_like(moved)) == 0.5
+    assert ThreatModel.parse("L2", 1).distance(moved, torch.zeros_like(moved)) == 1.0

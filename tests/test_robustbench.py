@@ -1,0 +1,202 @@
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from drelu_timm.errors import InputError
+from drelu_timm.robustbench import _record_hash, adapt
+
+EPS = 0.01
+
+
+@pytest.fixture(scope="module")
+def robustbench():
+    try:
+        importlib.metadata.version("robustbench")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("robustbench is not installed")
+    return adapt()
+
+
+@pytest.fixture
+def fresh():
+    """`adapt` looks again at what is installed, before and after."""
+    adapt.cache_clear()
+    yield
+    adapt.cache_clear()
+
+
+class Linear(nn.Module):
+    """A linear classifier of CIFAR-shaped images: what an Linf attack can do to it is known exactly."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+    @torch.no_grad()
+    def robust_radius(self, images, labels):
+        """[N]: the Linf distance to the nearest other class, as far as the image stays inside [0, 1]."""
+        weight, logits = self.layer.weight, self(images)
+        margins = logits.gather(1, labels[:, None]) - logits
+        slopes = (weight[labels][:, None] - weight[None]).abs().sum(2)
+        return (margins / slopes.clamp(min=1e-9)).scatter(1, labels[:, None], float("inf")).amin(1)
+
+
+@pytest.fixture
+def linear_task(robustbench, monkeypatch):
+    """The net and seven CIFAR-shaped images, in RobustBench's place for CIFAR-10: two robust, four not, one wrong."""
+    model = Linear().eval()
+    images = 0.1 + 0.8 * torch.rand(2000, 3, 32, 32)
+    labels = model(images).argmax(1)
+    radius = model.robust_radius(images, labels)
+    chosen = torch.cat([radius.argsort(descending=True)[:2], radius.argsort()[:5]])
+    assert radius[chosen[1]] > 1.2 * EPS > 0.5 * EPS > radius[chosen[6]]
+    images, labels = images[chosen], labels[chosen].clone()
+    labels[6] = (labels[6] + 1) % 10
+    cifar10 = robustbench.model_zoo.enums.BenchmarkDataset.cifar_10
+    monkeypatch.setitem(robustbench.data._clean_dataset_loaders, cifar10, lambda n, *_: (images[:n], labels[:n]))
+    return model, images, labels
+
+
+def test_nothing_is_imported_before_it_is_asked_for():
+    code = "import sys, drelu_timm.robustbench; print([m for m in ('robustbench', 'autoattack') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_benchmark_runs_to_the_end_and_finds_the_exact_robust_accuracy(robustbench, linear_task, tmp_path, capsys):
+    model, images, labels = linear_task
+    log = tmp_path / "log.txt"
+
+    clean, robust = robustbench.benchmark(
+        model, n_examples=7, dataset="cifar10", threat_model="Linf", eps=EPS, log_path=str(log)
+    )
+
+    assert (clean, robust) == pytest.approx((6 / 7, 2 / 7))
+    assert "robust accuracy: 28.57%" in log.read_text()
+    assert "robust accuracy: 28.57%" in capsys.readouterr().out
+    assert (model.robust_radius(images, labels) > EPS).tolist() == [True] * 2 + [False] * 5
+
+
+def test_autoattack_takes_the_arguments_of_autoattack_and_finds_what_pyautoattack_finds(
+    robustbench, linear_task, capsys
+):
+    import pyautoattack
+    from autoattack import AutoAttack  # found once `adapt` was called
+
+    model, images, labels = linear_task
+    ours = AutoAttack(
+        model, norm="Linf", eps=EPS, seed=0, verbose=False, version="custom", attacks_to_run=["apgd-ce"], device="cpu"
+    )
+    theirs = pyautoattack.AutoAttack(model, norm="Linf", eps=EPS, seed=0, version="custom", attacks=["apgd-ce"])
+
+    adversarial = ours.run_standard_evaluation(images, labels, bs=4)
+
+    assert torch.equal(adversarial, theirs.run_standard_evaluation(images, labels, batch_size=4)[0])
+    assert not torch.equal(adversarial, images)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_state_that_could_never_be_read_again_is_refused_before_the_attack(robustbench, linear_task, tmp_path):
+    model, _, _ = linear_task
+    with pytest.raises(InputError, match=r"state_path='.*aa\.json'.* cannot be read again .* leave it out"):
+        robustbench.benchmark(model, 7, "cifar10", "Linf", eps=EPS, aa_state_path=tmp_path / "aa.json")
+    assert not (tmp_path / "aa.json").exists()
+
+
+def test_datasets_that_robustbench_does_not_know_are_further_values_of_its_enumeration(robustbench):
+    from robustbench.model_zoo.enums import BenchmarkDataset
+
+    assert BenchmarkDataset("digits") is BenchmarkDataset("digits")
+    assert (BenchmarkDataset("mnist").name, BenchmarkDataset("mnist").value) == ("mnist", "mnist")
+    assert [dataset.value for dataset in BenchmarkDataset] == ["cifar10", "cifar100", "imagenet"]
+    with pytest.raises(ValueError, match="'cifar1O' is not a valid BenchmarkDataset"):
+        BenchmarkDataset("cifar1O")
+
+
+def test_benchmark_finds_the_images_of_such_a_dataset(robustbench):
+    from robustbench.model_zoo.enums import BenchmarkDataset
+
+    from drelu_timm.data import load_images
+
+    images, labels = robustbench.data.load_clean_dataset(BenchmarkDataset("digits"), 50, "data", None)
+    test = load_images("digits", None, "test")
+    assert torch.equal(images, test.images[:50] / 255)
+    assert torch.equal(labels, test.labels[:50])
+
+
+def test_the_real_autoattack_is_preferred(robustbench, monkeypatch, tmp_path, fresh):
+    (tmp_path / "autoattack.py").write_text("class AutoAttack: real = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "autoattack")
+    monkeypatch.delitem(sys.modules, "autoattack.state")
+
+    adapt()
+
+    from autoattack import AutoAttack
+
+    assert AutoAttack.real
+
+
+def test_the_stale_copy_out_of_torchattacks_is_named(monkeypatch, tmp_path, fresh):
+    stale = b"def load_model(): ..."
+    _installed(tmp_path, "torchattacks", {"robustbench/utils.py": stale})
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    with pytest.raises(
+        InputError, match=r"torchattacks has put its stale copy .* pip uninstall -y torchattacks robustb"
+    ):
+        adapt()
+
+
+def test_torchattacks_beside_the_real_robustbench_is_no_error(robustbench, monkeypatch, tmp_path, fresh):
+    _installed(tmp_path, "torchattacks", {"robustbench/utils.py": b"def load_model(): ..."})
+    (tmp_path / "robustbench" / "utils.py").write_text("# the real one, installed afterwards")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    assert adapt() is robustbench
+
+
+def test_missing_robustbench_names_the_extra(monkeypatch, tmp_path, fresh):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(InputError, match=r"robustbench is not installed; pip install 'drelu-timm\[robustbench\]'"):
+        adapt()
+
+
+def test_missing_pkg_resources_names_the_version_of_setuptools(monkeypatch, tmp_path, fresh):
+    _installed(tmp_path, "robustbench", {})
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "pkg_resources", raising=False)
+    with pytest.raises(InputError, match=r"imports pkg_resources, .* pip install 'setuptools<81'"):
+        adapt()
+
+
+def test_a_robustbench_that_does_not_import_says_so(monkeypatch, tmp_path, fresh):
+    _installed(tmp_path, "robustbench", {})
+    _installed(tmp_path, "torchattacks", {})
+    (tmp_path / "pkg_resources.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "robustbench", None)
+    with pytest.raises(
+        InputError, match=r"robustbench cannot be imported .* reinstall it: pip install .* --force-reinst"
+    ):
+        adapt()
+
+
+def _installed(folder: Path, package: str, files: dict[str, bytes]) -> None:
+    """Put a package there as pip would: its files, its name, and a RECORD of their hashes."""
+    about = folder / f"{package}-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    rows = [f"{name},sha256={_record_hash(content)},{len(content)}\n" for name, content in files.items()]
+    (about / "RECORD").write_text("".join(rows))
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
