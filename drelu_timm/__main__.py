@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; training goes on where its last epoch ended: the same command with --resume", file=sys.stderr)
+        hint = "; the same command with --resume goes on where the last epoch ended" if verb == "train" else ""
+        print(f"\nstopped{hint}", file=sys.stderr)
         return 130
     return 0
 

@@ -27,8 +27,8 @@ class Dataset:
         num_classes: Number of classes.
         in_chans: Channels of an image: 1 or 3.
         img_size: Height and width of an image, in pixels.
-        mean: Of every channel of the training set, in [0, 1] units.
-        std: The same.
+        mean: What a model subtracts from every channel, in [0, 1] units.
+        std: What it then divides by.
         norm: Default norm of the threat model.
         eps: Default radius of the threat model, as it is written.
         crop_padding: Zero padding of the random crop in training, in pixels; 0 for no crop.
@@ -50,9 +50,11 @@ class Dataset:
     held_out: float = 0.1
 
 
-# Means and standard deviations are over all pixels of the training set. Those of digits and MNIST were measured with
-# `Images.mean_std`; those of CIFAR are the ones commonly published, and measuring the JPEG copy of CIFAR-10 comes
-# within 0.002 of them; so does a fifth of TinyImageNet's training set.
+# Digits and MNIST go in as they are, in [0, 1]: the paper speaks of no normalisation, and it matters. With MNIST's mean
+# and standard deviation the same natural training of `dense` leaves 14 % at Linf 0.1 where without them it leaves 2 %.
+_UNCHANGED = ((0.0,), (1.0,))
+# Over all pixels of the training set, as commonly published; measuring the JPEG copy of CIFAR-10 comes within 0.002 of
+# them, and so does a fifth of TinyImageNet's training set.
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 _TINY_IMAGENET = ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
@@ -60,9 +62,9 @@ _TINY_IMAGENET = ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset
     for dataset in (
-        Dataset("digits", "Digits", 10, 1, 8, (0.3052,), (0.3758,), eps="0.1"),
+        Dataset("digits", "Digits", 10, 1, 8, *_UNCHANGED, eps="0.1"),
         # eps as in section 6 of the paper.
-        Dataset("mnist", "MNIST", 10, 1, 28, (0.1307,), (0.3081,), eps="0.1"),
+        Dataset("mnist", "MNIST", 10, 1, 28, *_UNCHANGED, eps="0.1"),
         Dataset("cifar10", "CIFAR-10", 10, 3, 32, *_CIFAR10, crop_padding=4, flip=True),
         Dataset("cifar100", "CIFAR-100", 100, 3, 32, *_CIFAR100, crop_padding=4, flip=True),
         # The paper: "We partitioned the training set using an 80/20 ratio for validation".

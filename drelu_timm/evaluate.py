@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from .attacks import ThreatModel
-from .data import DATASETS, load_images, to_float
+from .data import DATASETS, Dataset, Images, load_images, to_float
 from .errors import InputError, unknown
 from .evaluation import Evaluation, evaluate_model
 from .models import normalized
@@ -102,29 +102,15 @@ def evaluate(config: EvaluateConfig) -> Path:
     Raises:
         InputError: Anything in the config that cannot be used, or a result of other settings in the same place.
     """
-    subject = _subject(config.run)
-    dataset = config.dataset or subject.defaults.get("dataset")
-    if dataset is None:
-        raise InputError(f"--dataset is needed to evaluate {config.run}; give one of {', '.join(DATASETS)}")
-    if dataset not in DATASETS:
-        raise unknown("--dataset", dataset, DATASETS)
-    entry = DATASETS[dataset]
-    threat_model = ThreatModel.parse(
-        config.norm or subject.defaults.get("norm") or entry.norm,
-        config.eps or subject.defaults.get("eps") or entry.eps,
-    )
     _check(config)
-    images = load_images(
-        dataset,
-        config.data_dir or subject.defaults.get("data_dir"),
-        "test",
-        img_size=subject.img_size,
-        in_chans=subject.in_chans,
-    )[: config.n_examples]
+    subject = _subject(config.run)
+    dataset = _dataset(config, subject)
+    threat_model = _threat_model(config, subject, dataset)
+    images = _test_images(config, subject, dataset)
     asked = {
         "run": subject.run,
         "model": subject.model,
-        "dataset": dataset,
+        "dataset": dataset.name,
         "dataset_title": images.title,
         "norm": threat_model.norm,
         "eps": threat_model.written,
@@ -164,6 +150,27 @@ def _check(config: EvaluateConfig) -> None:
     for flag, value in (("--n-examples", config.n_examples), ("--batch-size", config.batch_size)):
         if value < 1:
             raise InputError(f"{flag} {value} is not possible; give 1 or more")
+
+
+def _dataset(config: EvaluateConfig, subject: Subject) -> Dataset:
+    name = config.dataset or subject.defaults.get("dataset")
+    if name is None:
+        raise InputError(f"--dataset is needed to evaluate {config.run}; give one of {', '.join(DATASETS)}")
+    if name not in DATASETS:
+        raise unknown("--dataset", name, DATASETS)
+    return DATASETS[name]
+
+
+def _threat_model(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> ThreatModel:
+    norm = config.norm or subject.defaults.get("norm") or dataset.norm
+    eps = config.eps or subject.defaults.get("eps") or dataset.eps
+    return ThreatModel.parse(norm, eps)
+
+
+def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> Images:
+    data_dir = config.data_dir or subject.defaults.get("data_dir")
+    size = {"img_size": subject.img_size, "in_chans": subject.in_chans}
+    return load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
 
 
 def _subject(name: str) -> Subject:
@@ -254,18 +261,16 @@ def _show(results: dict[str, Any], title: str) -> None:
     table = Table("attack", "kind", "accuracy", title=title, title_justify="left")
     table.add_row("none (clean)", "", _percent(results["clean"]))
     for name, accuracy in results["accuracy"].items():
-        table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "all of the above kinds", _percent(accuracy))
+        table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
     table.add_section()
     table.add_row("worst case", "", _percent(results["worst"]), style="bold")
     table.add_row("zero input gradients", "", _percent(results["zero_gradient_share"]))
     console = Console()
     console.print(table)
     if cw := results["cw_l2"]:
-        median = "more than it found" if cw["median_l2"] is None else f"{cw['median_l2']:.3f}"
-        console.print(
-            f"cw-l2 needs a median L2 distance of {median}; "
-            f"accuracy at L2 {cw['budget']:.3f}: {_percent(cw['accuracy_at_budget'])}"
-        )
+        median = cw["median_l2"]
+        needs = "breaks fewer than half" if median is None else f"needs a median L2 distance of {median:.3f}"
+        console.print(f"cw-l2 {needs}; accuracy at L2 {cw['budget']:.3f}: {_percent(cw['accuracy_at_budget'])}")
     console.print(f"verdict on the white-box accuracies: [bold]{results['verdict']['verdict']}[/bold]")
     for sentence in results["verdict"]["evidence"]:
         console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)

@@ -181,11 +181,8 @@ class _Driver:
 
     def num_classes(self) -> int:
         """Number of outputs of the model, which every label must be below."""
-        first = torch.zeros_like(self.labels, dtype=torch.bool)
-        first[0] = True
-        (_, images, _) = next(self.batches(first))
         with torch.no_grad():
-            logits = self.model(images)
+            logits = self.model(self.images[:1].to(self.device, torch.float32))
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InputError(f"the model returns {got} for one image; it must return logits [B, classes]")
@@ -202,15 +199,12 @@ class _Driver:
         Raises:
             InputError: Logits that are not finite.
         """
-        predictions = torch.cat([_predict(self.model, images).cpu() for _, images, _ in self.batches(self._all)])
+        everything = torch.ones_like(self.labels, dtype=torch.bool)
+        predictions = torch.cat([_predict(self.model, images).cpu() for _, images, _ in self.batches(everything)])
         if (predictions == _NO_CLASS).any():
             count = int((predictions == _NO_CLASS).sum())
             raise InputError(f"the model returns NaN or infinite logits for {count} of {len(predictions)} clean images")
         return predictions
-
-    @property
-    def _all(self) -> Tensor:
-        return torch.ones_like(self.labels, dtype=torch.bool)
 
     def zero_gradients(self, correct: Tensor) -> ZeroGradients:
         """Measured batch by batch on the correctly classified examples [N]."""
@@ -222,19 +216,19 @@ class _Driver:
         return ZeroGradients(*shares.tolist())
 
     def run(self, columns: Suite, correct: Tensor) -> _Found:
-        """Every column of a suite on the correctly classified examples [N]."""
+        """Every column of a suite on the correctly classified examples [N], single attacks before sequences of them."""
         found = _Found({}, {})
-        for column, stages in columns.items():
-            left = correct.clone()
+        for column, stages in sorted(columns.items(), key=lambda item: len(item[1])):
+            left = correct
             for attack in stages:
-                worst = torch.stack([left, *found.robust.values()]).all(0)
-                broken, distances = self._attack(attack, left, worst)
-                left &= ~broken
-                found.broken[attack.name] = found.broken.get(attack.name, torch.zeros_like(broken)) | broken
-                if attack.minimum_norm:
-                    found.distances = distances
+                if attack.name not in found.broken:  # what it does to all examples, it does to those that are left
+                    worst = torch.stack([left, *found.robust.values()]).all(0)
+                    found.broken[attack.name], distances = self._attack(attack, left, worst)
+                    if attack.minimum_norm:
+                        found.distances = distances
+                left = left & ~found.broken[attack.name]
             found.robust[column] = left
-        return found
+        return _Found({column: found.robust[column] for column in columns}, found.broken, found.distances)
 
     def _attack(self, attack: Attack, examples: Tensor, worst: Tensor) -> tuple[Tensor, Tensor]:
         """Which examples [N] an attack breaks inside the ball, and at which L2 distance [N] it breaks them at all."""

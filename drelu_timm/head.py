@@ -1,6 +1,7 @@
 """The paper's placement: a dense layer with D-ReLU before the output layer (its Figure 10)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -56,6 +57,7 @@ class WithDReLUHead:
     """timm's classifier methods for a model whose classifiers are `DReLUHead`; mixed into the model's own class."""
 
     drelu_heads: tuple[str, ...]  # paths of the heads: two in distilled and two-branch models
+    num_classes: int
 
     def get_classifier(self) -> Any:
         """The output layer, or a tuple of them in a model with two heads."""
@@ -82,18 +84,27 @@ class WithDReLUHead:
             head.reset(num_classes)
         self.num_classes = num_classes
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False, **kwargs: Any) -> Tensor:
+    def forward_head(self, x: Any, pre_logits: bool = False, **kwargs: Any) -> Tensor:
         """Features to logits; ``pre_logits`` stops at the D-ReLU's output, as ``num_classes=0`` does."""
-        if not pre_logits:
-            return super().forward_head(x, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        heads = _heads(self)
+        if pre_logits or self.num_classes == 0:
+            with _without_output(self):
+                return super().forward_head(x, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().forward_head(x, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def _without_output(model: TimmModel) -> Iterator[None]:
+    """Stop at the D-ReLUs; some of timm's models would leave out a whole head of 0 classes (efficientvim)."""
+    heads, num_classes = _heads(model), model.num_classes
+    try:
+        model.num_classes = max(num_classes, 1)
         for head in heads:
             head.pre_logits = True
-        try:
-            return super().forward_head(x, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        finally:
-            for head in heads:
-                head.pre_logits = False
+        yield
+    finally:
+        model.num_classes = num_classes
+        for head in heads:
+            head.pre_logits = False
 
 
 def add_head(model: TimmModel, classifiers: Sequence[str], width: int, activation: str, cap: float) -> list[str]:
@@ -147,13 +158,31 @@ def _shown(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def classifier_names(model: TimmModel, classifier: str | Sequence[str] | None) -> list[str]:
-    """Paths of the classifier layers, as the cfg names them or `get_classifier` gives them; empty if there are none."""
+    """Paths of the classifier layers, as the cfg names them; empty if there are none.
+
+    What `get_classifier` gives is added where the cfg forgets a head (levit_384_s8) or names none at all.
+    """
+    modules = dict(model.named_modules())
     names = paths(classifier)
-    if not names:
-        given = model.get_classifier() if hasattr(model, "get_classifier") else None
-        names = [name for name, module in model.named_modules() if module is given]
-    return names if all(isinstance(_find(model, name), nn.Linear | nn.Conv2d) for name in names) else []
+    given = _given_classifier(model)
+    given = given if isinstance(given, tuple | list) else () if names else (given,)
+    for top in [name for name, module in modules.items() if any(module is head for head in given)]:
+        layers = [name for name in modules if _inside(name, top) and _is_layer(modules[name])]
+        if not any(_inside(name, top) for name in names):
+            names += layers[-1:]
+    return names if all(_is_layer(modules.get(name)) for name in names) else []
 
 
-def _find(model: TimmModel, name: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(name)
+def _given_classifier(model: TimmModel) -> Any:
+    try:
+        return model.get_classifier()
+    except AttributeError:  # encoders have no such method, and resnet50_clip's fails in timm 1.0.9
+        return None
+
+
+def _inside(name: str, top: str) -> bool:
+    return name == top or name.startswith(f"{top}.")
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d)

@@ -180,6 +180,4 @@ def dense(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def shallow_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Two convolutions (32, 64 channels), a hidden layer of 128 ReLU, classes; see `ShallowCNN`."""
-    return build_model_with_cfg(
-        ShallowCNN, "shallow_cnn", pretrained, feature_cfg={"out_indices": (0, 1), "feature_cls": "getter"}, **kwargs
-    )
+    return build_model_with_cfg(ShallowCNN, "shallow_cnn", pretrained, feature_cfg={"out_indices": (0, 1)}, **kwargs)

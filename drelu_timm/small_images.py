@@ -117,8 +117,8 @@ def warn_of_small_images(model: TimmModel, first_convs: Sequence[str], image_siz
         first_convs: Paths of its first convolutions.
         image_size: (H, W) that it is made for.
     """
-    strides = [model.get_submodule(name).stride[0] for name in first_convs]
-    if min(image_size) > SMALL_SIDE and any(stride > 1 for stride in strides):
+    convs = [module for module in map(model.get_submodule, first_convs) if isinstance(module, nn.Conv2d)]
+    if min(image_size) > SMALL_SIDE and any(conv.stride[0] > 1 for conv in convs):
         model.register_forward_pre_hook(_warn_once)
 
 

@@ -106,7 +106,7 @@ _ADAPTIVE = _single("noise", "bpda", "twin", "annealing")
 SUITES: dict[str, Suite] = {
     "quick": _single("pgd", "apgd-ce") | {"square": (_SHORT_SQUARE,)} | _ADAPTIVE,
     "paper": _PAPER | _ADAPTIVE,
-    "standard": _AUTOATTACK | _ADAPTIVE,
+    "standard": _single("pgd") | _AUTOATTACK | _ADAPTIVE,
     "all": _PAPER | _AUTOATTACK | _ADAPTIVE,
 }
 

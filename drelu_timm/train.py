@@ -245,13 +245,9 @@ def create_model(config: TrainConfig, data: Images) -> nn.Module:
         raise InputError(f"{given} belongs to *_drelu models; --model {config.model}_drelu takes it")
     if timm.models.get_pretrained_cfg_value(config.model, "fixed_input_size"):
         arguments["img_size"] = size[0]
-    model = timm.create_model(
-        config.model,
-        pretrained=config.pretrained,
-        num_classes=len(data.classes),
-        in_chans=channels,
-        **arguments,
-    )
+    arguments |= {"num_classes": len(data.classes), "in_chans": channels}
+    model = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
+    model._model_args = getattr(model, "_model_args", arguments)  # timm 1.0.9 does not record a plain model's
     dataset = DATASETS[config.dataset]
     mean, std = (dataset.mean, dataset.std) if dataset.mean else data.mean_std()
     model.pretrained_cfg.update(input_size=(channels, *size), num_classes=len(data.classes), mean=mean, std=std)

@@ -148,7 +148,7 @@ class Trainer:
             self.epoch, step, process_index=accelerator.process_index, num_processes=accelerator.num_processes
         )
         images, labels = images.to(accelerator.device), labels.to(accelerator.device)
-        torch.manual_seed(random_generator(config.seed, self.epoch, step, accelerator.process_index).initial_seed())
+        _seed(random_generator(config.seed, self.epoch, step, accelerator.process_index).initial_seed())
         objective = self.objective(self.model, images, labels, self.attack, self._noise(images, step))
         objective.parts["cap_penalty"] = penalty = cap_penalty(self.bare).to(accelerator.device)
         objective = Objective(objective.loss + config.cap_weight * penalty, objective.parts)
@@ -238,6 +238,13 @@ def random_generator(seed: int, *key: int) -> torch.Generator:
     """A generator of its own for every key, such as (epoch, step)."""
     (state,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def _seed(seed: int) -> None:
+    """`torch.manual_seed` for what a model draws itself, such as dropout, without its millisecond of stack traces."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)
 
 
 def make_optimizer(model: nn.Module, config: "TrainConfig") -> Optimizer:

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from timm.models import load_pretrained, load_state_dict, model_entrypoint, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
-from timm.models._registry import _model_pretrained_cfgs
+from timm.models._registry import _model_pretrained_cfgs, _model_to_module
 from torch import Tensor, nn
 
 from .errors import InputError, unknown
@@ -196,8 +196,6 @@ class Variant:
         if self.options.placement == "head" and self.without_classes and not self.features_only:
             kwargs["num_classes"] = 1  # or there is no classifier to replace; `_place` goes back to 0
         if self.options.placement == "stem":
-            if not paths(registered.first_conv):
-                raise self._refusal("placement 'stem' needs a convolution at the input, and it has none", "first_conv")
             kwargs["in_chans"] = self.options.width
         return model_entrypoint(self.base)(pretrained=pretrained, pretrained_cfg=cfg.to_dict(), **kwargs)
 
@@ -205,12 +203,14 @@ class Variant:
         """Put the activation where it belongs; returns what that changes in the cfg."""
         options = self.options
         if options.placement == "stem":
+            if not (first_convs and all(isinstance(model.get_submodule(name), nn.Conv2d) for name in first_convs)):
+                raise self._refusal("placement 'stem' needs a convolution at the input, and it has none", "first_conv")
             new = add_stem(model, first_convs, self.in_chans, options.width, options.activation, options.cap)
             model.in_chans = self.in_chans
             return {"first_conv": _one_or_all(new)}
         if options.placement == "all":
             if not replace_activations(model, (self.in_chans, *self.image_size), options.activation, options.cap):
-                raise self._refusal("placement 'all' finds no activation module to replace", "classifier")
+                raise self._refusal("placement 'all' finds no activation module to replace", "first_conv")
             return {}
         if self.features_only:
             _logger.info("%s: features_only has no classifier, so there is no D-ReLU head", self.name)
@@ -225,8 +225,11 @@ class Variant:
 
     def _refusal(self, reason: str, needed: str) -> InputError:
         """The error for a model that cannot take a placement, with the nearest whose cfg names what is needed."""
-        others = timm.list_models(exclude_filters=["*_drelu", self.base])
+        # A whole family begins alike, but within one there are models with and without a classifier.
+        family = timm.list_models(module=_model_to_module[self.base]) if needed == "first_conv" else [self.base]
+        others = timm.list_models(exclude_filters=["*_drelu", *family])
         able = [name for name in others if getattr(_model_pretrained_cfgs.get(name), needed, None)]
+        able = [name for name in able if not name.endswith("_enc")]  # timm's name for what classifies nothing
         nearest = get_close_matches(self.base, able, n=1, cutoff=0)[0]
         return InputError(f"{self.name}: {reason}; the nearest model that works is {nearest}_drelu")
 
@@ -248,7 +251,7 @@ class Variant:
         except InputError:
             raise
         except Exception as error:  # each reader and each kind of damage has its own
-            raise _unfit(model, str(error)) from error
+            raise _unfit(model, f"{type(error).__name__} {error}") from error
 
 
 def _one_or_all(names: Sequence[str]) -> str | tuple[str, ...]:
@@ -285,9 +288,11 @@ def _checked_features(state_dict: dict[str, Tensor], net: TimmModel) -> dict[str
 
 
 def _unfit(model: TimmModel, reason: str) -> InputError:
-    architecture = model.pretrained_cfg["architecture"]
-    base = architecture.removesuffix("_drelu")
+    cfg = model.pretrained_cfg
+    where = cfg.get("file") or cfg.get("hf_hub_id") or cfg.get("url") or "the state_dict"
+    base = cfg["architecture"].removesuffix("_drelu")
     return InputError(
-        f"{architecture}: the given weights do not fit: {' '.join(reason.split())[:300]}; create it with the arguments "
-        f"it was saved with, or say pretrained_cfg_overlay=dict(architecture={base!r}, ...) if the weights are {base}'s"
+        f"{cfg['architecture']}: the weights of {where} do not fit: {' '.join(reason.split())[:300]}; create it with "
+        f"the arguments they were saved with, or say pretrained_cfg_overlay=dict(architecture={base!r}, ...) if they "
+        f"are {base}'s"
     )

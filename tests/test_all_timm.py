@@ -33,7 +33,7 @@ def check(architecture: str, device: str) -> None:
         model = timm.create_model(f"{architecture}_drelu", num_classes=10).eval()
         features = []
         forward_head = model.forward_head
-        model.forward_head = lambda x: features.append(x) or forward_head(x)
+        model.forward_head = lambda x, **kwargs: features.append(x) or forward_head(x, **kwargs)
         images = torch.zeros(1, *model.pretrained_cfg["input_size"])
         assert model(images).shape == (1, 10)
         features = features or [model.forward_features(images)]
@@ -84,6 +84,48 @@ def at_most(seconds: int):
 
 def architectures() -> list[str]:
     return timm.list_models(exclude_filters="*_drelu")
+
+
+# What timm calls small models, the smallest first.
+HINTS = (
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xx",
+    "tiny",
+    "_m0",
+    "_t0",
+    "_s0",
+    "_b0",
+    "002",
+    "035",
+    "050",
+    "_xs",
+    "_s",
+    "_t",
+)
+
+
+def one_of_each_family() -> list[str]:
+    """A small model of each of timm's modules, by its name and image size."""
+    families = [timm.list_models(module=module, exclude_filters="*_drelu") for module in timm.list_modules()]
+    return [min(family, key=_size) for family in families if family]
+
+
+def _size(architecture: str) -> tuple[int, int, str]:
+    cfg = timm.get_pretrained_cfg(architecture)
+    hints = [index for index, hint in enumerate(HINTS) if hint in architecture]
+    return min(hints, default=len(HINTS)), cfg.input_size[1] if cfg else 1000, architecture
+
+
+@pytest.mark.parametrize("architecture", one_of_each_family())
+def test_one_of_each_family(architecture):
+    if architecture.endswith("_enc"):
+        with pytest.raises(InputError, match="classifies nothing"):
+            built_on(architecture)
+    else:
+        assert built_on(architecture) in ("meta", "cpu")
 
 
 def sweep(names: list[str]) -> dict[str, dict]:

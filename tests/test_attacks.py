@@ -70,6 +70,12 @@ def test_projection_lands_in_the_ball_and_leaves_what_is_there(threat_model):
     assert not threat_model.contains(near + 1.0, images).any()
 
 
+def test_distance_is_that_of_the_norm():
+    moved = torch.full((1, 1, 2, 2), 0.5)
+    assert ThreatModel.parse("Linf", 1).distance(moved, torch.zeros_like(moved)) == 0.5
+    assert ThreatModel.parse("L2", 1).distance(moved, torch.zeros_like(moved)) == 1.0
+
+
 def searched(name, linear, threat_model, seeds=None, **settings):
     model, images, labels = linear
     attack = ATTACKS[name].for_classes(2)

@@ -133,14 +133,6 @@ def test_size_and_channels():
     assert (shrunk - load_images("digits", None, "test").images).abs().mean() < 16
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist"])
-def test_mean_and_std_of_the_table(name):
-    data_dir = real_data("MNIST") if name == "mnist" else None
-    mean, std = load_images(name, data_dir, "train").mean_std()
-    assert mean == pytest.approx(DATASETS[name].mean, abs=5e-5)
-    assert std == pytest.approx(DATASETS[name].std, abs=5e-5)
-
-
 def test_mean_std_is_that_of_the_pixels():
     images = numbered(20)
     mean, std = images.mean_std()

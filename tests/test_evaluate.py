@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from drelu_timm.__main__ import main
-from drelu_timm.attacks import ThreatModel
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import evaluate_model
 from drelu_timm.models import save_folder
@@ -122,28 +121,49 @@ def test_minimum_norm_attack_counts_inside_the_ball_only(toy, monkeypatch):
 
 def test_paper_suite_measures_the_distance_that_cw_needs(toy):
     model, images, labels = toy
-    result = evaluate_model(model, images[:16], labels[:16], eps="0.5", norm="L2", suite="paper")
+    result = evaluate_model(model, images[:16], labels[:16], eps="0.05", suite="paper")
     assert {"fgsm", "pgd", "apgd-ce", "apgd-dlr", "cw-l2", "square", "bpda", "twin"} <= set(result.accuracy)
     assert 0 < result.cw_l2.median_l2 < 0.5
-    assert result.cw_l2.accuracy_at_budget == pytest.approx(result.accuracy["cw-l2"], abs=1 / 16)
+    assert result.cw_l2.budget == pytest.approx(0.05 * 8)
+    assert result.cw_l2.accuracy_at_budget < result.accuracy["cw-l2"] < result.clean
 
 
-@pytest.mark.parametrize("norm, eps", [("Linf", 0.02), ("L2", 0.15)])
-def test_standard_is_autoattack(norm, eps):
+@pytest.mark.parametrize(
+    ("norm", "eps", "count"), [("Linf", 0.02, 32), pytest.param("L2", 0.15, 100, marks=pytest.mark.slow)]
+)
+def test_standard_is_autoattack(norm, eps, count):
     """Against pyautoattack's own driver, with other seeds: the same examples stay, up to a few."""
     from pyautoattack import AutoAttack
 
     model = small_net(num_classes=10).eval()
-    images = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = model(images).argmax(dim=1)
     ours = evaluate_model(model, images, labels, norm=norm, eps=eps, suite="standard")
     with torch.random.fork_rng():
         adversarial, _ = AutoAttack(model, norm=norm, eps=eps, seed=5).run_standard_evaluation(images, labels)
     theirs = model(adversarial).argmax(dim=1) == labels
-    assert 8 < theirs.sum() < 40, "the test has nothing to tell apart"
-    assert (ours.robust["autoattack"] != theirs).sum() <= 1
+    assert 0.1 < theirs.float().mean() < 0.9, "the test has nothing to tell apart"
+    assert (ours.robust["autoattack"] != theirs).sum() <= count // 30
     assert ours.settings["autoattack"] == {"stages": ["apgd-ce", "apgd-t", "fab-t", "square"]}
     assert ours.settings["square"]["n_queries"] == 5000
+
+
+def test_an_attack_is_not_repeated_in_a_sequence(toy, monkeypatch):
+    calls = []
+
+    def fake(name, change):
+        def search(model, images, *rest):
+            calls.append((name, len(images)))
+            return change(images)
+
+        return Attack(name, "white-box", search)
+
+    first, second = fake("first", lambda x: x), fake("second", torch.zeros_like)
+    monkeypatch.setitem(SUITES, "only", {"both": (first, second), "first": (first,)})
+    result = evaluate_model(*toy, eps=1, suite="only")
+    assert calls == [("first", 39), ("second", 39)]
+    assert list(result.accuracy) == ["both", "first"]
+    assert result.accuracy["both"] < result.accuracy["first"] == result.clean
 
 
 @pytest.mark.parametrize(
@@ -267,9 +287,3 @@ def test_a_result_cut_short_is_named(run, capsys):
     path.write_text('{"run": "x", "mod')
     assert main(["evaluate", str(run), "--n-examples", "20"]) == 2
     assert f"{path} cannot be read as JSON" in capsys.readouterr().err
-
-
-def test_distance_is_that_of_the_norm():
-    moved = torch.full((1, 1, 2, 2), 0.5)
-    assert ThreatModel.parse("Linf", 1).distance(moved, torch.zeros_like(moved)) == 0.5
-    assert ThreatModel.parse("L2", 1).distance(moved, torch.zeros_like(moved)) == 1.0

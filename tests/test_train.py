@@ -79,6 +79,16 @@ def test_controls_differ_in_the_activation_only(tmp_path):
     assert {key for key in keys["drelu"] if not key.endswith(".cap")} == set(keys["relu"])
 
 
+@pytest.mark.parametrize("model", ["dense", "shallow_cnn", "resnet10t", "vit_tiny_patch16_224"])
+def test_plain_timm_models_train_too(tmp_path, model):
+    settings = config(tmp_path, model=model, width=None, dataset="digits", epochs=1, n_train=96)
+    if model == "vit_tiny_patch16_224":
+        settings = replace(settings, img_size=16)
+    run = Run.open(train(settings))
+    size = run.config["img_size"]
+    assert run.load_model()(torch.rand(2, 1, size, size)).shape == (2, 10)
+
+
 def test_caps_have_their_own_learning_rate(tmp_path):
     train(config(tmp_path / "slow", cap_lr=1e-3, cap_weight=0.1))
     train(config(tmp_path / "fast", cap_lr=1.0, cap_weight=0.1))
