@@ -33,7 +33,16 @@ class DReLUHead(nn.Module):
         self.output = _layer_like(self.dense, width, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., num_classes]; [B, C, H, W] likewise where the classifier is a convolution."""
+        """[..., in_features] to [..., num_classes]; [B, C, H, W] likewise where the classifier is a convolution.
+
+        Raises:
+            InputError: Unpooled feature maps before a Linear.
+        """
+        if isinstance(self.dense, nn.Linear) and x.shape[-1] != self.dense.in_features:
+            raise InputError(
+                f"the dense layer before the D-ReLU takes {self.dense.in_features} features, not {tuple(x.shape)}; "
+                "leave global_pool as it is, and call forward_features for feature maps"
+            )
         x = self.activation(self.dense(x))
         return x if self.pre_logits else self.output(x)
 

@@ -1,6 +1,6 @@
 """The training loop: one epoch after another, each validated on held-out images, logged and saved.
 
-Accelerate lives here. Every random number is keyed by (seed, epoch, step), see `random_generator`, so an epoch can
+Accelerate lives here. Every random number is keyed by (seed, epoch, step), see `randomness`, so an epoch can
 be repeated exactly, by any number of processes.
 """
 
@@ -10,7 +10,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
@@ -19,11 +18,13 @@ from torch.optim import Optimizer, lr_scheduler
 from tqdm import tqdm
 
 from .attacks import cross_entropy
-from .data import DATASETS, Images, TrainingBatches, hold_out, to_float
+from .batches import TrainingBatches
+from .data import DATASETS, Images, hold_out, to_float
 from .drelu import cap_penalty, cap_statistics, drelu_layers, unit_shares
 from .errors import InputError
 from .models import save_folder
 from .objectives import InnerAttack, Objective, make_objective
+from .randomness import random_generator
 from .runs import write_text
 from .state import load_state, save_state
 
@@ -139,8 +140,8 @@ class Trainer:
             progress.update()
         self._average_buffers()
         names = list(sums)
-        means = self.accelerator.reduce(torch.stack([sums[name] for name in names]) / steps, "mean")
-        return dict(zip(names, means.tolist(), strict=True))
+        means = self._reduce(torch.stack([sums[name] for name in names]) / steps, "mean")
+        return dict(zip(names, means, strict=True))
 
     def _step(self, step: int) -> Objective:
         config, accelerator = self.config, self.accelerator
@@ -176,7 +177,7 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Loss and clean accuracy on the held-out images, accuracy under PGD on the first of them."""
         self.bare.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3)
         total, attacked = len(self.held_out.labels), min(ATTACKED_HELD_OUT, len(self.held_out.labels))
         starts = range(0, total, EVALUATION_BATCH)
         for start in starts[self.accelerator.process_index :: self.accelerator.num_processes]:
@@ -188,11 +189,17 @@ class Trainer:
             noise = self.config.threat_model.noise(images.shape, generator).to(images)
             loss = self.objective(self.bare, images, labels, self.attack, noise).loss.item() * len(labels)
             robust = self._robust(images, labels, noise) if start < attacked else 0
-            sums += torch.tensor([loss, self._correct(images, labels), robust], dtype=torch.float64)
-        loss, clean, robust = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum").tolist()
+            sums += torch.tensor([loss, self._correct(images, labels), robust])
+        loss, clean, robust = self._reduce(sums, "sum")
         attacked = sum(min(EVALUATION_BATCH, total - start) for start in starts if start < attacked)
         penalty = self.config.cap_weight * cap_penalty(self.bare).item()
         return {"loss": loss / total + penalty, "clean": clean / total, "pgd": robust / attacked}
+
+    def _reduce(self, values: Tensor, how: str) -> list[float]:
+        """Sum or mean over the processes."""
+        reduced = self.accelerator.reduce(values.to(self.accelerator.device), how)
+        assert isinstance(reduced, Tensor)
+        return reduced.tolist()
 
     def _robust(self, images: Tensor, labels: Tensor, noise: Tensor) -> int:
         return self._correct(self.attack(images, cross_entropy(labels), noise), labels)
@@ -232,12 +239,6 @@ class Trainer:
         log = self.output_dir / "log.jsonl"
         if self.accelerator.is_main_process and log.exists():
             write_text(log, "".join(line + "\n" for line in log.read_text().splitlines()[: self.epoch]))
-
-
-def random_generator(seed: int, *key: int) -> torch.Generator:
-    """A generator of its own for every key, such as (epoch, step)."""
-    (state,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def _seed(seed: int) -> None:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from drelu_timm.data import DATASETS, Images, TrainingBatches, crop, hold_out, load_images, to_float
+from drelu_timm.batches import TrainingBatches, crop
+from drelu_timm.data import DATASETS, Images, hold_out, load_images, to_float
 from drelu_timm.errors import InputError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -1,8 +1,10 @@
 """Registration and surgery: timm's own life goes on working for the `_drelu` variants."""
 
+import argparse
 import copy
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -10,6 +12,7 @@ import warnings
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models._registry import _model_pretrained_cfgs
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -205,6 +208,12 @@ def test_reset_classifier_refuses_a_pooling_that_does_not_fit_and_changes_nothin
         model.reset_classifier(3, "catavgmax")
     assert (model.num_classes, model.global_pool.pool_type) == (5, "avg")
     assert torch.equal(model(x), before)
+
+
+def test_unpooled_feature_maps_are_refused():
+    model = create("resnet18_drelu", num_classes=0, global_pool="")
+    with pytest.raises(InputError, match=r"takes 512 features, not \(1, 512, 3, 3\); leave global_pool as it is"):
+        model(torch.rand(1, 3, 96, 96))
 
 
 def test_other_models_of_the_class_keep_their_methods():
@@ -599,11 +608,14 @@ def test_a_folder_of_a_model_of_timms_own(tmp_path):
     assert same(load_folder(tmp_path / "model"), model)
 
 
-def test_a_folder_after_reset_classifier(tmp_path):
+@pytest.mark.parametrize("num_classes", [9, 0])
+def test_a_folder_after_reset_classifier(tmp_path, num_classes):
     model = create("shallow_cnn_drelu", width=6)
-    model.reset_classifier(9)
+    model.reset_classifier(num_classes)
     save_folder(model, tmp_path / "model")
-    assert load_folder(tmp_path / "model").num_classes == 9
+    loaded = load_folder(tmp_path / "model")
+    assert loaded.num_classes == num_classes
+    assert same(loaded, model)
 
 
 def test_nothing_is_overwritten(trained):
@@ -778,3 +790,25 @@ def test_ddp(toy_model, tmp_path):
         assert toy_model.fc.activation.cap.grad is not None
     finally:
         torch.distributed.destroy_process_group()
+
+
+TRAIN_SCRIPT = os.environ.get("TIMM_TRAIN_SCRIPT", "")
+
+
+@pytest.mark.skipif(not TRAIN_SCRIPT, reason="TIMM_TRAIN_SCRIPT names no train.py of timm, which its wheel leaves out")
+def test_timms_own_training_script(tmp_path):
+    for split in ("train", "validation"):
+        for label in ("dark", "light"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.new("L", (96, 96), 200 * (label == "light") + index).convert("RGB").save(folder / f"{index}.png")
+    flags = (
+        "--device-modules drelu_timm --model resnet18_drelu --num-classes 2 --img-size 96 --batch-size 4 --epochs 1 "
+        "--device cpu --workers 1 --opt adam --lr 1e-3 --model-kwargs width=16 --experiment run"
+    )
+    command = [sys.executable, TRAIN_SCRIPT, "--data-dir", tmp_path / "images", "--output", tmp_path, *flags.split()]
+    subprocess.run(command, check=True, capture_output=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=True)
+    assert checkpoint["state_dict"]["fc.activation.cap"].shape == (16,)

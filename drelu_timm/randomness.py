@@ -1,0 +1,28 @@
+"""Randomness without a state: every number is a function of a seed and a key, such as (epoch, step).
+
+So what is drawn depends neither on what was drawn before nor on who asks: a resumed run, or one on more processes, gets
+the same numbers.
+"""
+
+import numpy as np
+import torch
+
+from .errors import InputError
+
+
+def random_bits(count: int, seed: int, *key: int) -> np.ndarray:
+    """``count`` random uint64 of (seed, key), the same with every version of NumPy (its NEP 19)."""
+    if seed < 0:
+        raise InputError(f"--seed {seed} is not possible; give an integer >= 0")
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
+
+
+def permutation(count: int, seed: int, *key: int) -> np.ndarray:
+    """A random order of ``range(count)``, int64."""
+    return np.argsort(random_bits(count, seed, *key), kind="stable")
+
+
+def random_generator(seed: int, *key: int) -> torch.Generator:
+    """A generator on the CPU, seeded by (seed, key)."""
+    (state,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -1,0 +1,53 @@
+"""The demo: its table and picture from given results, and the whole of it."""
+
+import io
+import json
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from drelu_timm.demo import DemoConfig, demo, draw, table
+from drelu_timm.runs import Run
+
+
+def result(verdict: str, worst: float) -> dict:
+    return {
+        "dataset_title": "Digits",
+        "norm": "Linf",
+        "eps": "0.2",
+        "n_examples": 359,
+        "clean": 0.975,
+        "accuracy": {"pgd": 0.641, "autoattack": 0.086, "bpda": 0.053},
+        "worst": worst,
+        "zero_gradient_share": 0.671,
+        "verdict": {"verdict": verdict, "evidence": []},
+    }
+
+
+def test_table_holds_every_figure_with_its_verdict():
+    console = Console(width=120, file=io.StringIO())
+    console.print(table({"D-ReLU": result("masked", 0.011)}))
+    text = console.file.getvalue()
+    for part in ("Digits, Linf, eps 0.2, 359 test images", "97.5", "64.1", "8.6", "5.3", "1.1", "67.1", "masked"):
+        assert part in text
+
+
+def test_picture_is_drawn(tmp_path):
+    draw({"ReLU": result("sound", 0.01), "D-ReLU": result("masked", 0.011)}, tmp_path / "demo.png")
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.size == (1200, 630)
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+
+
+@pytest.mark.slow
+def test_the_whole_demo_tells_masking_from_robustness(tmp_path):
+    demo(DemoConfig(output_dir=tmp_path))
+    verdicts = {}
+    for path in tmp_path.glob("*/results/*.json"):
+        content = json.loads(path.read_text())
+        verdicts[path.parts[-3]] = content["verdict"]["verdict"]
+        assert Run.open(path.parents[1]).model_digest == content["model_digest"]
+    assert verdicts == {"relu": "sound", "d-relu-as-in-the-paper": "masked", "d-relu-with-trades": "sound"}
+    assert (tmp_path / "demo.png").is_file()
+    demo(DemoConfig(output_dir=tmp_path))  # again: nothing is done twice, nothing fails
