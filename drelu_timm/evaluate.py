@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -37,7 +37,7 @@ __all__ = ["EvaluateConfig", "Evaluation", "evaluate", "evaluate_model", "main"]
 class EvaluateConfig:
     """Attack a model with the strongest attacks known for it, and say whether the numbers can be believed."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory made by train, or the name of a timm model with pretrained weights."""
     suite: str = "quick"
     """quick, paper, standard (AutoAttack) or all; each also runs the adaptive attacks."""

@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
 import tyro
 from torch import Tensor, nn
-from tyro.conf import Positional
 
 from .cards import VERDICTS, model_card
 from .data import Images, load_images, to_float
@@ -58,7 +57,7 @@ _BATCH = 256
 class ExportConfig:
     """Turn an evaluated run into a RobustBench entry and a timm / Hugging Face folder."""
 
-    run: Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run directory, evaluated."""
     key: str
     """RobustBench's name of the model: authors, year, first word of the title, and what tells its models apart."""

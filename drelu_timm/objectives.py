@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attacks import Loss, ThreatModel, cross_entropy, frozen, pgd
+from .errors import unknown
 
 
 @dataclass(frozen=True)
@@ -100,5 +101,12 @@ def kl_divergence(probabilities: Tensor, logits: Tensor) -> Tensor:
 
 
 def make_objective(name: str, *, beta: float) -> ObjectiveFunction:
-    """The objective of a name: "natural", "at" or "trades"."""
-    return {"natural": natural, "at": adversarial_training, "trades": trades(beta)}[name]
+    """The objective of a name; ``beta`` is for TRADES.
+
+    Raises:
+        InputError: No such objective.
+    """
+    objectives = {"natural": natural, "at": adversarial_training, "trades": trades(beta)}
+    if name not in objectives:
+        raise unknown("--objective", name, objectives)
+    return objectives[name]

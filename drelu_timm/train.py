@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -19,12 +19,14 @@ import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
-from .attacks import Norm, ThreatModel
+from .attacks import ThreatModel
 from .data import DATASETS, Images, load_images
 from .errors import InputError, unknown
 from .models import load_folder, normalized
+from .objectives import make_objective
 from .runs import Run, environment, read_json, write_json
-from .trainer import Trainer
+from .trainer import SCHEDULES, Trainer
+from .variants import Options
 
 _PAPER = {"optimizer": "adam", "lr": 1e-3, "cap_lr": 1e-3, "cap": 100.0, "schedule": "plateau", "patience": 10}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -57,12 +59,12 @@ class TrainConfig:
     preset: str | None = None
     """Named settings, over which flags given beside it win: paper-drelu, paper-at, paper-trades."""
 
-    objective: Literal["natural", "at", "trades"] = "natural"
-    """Natural training, adversarial training (PGD), or TRADES."""
+    objective: str = "natural"
+    """natural, at (adversarial training by PGD) or trades."""
     beta: float = 6.0
     """TRADES: weight of the KL term."""
-    norm: Norm | None = None
-    """Norm of the inner attack; by default the dataset's."""
+    norm: str | None = None
+    """Norm of the inner attack, Linf or L2; by default the dataset's."""
     eps: str | None = None
     """Radius of the inner attack, such as 8/255; by default the dataset's."""
     steps: int = 10
@@ -70,10 +72,10 @@ class TrainConfig:
     step_size: float | None = None
     """Length of a step, in units of a [0, 1] pixel; by default eps / 4."""
 
-    placement: Literal["head", "stem", "all"] | None = None
-    """Where a *_drelu model has its D-ReLUs; by default the head."""
-    activation: Literal["drelu", "srelu", "relu6", "relu"] | None = None
-    """What stands in their place, for controls; by default drelu."""
+    placement: str | None = None
+    """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
+    activation: str | None = None
+    """What stands there: drelu (the default), or srelu, relu6, relu for controls."""
     width: int | None = None
     """Units of the added dense layer, or channels of the added convolution; by default 128."""
     cap: float | None = None
@@ -93,8 +95,8 @@ class TrainConfig:
     """Learning rate of everything but the caps."""
     weight_decay: float = 0.0
     """Weight decay; biases, norms and caps are spared."""
-    schedule: Literal["constant", "cosine", "plateau"] = "constant"
-    """Learning rates: constant, cosine to 0 step by step, or halved after 5 epochs without a lower held-out loss."""
+    schedule: str = "constant"
+    """Learning rates: constant, cosine (to 0, step by step) or plateau (halved after 5 epochs without a lower loss)."""
     epochs: int = 10
     """Passes over the training set, at most."""
     patience: int | None = None
@@ -188,6 +190,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
     for name in ("beta", "cap_weight", "weight_decay"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} must be a number >= 0")
+    make_objective(config.objective, beta=config.beta)
+    if config.schedule not in SCHEDULES:
+        raise unknown("--schedule", config.schedule, SCHEDULES)
+    Options(**_options(config))
     dataset = DATASETS[config.dataset]
     threat_model = ThreatModel.parse(config.norm or dataset.norm, config.eps or dataset.eps)
     config = replace(
@@ -231,6 +237,16 @@ def saved(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in ("resume", "output_dir")}
 
 
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of a *_drelu model that the config gives."""
+    options = {key: getattr(config, key) for key in ("placement", "activation", "width", "cap", "small_images")}
+    options = {key: value for key, value in options.items() if value not in (None, False)}
+    if options and not config.model.partition(".")[0].endswith("_drelu"):
+        given = ", ".join(f"--{key.replace('_', '-')}" for key in options)
+        raise InputError(f"{given} belongs to *_drelu models; --model {config.model}_drelu takes it")
+    return options
+
+
 def create_model(config: TrainConfig, data: Images) -> nn.Module:
     """The config's model for the images' size, channels and classes; it takes [0, 1] images.
 
@@ -238,12 +254,8 @@ def create_model(config: TrainConfig, data: Images) -> nn.Module:
         InputError: Arguments that the architecture does not take, or that cannot run on images of this size.
     """
     _, channels, *size = data.images.shape
-    ours = {key: getattr(config, key) for key in ("placement", "activation", "width", "cap", "small_images")}
-    arguments: dict[str, Any] = {key: value for key, value in ours.items() if value not in (None, False)}
-    if arguments and not config.model.partition(".")[0].endswith("_drelu"):
-        given = ", ".join(f"--{key.replace('_', '-')}" for key in arguments)
-        raise InputError(f"{given} belongs to *_drelu models; --model {config.model}_drelu takes it")
-    if timm.models.get_pretrained_cfg_value(config.model, "fixed_input_size"):
+    arguments = _options(config)
+    if timm.models.get_pretrained_cfg_value(config.model, "fixed_input_size") and not config.small_images:
         arguments["img_size"] = size[0]
     arguments |= {"num_classes": len(data.classes), "in_chans": channels}
     model = timm.create_model(config.model, pretrained=config.pretrained, **arguments)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # Held-out images that are attacked after every epoch: enough to see robustness come, cheap beside an epoch.
 ATTACKED_HELD_OUT = 512
 EVALUATION_BATCH = 256
+SCHEDULES = ("constant", "cosine", "plateau")
 # A loss that is no number is looked for every so many steps: to look is to wait for the device.
 CHECK_LOSS_EVERY = 20
 

@@ -169,6 +169,10 @@ def test_presets_set_what_the_paper_says_and_flags_win(tmp_path, capsys):
 BAD = [
     ({"model": "resnet5_drelu"}, "--model 'resnet5_drelu' is unknown; did you mean resnet"),
     ({"dataset": "minst"}, "--dataset 'minst' is unknown; did you mean mnist?"),
+    ({"objective": "trade"}, "--objective 'trade' is unknown; did you mean trades?"),
+    ({"schedule": "cosin"}, "--schedule 'cosin' is unknown; did you mean cosine?"),
+    ({"activation": "drelu6"}, "activation 'drelu6' is unknown; did you mean relu6 or drelu"),
+    ({"norm": "L0"}, "--norm 'L0' is unknown; allowed: L2, Linf"),
     ({"eps": "eight"}, "--eps 'eight' is no radius; give a number >= 0 such as 8/255 or 0.1"),
     ({"epochs": 0}, "--epochs 0 must be above 0"),
     ({"lr": -1.0}, "--lr -1.0 must be above 0"),
