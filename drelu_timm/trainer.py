@@ -8,7 +8,7 @@ import json
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,14 +27,11 @@ from .objectives import InnerAttack, Objective, make_objective
 from .randomness import random_generator
 from .runs import write_text
 from .state import load_state, save_state
-
-if TYPE_CHECKING:
-    from .train import TrainConfig
+from .train_config import TrainConfig
 
 # Held-out images that are attacked after every epoch: enough to see robustness come, cheap beside an epoch.
 ATTACKED_HELD_OUT = 512
 EVALUATION_BATCH = 256
-SCHEDULES = ("constant", "cosine", "plateau")
 # A loss that is no number is looked for every so many steps: to look is to wait for the device.
 CHECK_LOSS_EVERY = 20
 
@@ -43,7 +40,7 @@ class Trainer:
     """Everything one training needs, from the first epoch or from the last saved one.
 
     Args:
-        config: Resolved, see `train.resolve`.
+        config: Resolved, see `train_config.resolve`.
         data: The training images; a part of them is held out for every choice that training makes.
         model: Takes [0, 1] images; its ``.model`` is the timm model that is saved.
         accelerator: Device, precision and processes.
@@ -52,7 +49,7 @@ class Trainer:
         InputError: Fewer images than a batch, or a model that cannot run on them.
     """
 
-    def __init__(self, config: "TrainConfig", data: Images, model: nn.Module, accelerator: Accelerator):
+    def __init__(self, config: TrainConfig, data: Images, model: nn.Module, accelerator: Accelerator):
         dataset = DATASETS[config.dataset]
         self.config, self.accelerator = config, accelerator
         training, self.held_out = hold_out(data, dataset.held_out, seed=config.seed)
@@ -249,7 +246,7 @@ def _seed(seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def make_optimizer(model: nn.Module, config: "TrainConfig") -> Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """timm's optimiser of that name; biases, norms and caps are spared weight decay, caps have their own rate.
 
     Raises:
@@ -275,7 +272,7 @@ def make_optimizer(model: nn.Module, config: "TrainConfig") -> Optimizer:
 Scheduler = lr_scheduler.CosineAnnealingLR | lr_scheduler.ReduceLROnPlateau
 
 
-def make_scheduler(optimizer: Optimizer, config: "TrainConfig", steps_per_epoch: int) -> Scheduler | None:
+def make_scheduler(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: int) -> Scheduler | None:
     """torch's scheduler for ``config.schedule``: stepped every step (cosine) or every epoch (plateau).
 
     timm's own plateau scheduler passes torch an argument that it no longer takes, and does not save its patience.
@@ -287,7 +284,7 @@ def make_scheduler(optimizer: Optimizer, config: "TrainConfig", steps_per_epoch:
     return None
 
 
-def _try(model: nn.Module, images: Tensor, config: "TrainConfig") -> None:
+def _try(model: nn.Module, images: Tensor, config: TrainConfig) -> None:
     """A forward pass before any work.
 
     Raises:

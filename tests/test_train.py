@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from drelu_timm.__main__ import main
 from drelu_timm.errors import InputError
 from drelu_timm.runs import Run
-from drelu_timm.train import PRESETS, TrainConfig, train
+from drelu_timm.train import TrainConfig, train
+from drelu_timm.train_config import PRESETS
 
 SMALL = {"n_train": 256, "batch_size": 32, "epochs": 2, "steps": 2, "width": 16}
 
