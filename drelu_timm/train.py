@@ -88,10 +88,10 @@ def create_model(config: TrainConfig, data: Images) -> nn.Module:
     try:
         model = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
     except (OSError, RuntimeError) as error:
+        if not config.pretrained:
+            raise
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"--model {config.model} cannot be made ({reason}); is there a network for --pretrained?"
-        ) from error
+        raise InputError(f"--pretrained: there are no weights of {config.model} to be had ({reason})") from error
     model._model_args = getattr(model, "_model_args", arguments)  # timm 1.0.9 does not record a plain model's
     dataset = DATASETS[config.dataset]
     mean, std = (dataset.mean, dataset.std) if dataset.mean else data.mean_std()
