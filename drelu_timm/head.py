@@ -70,8 +70,8 @@ class WithDReLUHead:
 
     def get_classifier(self) -> Any:
         """The output layer, or a tuple of them in a model with two heads."""
-        outputs = tuple(head.output for head in _heads(self))
-        return outputs if len(outputs) > 1 else outputs[0]
+        outputs = [head.output for head in _heads(self)]
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """Put fresh output layers in place; the dense layers and the learned caps stay.
