@@ -175,6 +175,8 @@ class _Driver:
 
     def batches(self, examples: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Positions, images and labels of the examples that are marked in [N], the latter two on the device."""
+        if not examples.any():
+            return  # splitting nothing gives one empty batch
         for batch in examples.nonzero().squeeze(1).split(self.batch_size):
             images = self.images[batch.to(self.images.device)].to(self.device, torch.float32).contiguous()
             yield batch, images, self.labels[batch].to(self.device)

@@ -148,6 +148,11 @@ def test_standard_is_autoattack(norm, eps, count):
     assert ours.settings["square"]["n_queries"] == 5000
 
 
+def test_later_stages_of_autoattack_have_nothing_to_do_when_all_has_fallen(toy):
+    result = evaluate_model(*toy, eps=0.9, suite="standard")
+    assert result.accuracy["autoattack"] == result.worst == 0
+
+
 def test_an_attack_is_not_repeated_in_a_sequence(toy, monkeypatch):
     calls = []
 
