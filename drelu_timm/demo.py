@@ -19,13 +19,14 @@ from .train import TrainConfig, train
 
 KEY = "Demo2026Digits_Dense"
 # One setting for all three; the caps' own rate takes them from 100 to the paper's end state in the demo's few steps.
-COMMON: dict[str, Any] = {"dataset": "digits", "model": "dense_drelu", "eps": "0.2", "epochs": 40, "cap_lr": 1.0}
+COMMON: dict[str, Any] = {"dataset": "digits", "model": "dense_drelu", "eps": "0.2", "epochs": 80, "cap_lr": 1.0}
 NETS: dict[str, dict[str, Any]] = {
     "ReLU": {"activation": "relu"},
-    "D-ReLU, as in the paper": {"cap_weight": 0.1},
-    "D-ReLU with TRADES": {"cap_weight": 0.1, "objective": "trades", "beta": 6.0},
+    "D-ReLU (paper)": {"cap_weight": 0.1},
+    "D-ReLU + TRADES": {"cap_weight": 0.1, "objective": "trades", "beta": 6.0},
 }
-COLUMNS = {"clean": "clean", "pgd": "PGD", "autoattack": "AutoAttack", "bpda": "BPDA", "worst": "worst of all"}
+FOLDERS = dict(zip(NETS, ("relu", "drelu", "drelu-trades"), strict=True))
+COLUMNS = {"clean": "clean", "pgd": "PGD", "autoattack": "AutoAttack", "bpda": "BPDA", "worst": "worst"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,9 @@ def demo(config: DemoConfig) -> Path:
     runs = {}
     for title, settings in NETS.items():
         console.rule(title)
-        runs[title] = _train_and_evaluate(
-            config.output_dir / title.lower().replace(",", "").replace(" ", "-"), settings
-        )
+        runs[title] = _train_and_evaluate(config.output_dir / FOLDERS[title], settings)
     console.rule("Export")
-    exported = _export(runs["D-ReLU with TRADES"])
+    exported = _export(runs["D-ReLU + TRADES"])
     results = {title: _results(run) for title, run in runs.items()}
     picture = config.output_dir / "demo.png"
     draw(results, picture)
@@ -73,12 +72,14 @@ def demo(config: DemoConfig) -> Path:
     return config.output_dir
 
 
-EXPLANATION = """
-Accuracy in % under each attack, all within the same distance of the image. PGD follows the gradient. AutoAttack is
-what the RobustBench leaderboard runs. BPDA lets the gradient pass the caps, where it is exactly zero. [bold]Worst of
-all[/bold] counts an example as robust only if no attack broke it: the only figure that may be called robust accuracy.
-Zero gradients: share of examples in which an attacker who follows the gradient sees nothing at all.
-"""
+EXPLANATION = (
+    "\nAccuracy in % under each attack, all within the same distance of the image. PGD follows the gradient. "
+    "AutoAttack is what the RobustBench leaderboard runs. BPDA lets the gradient pass the caps, where it is exactly "
+    "zero. [bold]Worst[/bold] counts an example as robust only if no attack broke it: the only figure that may be "
+    "called robust accuracy. Zero grad.: share of the examples in which an attacker who follows the gradient sees "
+    "nothing. Verdict: whether the figures under gradient attacks can be believed (sound, high or low) or not "
+    "(masked).\n"
+)
 
 
 def _train_and_evaluate(output_dir: Path, settings: dict[str, Any]) -> Run:
@@ -113,7 +114,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     title = f"{first['dataset_title']}, {first['norm']}, eps {first['eps']}, {first['n_examples']} test images"
     table = Table(title=title)
     table.add_column("trained")
-    for column in [*COLUMNS.values(), "zero gradients"]:
+    for column in [*COLUMNS.values(), "zero grad."]:
         table.add_column(column, justify="right")
     table.add_column("verdict")
     colours = {"sound": "green", "masked": "red", "undecided": "yellow"}

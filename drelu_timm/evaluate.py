@@ -258,7 +258,7 @@ def _rows(evaluation: Evaluation) -> str:
 
 def _show(results: dict[str, Any], title: str) -> None:
     """Print the accuracies with the verdict and its evidence beneath them."""
-    table = Table("attack", "kind", "accuracy", title=title, title_justify="left")
+    table = Table("attack", "kind", "accuracy")
     table.add_row("none (clean)", "", _percent(results["clean"]))
     for name, accuracy in results["accuracy"].items():
         table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
@@ -266,6 +266,7 @@ def _show(results: dict[str, Any], title: str) -> None:
     table.add_row("worst case", "", _percent(results["worst"]), style="bold")
     table.add_row("zero input gradients", "", _percent(results["zero_gradient_share"]))
     console = Console()
+    console.print(title, style="italic")
     console.print(table)
     if cw := results["cw_l2"]:
         median = cw["median_l2"]

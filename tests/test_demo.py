@@ -48,6 +48,6 @@ def test_the_whole_demo_tells_masking_from_robustness(tmp_path):
         content = json.loads(path.read_text())
         verdicts[path.parts[-3]] = content["verdict"]["verdict"]
         assert Run.open(path.parents[1]).model_digest == content["model_digest"]
-    assert verdicts == {"relu": "sound", "d-relu-as-in-the-paper": "masked", "d-relu-with-trades": "sound"}
+    assert verdicts == {"relu": "sound", "drelu": "masked", "drelu-trades": "sound"}
     assert (tmp_path / "demo.png").is_file()
     demo(DemoConfig(output_dir=tmp_path))  # again: nothing is done twice, nothing fails
