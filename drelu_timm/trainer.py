@@ -116,8 +116,10 @@ class Trainer:
                 "seconds": seconds,
             }
         )
-        figures = f"loss {parts['loss']:.3g}, held out: clean {held_out['clean']:.1%}, PGD {held_out['pgd']:.1%}"
-        progress.set_postfix_str(f"epoch {self.epoch}, {figures}")
+        penalty = self.config.cap_weight * parts["cap_penalty"]
+        loss = f"{parts['loss'] - penalty:.3g}" + (f" + {penalty:.3g} for the caps" if penalty else "")
+        figures = f"held out: clean {held_out['clean']:.1%}, PGD {held_out['pgd']:.1%}"
+        progress.set_postfix_str(f"epoch {self.epoch}, loss {loss}, {figures}")
         self._save()
 
     def _train_epoch(self, progress: tqdm) -> dict[str, float]:
