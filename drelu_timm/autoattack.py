@@ -61,7 +61,7 @@ class AutoAttack(pyautoattack.AutoAttack):
         if state_path is not None:
             raise InputError(
                 f"state_path={str(state_path)!r}: a state that AutoAttack saved cannot be read again (its list of "
-                "attacks is saved as text); leave it out (benchmark: aa_state_path), or resume with drelu-timm evaluate"
+                "attacks is saved as text); leave it out (benchmark: aa_state_path)"
             )
         with self._progress():
             adversarial, _ = super().run_standard_evaluation(x_orig, y_orig, batch_size=bs)

@@ -43,7 +43,9 @@ def launch(*arguments: str, processes: int = 1) -> subprocess.Popen:
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "drelu_timm", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # As many threads as here, where weights are compared to the bit: sums depend on it.
+    threads = torch.get_num_threads() if processes == 1 else 1
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
