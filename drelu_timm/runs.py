@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["drelu-timm", *sys.argv[1:]]),
         "git_revision": _git_revision(),
     }
 

@@ -50,8 +50,8 @@ def load_state(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
     progress = read_json(states[-1] / "progress.json")
     try:
         accelerator.load_state(str(states[-1]))
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # each reader and each kind of damage has its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{states[-1]} does not fit this run ({reason}); delete it to start anew") from error
     return progress
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,18 @@ def test_a_directory_in_use_is_left_alone(tmp_path):
     with pytest.raises(InputError, match=r"with other settings: lr \(0.001 before, 0.01 now\)"):
         train(config(tmp_path, resume=True, lr=0.01))
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "progress.json"])
+def test_a_state_cut_short_is_named_and_left_alone(tmp_path, file):
+    train(config(tmp_path))
+    shutil.rmtree(tmp_path / "model")  # as if the run had been killed before its end
+    (state,) = (tmp_path / "state").iterdir()
+    (state / file).write_bytes((state / file).read_bytes()[:50])
+    with pytest.raises(InputError, match=rf"{state}.*(delete it to start anew|make it anew)") as error:
+        train(config(tmp_path, resume=True))
+    assert "\n" not in str(error.value)
+    assert (state / file).stat().st_size == 50
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
