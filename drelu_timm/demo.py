@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from .command_line import read_flags
 from .evaluate import EvaluateConfig, evaluate
 from .export import ExportConfig, export
 from .runs import Run, read_json
@@ -39,7 +39,7 @@ class DemoConfig:
 
 def main(argv: Sequence[str]) -> None:
     """Read the flags and show the way."""
-    demo(tyro.cli(DemoConfig, prog="drelu-timm demo", args=argv))
+    demo(read_flags(DemoConfig, "demo", argv))
 
 
 def demo(config: DemoConfig) -> Path:

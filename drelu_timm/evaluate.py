@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import timm
 import torch
@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from .attacks import ThreatModel
+from .command_line import read_flags
 from .data import DATASETS, Dataset, Images, load_images, to_float
 from .errors import InputError, unknown
 from .evaluation import Evaluation, evaluate_model
@@ -37,7 +38,7 @@ __all__ = ["EvaluateConfig", "Evaluation", "evaluate", "evaluate_model", "main"]
 class EvaluateConfig:
     """Attack a model with the strongest attacks known for it, and say whether the numbers can be believed."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    run: tyro.conf.Positional[str]
     """Run directory made by train, or the name of a timm model with pretrained weights."""
     suite: str = "quick"
     """quick, paper, standard (AutoAttack) or all; each also runs the adaptive attacks."""
@@ -84,7 +85,7 @@ class Subject:
 
 def main(argv: Sequence[str]) -> None:
     """Read the flags, evaluate, and say what to do next."""
-    config = tyro.cli(EvaluateConfig, prog="drelu-timm evaluate", args=argv)
+    config = read_flags(EvaluateConfig, "evaluate", argv)
     path = evaluate(config)
     print(f"results in {path} and {path.with_suffix('.csv')}")
     if (Path(config.run) / "config.json").is_file():

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import timm
 import torch
@@ -26,6 +26,7 @@ import tyro
 from torch import Tensor, nn
 
 from .cards import VERDICTS, model_card
+from .command_line import read_flags
 from .data import Images, load_images, to_float
 from .drelu import cap_statistics
 from .entries import Measured, Paper, model_info, registration
@@ -57,7 +58,7 @@ _BATCH = 256
 class ExportConfig:
     """Turn an evaluated run into a RobustBench entry and a timm / Hugging Face folder."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    run: tyro.conf.Positional[Path]
     """Run directory, evaluated."""
     key: str
     """RobustBench's name of the model: authors, year, first word of the title, and what tells its models apart."""
@@ -80,7 +81,7 @@ class ExportConfig:
 
 def main(argv: Sequence[str]) -> None:
     """Read the flags, export, and say where the files are."""
-    output_dir = export(tyro.cli(ExportConfig, prog="drelu-timm export", args=argv))
+    output_dir = export(read_flags(ExportConfig, "export", argv))
     (entry,) = output_dir.glob("model_info/*/*/*.json")
     print(f"wrote {output_dir}: {output_dir / 'README.md'} says how to load it, {entry} is RobustBench's entry")
 

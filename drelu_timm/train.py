@@ -12,10 +12,10 @@ from pathlib import Path
 
 import timm
 import torch
-import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
+from .command_line import read_flags
 from .data import DATASETS, Images, load_images
 from .errors import InputError
 from .models import load_folder, normalized
@@ -28,7 +28,7 @@ __all__ = ["TrainConfig", "main", "train"]
 
 def main(argv: Sequence[str]) -> None:
     """Read the flags over the preset that they name, train, and say what to do next."""
-    config = tyro.cli(TrainConfig, prog="drelu-timm train", args=argv, default=preset_in(argv))
+    config = read_flags(TrainConfig, "train", argv, preset_in(argv))
     run = train(config)
     if Accelerator().is_main_process:
         print(f"wrote {run / 'model'} and {run / 'log.jsonl'}; next: drelu-timm evaluate {run}")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import tyro
 
 import drelu_timm
+from drelu_timm.command_line import read_flags
 from drelu_timm.evaluate import EvaluateConfig
 from drelu_timm.export import ExportConfig
 from drelu_timm.train_config import TrainConfig, resolve
@@ -53,6 +53,6 @@ def test_commands_shown_are_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(command)
     verb = next(argument for argument in arguments if argument in CONFIGS)
-    config = tyro.cli(CONFIGS[verb], args=arguments[arguments.index(verb) + 1 :])
+    config = read_flags(CONFIGS[verb], verb, arguments[arguments.index(verb) + 1 :])
     if verb == "train":
         assert resolve(config).output_dir
