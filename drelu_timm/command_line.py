@@ -17,10 +17,11 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
         argv: The flags.
         default: Values of flags that are not given, where they are not those of the dataclass.
     """
+    given = {} if default is None else {"default": default}
     return tyro.cli(
         config,
         prog=f"drelu-timm {verb}",
         args=argv,
-        default=default,
+        **given,
         config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )
