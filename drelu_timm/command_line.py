@@ -1,7 +1,7 @@
 """How every verb reads its flags: a frozen dataclass becomes the flags, their types, defaults and help."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -17,7 +17,7 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
         argv: The flags.
         default: Values of flags that are not given, where they are not those of the dataclass.
     """
-    given = {} if default is None else {"default": default}
+    given: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(
         config,
         prog=f"drelu-timm {verb}",
