@@ -11,7 +11,7 @@ from functools import partial, singledispatch
 import torch
 from torch import Tensor, nn
 
-from .attacks import LOSSES, ThreatModel, drawn, pgd, random_start_pgd
+from .attacks import LOSSES, ThreatModel, drawn, per_image, pgd, random_start_pgd
 from .drelu import DReLU, SReLU, along_channels
 
 Substitute = Callable[[nn.Module, Tensor], Tensor]  # (capped layer, its input) -> what it is to return meanwhile
@@ -84,7 +84,7 @@ def annealed(layer: nn.Module, x: Tensor, *, sharpness: float) -> Tensor:
     floor, cap = bounds(layer, x)
     from_middle = x - (floor + cap) / 2
     spread = from_middle.detach().flatten(1).square().mean(dim=1).sqrt().clamp(min=1e-12)
-    spread = spread.view(-1, *[1] * (x.ndim - 1))
+    spread = per_image(spread, x)
     clamp_width = torch.as_tensor((cap - floor) / 4, dtype=x.dtype, device=x.device).clamp(min=1e-12)
     width = spread ** (1 - sharpness) * clamp_width**sharpness
     return floor + (cap - floor) * torch.sigmoid(from_middle / width)
@@ -148,7 +148,7 @@ def annealing(
                 step_size=relative_step_size * threat_model.eps,
             )
         fooled, unbroken = (_fooled(model, candidate, labels) for candidate in (adversarial, found))
-        found = torch.where((fooled & ~unbroken).view(-1, *[1] * (images.ndim - 1)), adversarial, found)
+        found = torch.where(per_image(fooled & ~unbroken, images), adversarial, found)
     return found
 
 

@@ -67,7 +67,7 @@ class ThreatModel:
         if self.norm == "Linf":
             difference = difference.clamp(-self.eps, self.eps)
         else:
-            length = _per_image(difference.flatten(1).norm(dim=1), images)
+            length = per_image(difference.flatten(1).norm(dim=1), images)
             difference = difference * (self.eps / length.clamp(min=1e-12)).clamp(max=1)
         return (images + difference).clamp(0, 1)
 
@@ -78,7 +78,7 @@ class ThreatModel:
             return self.eps * (2 * torch.rand(shape, generator=generator, device=device) - 1)
         direction = torch.randn(shape, generator=generator, device=device)
         radius = self.eps * torch.rand(shape[0], generator=generator, device=device)
-        return direction * _per_image(radius / direction.flatten(1).norm(dim=1), direction)
+        return direction * per_image(radius / direction.flatten(1).norm(dim=1), direction)
 
     def random_start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A point drawn from the ball around each image [B, C, H, W], in [0, 1]."""
@@ -88,12 +88,12 @@ class ThreatModel:
         """A step of ``step_size`` uphill: along the sign of the gradient (Linf) or its direction (L2)."""
         if self.norm == "Linf":
             return adversarial + step_size * gradient.sign()
-        length = _per_image(gradient.flatten(1).norm(dim=1), gradient)
+        length = per_image(gradient.flatten(1).norm(dim=1), gradient)
         return adversarial + step_size * gradient / length.clamp(min=1e-12)
 
 
-def _per_image(values: Tensor, images: Tensor) -> Tensor:
-    """[B] values, shaped to multiply [B, ...] images."""
+def per_image(values: Tensor, images: Tensor) -> Tensor:
+    """Values or flags [B], shaped to broadcast against images [B, ...]."""
     return values.view(-1, *[1] * (images.ndim - 1))
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from .attacks import Norm
-from .errors import InputError, unknown
-from .image_files import ImageFiles, Size, Tree, decode, one_line, open_tree, read_folder
+from .errors import InputError, one_line, unknown
+from .image_files import ImageFiles, Size, Tree, decode, open_tree, read_folder
 from .randomness import permutation
 
 

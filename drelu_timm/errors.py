@@ -24,3 +24,8 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> InputError:
     near = get_close_matches(value, allowed, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed[:20])}"
     return InputError(f"{what} {value!r} is unknown; {hint}")
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, for the middle of a one-line message: at most 300 characters, its type if it is mute."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -25,7 +25,7 @@ from torch import nn
 from .attacks import ThreatModel
 from .command_line import read_flags
 from .data import DATASETS, Dataset, Images, load_images, to_float
-from .errors import InputError, unknown
+from .errors import InputError, one_line, unknown
 from .evaluation import Evaluation, evaluate_model
 from .models import normalized
 from .runs import Run, environment, read_json, write_json, write_text
@@ -215,8 +215,7 @@ def _load_timm(name: str) -> nn.Module:
     try:
         return normalized(timm.create_model(name, pretrained=True)).eval()
     except (OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"RUN {name!r} is a timm model whose weights cannot be read ({reason})") from error
+        raise InputError(f"RUN {name!r} is a timm model whose weights cannot be read ({one_line(error)})") from error
 
 
 def _already(path: Path, asked: dict[str, Any]) -> dict[str, Any]:

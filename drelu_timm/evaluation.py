@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attacks import ThreatModel, frozen
+from .attacks import ThreatModel, frozen, per_image
 from .errors import InputError
 from .masking import Verdict, ZeroGradients, verdict
 from .suites import Attack, Kind, Suite, find_suite
@@ -254,12 +254,12 @@ class _Driver:
         Images that are not finite count as the clean ones. Those outside the ball are projected onto it, save those
         of a minimum-norm attack, which never aimed at the ball.
         """
-        finite = _per_image(adversarial.flatten(1).isfinite().all(1), images)
+        finite = per_image(adversarial.flatten(1).isfinite().all(1), images)
         adversarial = torch.where(finite, adversarial, images)
         length = (adversarial - images).flatten(1).norm(dim=1)
         if attack.minimum_norm:
             length = length.where(_predict(self.model, adversarial) != labels, torch.inf)
-        inside = _per_image(self.threat_model.contains(adversarial, images), images)
+        inside = per_image(self.threat_model.contains(adversarial, images), images)
         instead = images if attack.minimum_norm else self.threat_model.project(adversarial, images)
         return torch.where(inside, adversarial, instead), length
 
@@ -310,10 +310,6 @@ def _carlini_wagner(
         budget=budget,
         accuracy_at_budget=_share(correct & (distances > budget)),
     )
-
-
-def _per_image(flags: Tensor, images: Tensor) -> Tensor:
-    return flags.view(-1, *[1] * (images.ndim - 1))
 
 
 def _share(flags: Tensor) -> float:

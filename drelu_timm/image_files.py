@@ -20,7 +20,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 _MODES = {1: "L", 3: "RGB"}
 _CHUNK = 256  # images a task: enough that the tasks' own cost does not show
@@ -65,11 +65,6 @@ class ImageFiles:
             what = f"{self.names[index]} in {self.path} is no whole image ({one_line(error)})"
             raise InputError(f"--data-dir: {what}; replace it") from error
         return image
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_folder(path: Path) -> ImageFiles:

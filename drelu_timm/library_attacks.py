@@ -17,7 +17,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from .attacks import ThreatModel, margin
+from .attacks import ThreatModel, margin, per_image
 
 
 def apgd(
@@ -84,7 +84,7 @@ def carlini_wagner(
     foolbox_model = PyTorchModel(model, bounds=(0, 1), device=images.device)
     adversarial = attack.run(foolbox_model, images, Misclassification(labels))
     missing = ~adversarial.flatten(1).any(dim=1)  # foolbox hands back black images
-    return torch.where(missing.view(-1, *[1] * (images.ndim - 1)), images, adversarial).detach()
+    return torch.where(per_image(missing, images), images, adversarial).detach()
 
 
 class _MarginAPGD(APGDAttack):

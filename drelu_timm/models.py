@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import registration  # noqa: F401
-from .errors import InputError, unknown
+from .errors import InputError, one_line, unknown
 from .surgery import TimmModel
 
 CONFIG = "config.json"
@@ -128,7 +128,7 @@ def load_folder(folder: str | Path) -> nn.Module:
     try:
         weights = safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS} cannot be read ({_line(error)}); save the model again") from error
+        raise InputError(f"{folder / WEIGHTS} cannot be read ({one_line(error)}); save the model again") from error
     cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
     try:
         arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
@@ -137,7 +137,7 @@ def load_folder(folder: str | Path) -> nn.Module:
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"{folder} does not hold a whole {architecture} ({_line(error)}); save it again") from error
+        raise InputError(f"{folder} does not hold a whole {architecture} ({one_line(error)}); save it again") from error
     return model
 
 
@@ -146,7 +146,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({_line(error)}); give a folder that save_folder wrote") from error
+        raise InputError(f"{path} cannot be read ({one_line(error)}); give a folder that save_folder wrote") from error
     needed = ("architecture", "num_classes", "pretrained_cfg")
     if not isinstance(config, dict) or any(key not in config for key in needed):
         raise InputError(f"{path} is no model's config; it must have {', '.join(needed)}")
@@ -154,7 +154,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if forbidden:
         raise InputError(f"{path}: model_args may not hold {', '.join(forbidden)}; they would read other files")
     return config
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

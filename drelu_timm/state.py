@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .runs import read_json
 
 
@@ -51,8 +51,7 @@ def load_state(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
     try:
         accelerator.load_state(str(states[-1]))
     except Exception as error:  # each reader and each kind of damage has its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{states[-1]} does not fit this run ({reason}); delete it to start anew") from error
+        raise InputError(f"{states[-1]} does not fit this run ({one_line(error)}); delete it to start anew") from error
     return progress
 
 

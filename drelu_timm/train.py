@@ -17,7 +17,7 @@ from torch import nn
 
 from .command_line import read_flags
 from .data import DATASETS, Images, load_images
-from .errors import InputError
+from .errors import InputError, one_line
 from .models import load_folder, normalized
 from .runs import Run, environment, write_json
 from .train_config import TrainConfig, model_options, preset_in, resolve, saved
@@ -90,8 +90,9 @@ def create_model(config: TrainConfig, data: Images) -> nn.Module:
     except (OSError, RuntimeError) as error:
         if not config.pretrained:
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--pretrained: there are no weights of {config.model} to be had ({reason})") from error
+        raise InputError(
+            f"--pretrained: there are no weights of {config.model} to be had ({one_line(error)})"
+        ) from error
     model._model_args = getattr(model, "_model_args", arguments)  # timm 1.0.9 does not record a plain model's
     dataset = DATASETS[config.dataset]
     mean, std = (dataset.mean, dataset.std) if dataset.mean else data.mean_std()
@@ -111,5 +112,6 @@ def _initialise(model: nn.Module, init_from: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--init-from {init_from} does not fit --model ({reason}); train the same model") from error
+        raise InputError(
+            f"--init-from {init_from} does not fit --model ({one_line(error)}); train the same model"
+        ) from error

@@ -21,7 +21,7 @@ from .attacks import cross_entropy
 from .batches import TrainingBatches
 from .data import DATASETS, Images, hold_out, to_float
 from .drelu import cap_penalty, cap_statistics, drelu_layers, unit_shares
-from .errors import InputError
+from .errors import InputError, one_line
 from .models import save_folder
 from .objectives import InnerAttack, Objective, make_objective
 from .randomness import random_generator
@@ -297,7 +297,6 @@ def _try(model: nn.Module, images: Tensor, config: TrainConfig) -> None:
             model.eval()(images)
     except (RuntimeError, AssertionError, ValueError) as error:
         size = "x".join(map(str, images.shape[2:]))
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"--model {config.model} cannot run on {size} images ({reason}); try --small-images"
+            f"--model {config.model} cannot run on {size} images ({one_line(error)}); try --small-images"
         ) from error
