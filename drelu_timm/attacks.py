@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -198,15 +198,27 @@ def drawn(draw: Callable[[Tensor, torch.Generator], Tensor], images: Tensor, see
     return torch.cat(rows).to(images.device)
 
 
-# Attacks of the evaluation share one form: (model, images, labels, threat_model, seeds, *, settings) -> adversarial
-# images [B, C, H, W]. The model is used as it is (see `frozen`), ``seeds`` holds one number an image, and whatever is
-# returned is judged again by the caller: it need not fool the model, nor even lie in the ball.
+class Found(NamedTuple):
+    """What a search comes back with, to be judged again by the caller: it need not fool the model, nor lie in the ball.
+
+    Attributes:
+        images: [B, C, H, W].
+        steps: [B], gradients or queries until the first success, or all of them without one; None where not known.
+    """
+
+    images: Tensor
+    steps: Tensor | None = None
 
 
-def fgsm(model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int]) -> Tensor:
+# Attacks of the evaluation share one form: (model, images, labels, threat_model, seeds, *, settings) -> Found. The
+# model is used as it is (see `frozen`). ``seeds`` holds one number an image, of which alone an image's randomness is
+# made. Those that can begin at a point which a smaller ball gave take it as ``start``.
+
+
+def fgsm(model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int]) -> Found:
     """The fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572); for L2 its direction."""
     loss = cross_entropy(labels)
-    return pgd(model, images, loss, threat_model, start=images, steps=1, step_size=threat_model.eps)
+    return Found(pgd(model, images, loss, threat_model, start=images, steps=1, step_size=threat_model.eps))
 
 
 def random_start_pgd(
@@ -219,8 +231,9 @@ def random_start_pgd(
     loss: str,
     steps: int,
     relative_step_size: float,
-) -> Tensor:
-    """`pgd` from a random point of the ball.
+    start: Tensor | None = None,
+) -> Found:
+    """`pgd` from a random point of the ball, or from a given one.
 
     Args:
         model: Takes [0, 1] images.
@@ -231,15 +244,16 @@ def random_start_pgd(
         loss: A name in `LOSSES`.
         steps: Number of gradients.
         relative_step_size: Length of a step, in units of eps.
+        start: [B, C, H, W] in the ball.
     """
-    start = drawn(threat_model.random_start, images, seeds)
+    start = drawn(threat_model.random_start, images, seeds) if start is None else start
     step_size = relative_step_size * threat_model.eps
-    return pgd(model, images, LOSSES[loss](labels), threat_model, start=start, steps=steps, step_size=step_size)
+    return Found(pgd(model, images, LOSSES[loss](labels), threat_model, start=start, steps=steps, step_size=step_size))
 
 
 def sign_noise(
     model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int]
-) -> Tensor:
+) -> Found:
     """One random corner of the Linf ball, or direction of the L2 ball: what every attack has to beat."""
     direction = drawn(lambda image, generator: torch.randn(image.shape, generator=generator), images, seeds)
-    return threat_model.project(threat_model.ascend(images, direction, threat_model.eps), images)
+    return Found(threat_model.project(threat_model.ascend(images, direction, threat_model.eps), images))

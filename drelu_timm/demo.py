@@ -5,6 +5,7 @@ Three nets that differ in one thing each: a ReLU net, the same net with D-ReLU a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,9 @@ def _results(run: Run) -> dict[str, Any]:
 
 
 def _figures(result: dict[str, Any]) -> list[float]:
-    """The columns' accuracies, in percent."""
-    return [100 * value for value in _select({**result["accuracy"], **result})]
-
-
-def _select(accuracies: dict[str, float]) -> list[float]:
-    return [accuracies[column] for column in COLUMNS]
+    """The columns' accuracies, in percent; NaN for BPDA on a net without caps."""
+    figures = {**result["accuracy"], **result}
+    return [100 * figures.get(column, nan) for column in COLUMNS]
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
@@ -120,8 +118,9 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     colours = {"sound": "green", "masked": "red", "undecided": "yellow"}
     for name, result in results.items():
         verdict = result["verdict"]["verdict"]
-        figures = [f"{figure:.1f}" for figure in [*_figures(result), 100 * result["zero_gradient_share"]]]
-        table.add_row(name, *figures, f"[{colours[verdict]}]{verdict}")
+        figures = [*_figures(result), 100 * result["zero_gradient_share"]]
+        cells = ["-" if isnan(figure) else f"{figure:.1f}" for figure in figures]
+        table.add_row(name, *cells, f"[{colours[verdict]}]{verdict}")
     return table
 
 
@@ -138,7 +137,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         heights = [_figures(result)[i] for result in results.values()]
         places = [group + (i - (len(COLUMNS) - 1) / 2) * width for group in range(len(results))]
         bars = axes.bar(places, heights, width, color=colour, label=column)
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+        axes.bar_label(bars, ["" if isnan(height) else f"{height:.0f}" for height in heights], fontsize=8)
     axes.set_xticks(range(len(results)), [f"{name}\n({r['verdict']['verdict']})" for name, r in results.items()])
     axes.set_ylim(0, 105)
     axes.set_ylabel("accuracy (%)")

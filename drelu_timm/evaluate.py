@@ -1,22 +1,29 @@
-"""`drelu-timm evaluate`: clean and robust accuracy of a run, with a verdict on gradient masking.
+"""`drelu-timm evaluate`: clean and robust accuracy of a model, with a verdict on gradient masking.
 
     drelu-timm evaluate runs/x
     drelu-timm evaluate runs/x --suite standard --norm Linf --eps 8/255 --n-examples 10000
-    drelu-timm evaluate resnet18 --dataset cifar10 --data-dir data
+    drelu-timm evaluate runs/x --eps 0,2/255,4/255,8/255,16/255,32/255
+    drelu-timm evaluate Carmon2019Unlabeled --dataset cifar10 --data-dir data
+    accelerate launch --num_processes 4 -m drelu_timm evaluate runs/x --suite standard
 
-Writes ``runs/x/results/<suite>-<norm>-<eps>.json`` and, with a row an example, ``.csv``.
+Writes ``runs/x/results/<suite>-<norm>-<eps>.json`` and, with a row an example, ``.csv``; for several radii
+``runs/x/sweeps/<suite>-<norm>-up-to-<eps>.json``, ``.csv`` and ``.png``. What is measured meanwhile lies in a folder
+``.state`` beside them: the same command again goes on from there, whatever stopped it.
 """
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import isnan
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import tyro
+from accelerate import PartialState
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -24,14 +31,18 @@ from torch import nn
 
 from .attacks import ThreatModel
 from .command_line import read_flags
-from .data import DATASETS, Dataset, Images, load_images, to_float
-from .errors import InputError, one_line, unknown
-from .evaluation import Evaluation, evaluate_model
-from .models import normalized
-from .runs import Run, environment, read_json, write_json, write_text
+from .curves import draw_curve
+from .data import DATASETS, Dataset, Images, load_images
+from .errors import InputError, unknown
+from .evaluation import Evaluation, evaluate_all, evaluate_model, evaluate_sweep
+from .processes import Processes
+from .runs import environment, read_json, write_json, write_text
+from .subjects import Subject, find_subject
 from .suites import ATTACKS, SUITES
 
-__all__ = ["EvaluateConfig", "Evaluation", "evaluate", "evaluate_model", "main"]
+__all__ = ["EvaluateConfig", "Evaluation", "evaluate", "evaluate_model", "evaluate_sweep", "main"]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -39,17 +50,21 @@ class EvaluateConfig:
     """Attack a model with the strongest attacks known for it, and say whether the numbers can be believed."""
 
     run: tyro.conf.Positional[str]
-    """Run directory made by train, or the name of a timm model with pretrained weights."""
+    """Run directory made by train, or the name of a timm model with pretrained weights, or of a RobustBench model."""
     suite: str = "quick"
-    """quick, paper, standard (AutoAttack) or all; each also runs the adaptive attacks."""
+    """quick, paper, standard (AutoAttack), adaptive or all; each ends with a verdict on gradient masking."""
     norm: str | None = None
     """Linf or L2; by default the run's, or the dataset's."""
     eps: str | None = None
-    """Radius in units of a [0, 1] pixel, such as 8/255; by default the run's, or the dataset's."""
+    """Radius in units of a [0, 1] pixel, such as 8/255, or several: 2/255,8/255; by default the run's or dataset's."""
     n_examples: int = 1000
     """Use the first so many test images, at most."""
     batch_size: int = 256
-    """Images a pass."""
+    """Images a pass, at most."""
+    precision: str = "float32"
+    """What attacks search in: float32, or bfloat16 where that is faster; what they find is judged in float32."""
+    transfer_from: str | None = None
+    """A second model, named as RUN is, whose adversarial images are tried as well."""
     seed: int = 0
     """Keys the randomness of every example and attack."""
     dataset: str | None = None
@@ -58,99 +73,116 @@ class EvaluateConfig:
     """Where the dataset lies; by default where it lay for the run."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model to be evaluated, and what goes with it.
-
-    Attributes:
-        run: Run directory, or the timm name.
-        model: Architecture.
-        load: Makes the model, which takes [0, 1] images.
-        digest: sha256 of its weights file; None for weights that timm downloads.
-        defaults: Dataset, data_dir, norm and eps where they are not given.
-        img_size: Side of the images, in pixels; None for the dataset's own.
-        in_chans: Channels of the images; None for the dataset's own.
-        results_folder: Where results go.
-    """
-
-    run: str
-    model: str
-    load: Callable[[], nn.Module]
-    digest: str | None
-    defaults: dict[str, Any]
-    img_size: int | None
-    in_chans: int | None
-    results_folder: Path
-
-
 def main(argv: Sequence[str]) -> None:
     """Read the flags, evaluate, and say what to do next."""
     config = read_flags(EvaluateConfig, "evaluate", argv)
     path = evaluate(config)
-    print(f"results in {path} and {path.with_suffix('.csv')}")
-    if (Path(config.run) / "config.json").is_file():
-        print(f"next: drelu-timm export {config.run} --key Author2026Title_ARCH")
+    if PartialState().is_main_process:
+        written = [file for file in (path, path.with_suffix(".csv"), path.with_suffix(".png")) if file.exists()]
+        print(f"results in {', '.join(map(str, written))}")
+        if (Path(config.run) / "config.json").is_file() and path.parent.name == "results":
+            print(f"next: drelu-timm export {config.run} --key Author2026Title_ARCH")
 
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Evaluate as the config says, print the table, and write the result files.
 
-    An evaluation that is there already is shown again, not repeated.
+    An evaluation that is there already is shown again, not repeated; one that was stopped is gone on with.
 
     Returns:
-        The .json file; the .csv lies beside it.
+        The .json file; the .csv lies beside it, and the picture of a sweep.
 
     Raises:
         InputError: Anything in the config that cannot be used, or a result of other settings in the same place.
     """
     _check(config)
-    subject = _subject(config.run)
+    subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
     dataset = _dataset(config, subject)
-    threat_model = _threat_model(config, subject, dataset)
+    threat_models = _threat_models(config, subject, dataset)
     images = _test_images(config, subject, dataset)
+    sweep = len(threat_models) > 1
     asked = {
         "run": subject.run,
         "model": subject.model,
         "dataset": dataset.name,
         "dataset_title": images.title,
-        "norm": threat_model.norm,
-        "eps": threat_model.written,
+        "norm": threat_models[0].norm,
+        "eps": [ball.written for ball in threat_models] if sweep else threat_models[0].written,
         "suite": config.suite,
         "n_examples": len(images),
         "seed": config.seed,
+        "precision": config.precision,
+        "transfer_from": config.transfer_from,
         "model_digest": subject.digest,
     }
-    name = f"{config.suite}-{threat_model.norm}-{threat_model.written.replace('/', '_')}.json"
-    path = subject.results_folder / name
+    path = _path(config, subject, threat_models)
+    processes = Processes(path.with_suffix(".state"))
+    title = f"{subject.run}, {images.title}, {threat_models[0].norm}, {len(images)} examples"
     if path.is_file():
-        _show(_already(path, asked), f"{path} is there already; delete it to evaluate anew")
-        return path
-
-    model = subject.load().to("cuda" if torch.cuda.is_available() else "cpu")
-    evaluation = evaluate_model(
-        model,
-        to_float(images.images),
-        images.labels,
-        norm=threat_model.norm,
-        eps=threat_model.written,
-        suite=config.suite,
-        seed=config.seed,
-        batch_size=config.batch_size,
-    )
-    results = asked | _summary(evaluation) | environment()
-    write_text(path.with_suffix(".csv"), _rows(evaluation))
-    write_json(path, results)  # last: a result is there once this is
-    _show(results, f"{subject.run}, {images.title}, {threat_model}, {len(images)} examples")
+        results = _already(path, asked)
+        title = f"{path} is there already; delete it to evaluate anew"
+    else:
+        evaluations = evaluate_all(
+            subject.load().to(PartialState().device),
+            images.images,
+            images.labels,
+            threat_models=threat_models,
+            suite=config.suite,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            search_dtype=PRECISIONS[config.precision],
+            transfer_from=_second_model(config),
+            state=path.with_suffix(".state"),
+            processes=processes,
+        )
+        summaries = [_summary(evaluation) for evaluation in evaluations]
+        results = asked | ({"curve": summaries} if sweep else summaries[0]) | environment()
+        if not processes.index:
+            _write(path, results, evaluations)
+    if not processes.index:
+        _show_curve(results, title) if sweep else _show(results, title)
     return path
+
+
+def _write(path: Path, results: dict[str, Any], evaluations: Sequence[Evaluation]) -> None:
+    """All files of a result, the .json last: a result is there once this is."""
+    if len(evaluations) == 1:
+        write_text(path.with_suffix(".csv"), _rows(evaluations[0]))
+    else:
+        write_text(path.with_suffix(".csv"), _sweep_rows(evaluations))
+        draw_curve(results["curve"], path.with_suffix(".png"), title=f"{results['run']}, {results['dataset_title']}")
+    write_json(path, results)
+    shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
 
 
 def _check(config: EvaluateConfig) -> None:
     """Raise what is wrong with the flags before anything is loaded."""
-    if config.suite not in SUITES:
-        raise unknown("--suite", config.suite, SUITES)
+    for flag, value, allowed in (
+        ("--suite", config.suite, SUITES),
+        ("--precision", config.precision, PRECISIONS),
+    ):
+        if value not in allowed:
+            raise unknown(flag, value, allowed)
     for flag, value in (("--n-examples", config.n_examples), ("--batch-size", config.batch_size)):
         if value < 1:
             raise InputError(f"{flag} {value} is not possible; give 1 or more")
+
+
+def _path(config: EvaluateConfig, subject: Subject, threat_models: Sequence[ThreatModel]) -> Path:
+    """Where the result goes: of one radius into ``results``, of several into ``sweeps`` beside it."""
+    largest = threat_models[-1]
+    folder, radius = subject.results_folder, largest.written.replace("/", "_")
+    if len(threat_models) > 1:
+        folder, radius = folder.with_name("sweeps"), f"up-to-{radius}"
+    return folder / f"{config.suite}-{largest.norm}-{radius}.json"
+
+
+def _second_model(config: EvaluateConfig) -> nn.Module | None:
+    """The model of ``--transfer-from``."""
+    if config.transfer_from is None:
+        return None
+    subject = find_subject("--transfer-from", config.transfer_from, dataset=config.dataset, norm=config.norm)
+    return subject.load().to(PartialState().device)
 
 
 def _dataset(config: EvaluateConfig, subject: Subject) -> Dataset:
@@ -162,60 +194,21 @@ def _dataset(config: EvaluateConfig, subject: Subject) -> Dataset:
     return DATASETS[name]
 
 
-def _threat_model(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> ThreatModel:
+def _threat_models(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> list[ThreatModel]:
+    """One for each radius, from the smallest."""
     norm = config.norm or subject.defaults.get("norm") or dataset.norm
     eps = config.eps or subject.defaults.get("eps") or dataset.eps
-    return ThreatModel.parse(norm, eps)
+    threat_models = sorted((ThreatModel.parse(norm, radius) for radius in eps.split(",")), key=lambda ball: ball.eps)
+    for smaller, larger in pairwise(threat_models):
+        if smaller.eps == larger.eps:
+            raise InputError(f"--eps {eps} names {larger.written} twice; give each radius once")
+    return threat_models
 
 
 def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> Images:
     data_dir = config.data_dir or subject.defaults.get("data_dir")
     size = {"img_size": subject.img_size, "in_chans": subject.in_chans}
     return load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
-
-
-def _subject(name: str) -> Subject:
-    """The run in a directory, or the timm model of a name."""
-    if Path(name).exists():
-        return _run_subject(Run.open(name))
-    if timm.is_model(name.partition(".")[0]):
-        return _timm_subject(name)
-    raise InputError(f"RUN {name!r} is neither a run directory nor a timm model; give a folder made by train")
-
-
-def _run_subject(run: Run) -> Subject:
-    train = run.config["train"]
-    return Subject(
-        run=str(run.path),
-        model=train["model"],
-        load=run.load_model,
-        digest=run.model_digest,
-        defaults=train,
-        img_size=run.config["img_size"],
-        in_chans=run.config["in_chans"],
-        results_folder=run.results_folder,
-    )
-
-
-def _timm_subject(name: str) -> Subject:
-    cfg = timm.get_pretrained_cfg(name)
-    return Subject(
-        run=name,
-        model=name,
-        load=lambda: _load_timm(name),
-        digest=None,
-        defaults={},
-        img_size=cfg.input_size[-1] if cfg else None,
-        in_chans=cfg.input_size[0] if cfg else None,
-        results_folder=Path("runs") / name / "results",
-    )
-
-
-def _load_timm(name: str) -> nn.Module:
-    try:
-        return normalized(timm.create_model(name, pretrained=True)).eval()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"RUN {name!r} is a timm model whose weights cannot be read ({one_line(error)})") from error
 
 
 def _already(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -233,12 +226,12 @@ def _already(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
 def _summary(evaluation: Evaluation) -> dict[str, Any]:
     """What is saved of an evaluation, beside its rows."""
     return {
+        "eps": evaluation.threat_model.written,
         "settings": evaluation.settings,
         "clean": evaluation.clean,
         "accuracy": evaluation.accuracy,
         "worst": evaluation.worst,
         "zero_gradient_share": evaluation.zero_gradient_share,
-        "zero_gradients": asdict(evaluation.zero_gradients),
         "cw_l2": asdict(evaluation.cw_l2) if evaluation.cw_l2 else None,
         "verdict": asdict(evaluation.verdict),
         "seconds": round(evaluation.seconds, 1),
@@ -246,13 +239,48 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _rows(evaluation: Evaluation) -> str:
-    """A row an example, as CSV: index, label, clean prediction, and for each attack 1 for robust or 0 for broken."""
+    """A row an example, as CSV.
+
+    Index, label, clean prediction; for each attack 1 for robust or 0 for broken; the attack that broke it first, the
+    steps that this took where known, the margin of the label's logit then, and the seed of its randomness.
+    """
+    broken = evaluation.broken
+    columns = {
+        "index": range(len(evaluation.labels)),
+        "label": evaluation.labels.tolist(),
+        "clean_prediction": evaluation.predictions.tolist(),
+        **{attack: robust.int().tolist() for attack, robust in evaluation.robust.items()},
+        "broken_by": broken.by,
+        "steps": ["" if isnan(steps) else int(steps) for steps in broken.steps.tolist()],
+        "margin": [f"{margin:.6g}" for margin in broken.margin.tolist()],
+        "seed": ["" if seed is None else seed for seed in broken.seed],
+    }
+    return _csv(columns)
+
+
+def _sweep_rows(evaluations: Sequence[Evaluation]) -> str:
+    """A row an example, as CSV: index, label, clean prediction, the smallest radius at which each attack broke it."""
+    first = evaluations[0]
+    columns = {
+        "index": range(len(first.labels)),
+        "label": first.labels.tolist(),
+        "clean_prediction": first.predictions.tolist(),
+    }
+    for attack in [*first.robust, "worst"]:
+        smallest = [""] * len(first.labels)
+        for evaluation in reversed(evaluations):
+            robust = evaluation.survivors if attack == "worst" else evaluation.robust[attack]
+            for example in (~robust).nonzero().squeeze(1).tolist():
+                smallest[example] = evaluation.threat_model.written
+        columns[attack] = smallest
+    return _csv(columns)
+
+
+def _csv(columns: dict[str, Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "label", "clean_prediction", *evaluation.robust])
-    columns = [evaluation.labels, evaluation.predictions, *(robust.int() for robust in evaluation.robust.values())]
-    for index, row in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-        writer.writerow([index, *row])
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
     return text.getvalue()
 
 
@@ -274,6 +302,21 @@ def _show(results: dict[str, Any], title: str) -> None:
         console.print(f"cw-l2 {needs}; accuracy at L2 {cw['budget']:.3f}: {_percent(cw['accuracy_at_budget'])}")
     console.print(f"verdict on the white-box accuracies: [bold]{results['verdict']['verdict']}[/bold]")
     for sentence in results["verdict"]["evidence"]:
+        console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
+
+
+def _show_curve(results: dict[str, Any], title: str) -> None:
+    """Print the accuracies for every radius, a row each, with the verdict behind them."""
+    curve = results["curve"]
+    table = Table("eps", "clean", *curve[0]["accuracy"], "worst case", "verdict")
+    for at in curve:
+        accuracies = [at["clean"], *at["accuracy"].values(), at["worst"]]
+        table.add_row(at["eps"], *map(_percent, accuracies), at["verdict"]["verdict"])
+    console = Console()
+    console.print(title, style="italic")
+    console.print(table)
+    console.print(f"verdict at {curve[-1]['eps']}: [bold]{curve[-1]['verdict']['verdict']}[/bold]")
+    for sentence in curve[-1]["verdict"]["evidence"]:
         console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
 
 

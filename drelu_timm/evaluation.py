@@ -1,24 +1,33 @@
 """The evaluation of any model under a suite of attacks: the only place where robust accuracies come from.
 
-An attack only searches. What it returns is checked here, brought into the ball, and judged by the model itself.
+An attack only searches. What it returns is brought into the ball, and judged by the model itself (`driver`).
 """
 
 import hashlib
+import json
 import time
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from math import isfinite, sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .attacks import ThreatModel, frozen, per_image
+from .adaptive import substitutable_layers
+from .attacks import ThreatModel, frozen
+from .driver import Attacked, Batch, Columns, Driver, Outcome, as_float, example_seed, label_margin
 from .errors import InputError
-from .masking import Verdict, ZeroGradients, verdict
-from .suites import Attack, Kind, Suite, find_suite
+from .masking import PROBED, Verdict, probes, signals, verdict
+from .processes import Processes
+from .rows import Rows
+from .suites import ATTACKS, Suite, find_suite
+
+CLEAN = "clean"  # the stage of the clean images
+SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,25 @@ class CarliniWagner:
 
 
 @dataclass(frozen=True)
+class Broken:
+    """What broke each example first, in the order of the suite.
+
+    Attributes:
+        by: Name of the attack; "clean" for an example that is wrong as it is, "" for one that withstood all. What
+            only a probe for masking broke is broken by "probe <attack> at <eps>".
+        steps: [N], the gradients or queries that it took; NaN where not known.
+        margin: [N], logit of the label minus the largest other one, on the image that broke it; for one that withstood
+            all, the smallest on any image that an attack gave.
+        seed: What keyed the randomness of that attack on that example; None where nothing broke it.
+    """
+
+    by: list[str]
+    steps: Tensor
+    margin: Tensor
+    seed: list[int | None]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How a model did under a suite of attacks.
 
@@ -49,11 +77,13 @@ class Evaluation:
         predictions: [N], of the clean images.
         robust: For each attack (or column of the suite, such as "autoattack"), [N]: right on the clean image and on
             what the attack returned.
+        broken: What broke each example.
         settings: For each attack, what decides what it finds.
-        zero_gradients: Shares of exactly zero input gradients.
+        zero_gradient_share: Share of the correctly classified examples with an input gradient (of the cross-entropy)
+            of exactly zero.
         cw_l2: Of the suites that hold "cw-l2".
         verdict: Whether white-box accuracies can be believed.
-        seconds: Wall-clock time.
+        seconds: Wall-clock time; of a sweep, that of the whole.
     """
 
     threat_model: ThreatModel
@@ -62,8 +92,9 @@ class Evaluation:
     labels: Tensor
     predictions: Tensor
     robust: dict[str, Tensor]
+    broken: Broken
     settings: dict[str, dict[str, Any]]
-    zero_gradients: ZeroGradients
+    zero_gradient_share: float
     cw_l2: CarliniWagner | None
     verdict: Verdict
     seconds: float
@@ -79,14 +110,14 @@ class Evaluation:
         return {attack: _share(robust) for attack, robust in self.robust.items()}
 
     @property
-    def zero_gradient_share(self) -> float:
-        """Share of the correctly classified examples with an input gradient (cross-entropy) of exactly zero."""
-        return self.zero_gradients.cross_entropy
+    def worst(self) -> float:
+        """Share of the examples that nothing broke, in [0, 1]: the robust accuracy."""
+        return _share(self.survivors)
 
     @property
-    def worst(self) -> float:
-        """Share of the examples that no attack broke, in [0, 1]: the robust accuracy."""
-        return _share(torch.stack(list(self.robust.values())).all(dim=0))
+    def survivors(self) -> Tensor:
+        """Which examples [N] nothing broke, neither an attack of the suite nor a probe for masking."""
+        return torch.tensor([not by for by in self.broken.by])
 
 
 def evaluate_model(
@@ -99,6 +130,9 @@ def evaluate_model(
     suite: str = "quick",
     seed: int = 0,
     batch_size: int = 256,
+    search_dtype: torch.dtype = torch.float32,
+    transfer_from: nn.Module | None = None,
+    state: Path | None = None,
 ) -> Evaluation:
     """Measure clean and robust accuracy, and whether the latter can be believed.
 
@@ -106,180 +140,309 @@ def evaluate_model(
 
     Args:
         model: Takes [0, 1] images [B, C, H, W] and returns logits [B, K].
-        images: [N, C, H, W] floats in [0, 1], on any device.
+        images: [N, C, H, W] floats in [0, 1], or uint8, on any device.
         labels: [N] integers below K.
         eps: Radius in units of a [0, 1] pixel, e.g. 0.1 or "8/255".
         norm: "Linf" or "L2".
         suite: A name in `drelu_timm.suites.SUITES`.
         seed: Keys the randomness of every example and attack.
-        batch_size: Images a pass.
+        batch_size: Images a pass, at most.
+        search_dtype: What attacks compute in, such as ``torch.bfloat16``; what they find is judged in float32.
+        transfer_from: A second model of the same classes: what fools it is tried on the first, as column "transfer".
+        state: Folder for what is measured as it comes in: the same call again goes on from there. It stays afterwards.
 
     Raises:
-        InputError: Images, labels, a model or options that cannot be used.
+        InputError: Images, labels, a model or options that cannot be used, or a state of something else.
     """
-    started = time.monotonic()
-    threat_model = ThreatModel.parse(norm, eps)
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more")
-    _check_data(images, labels)
-    with frozen(model):
-        driver = _Driver(model, images, labels.cpu().long(), threat_model, seed, batch_size)
-        columns = find_suite(suite, driver.num_classes())
-        predictions = driver.predictions()
-        correct = predictions == driver.labels
-        zero_gradients = driver.zero_gradients(correct)
-        found = driver.run(columns, correct)
-    kinds: dict[str, Kind] = {attack.name: attack.kind for stages in columns.values() for attack in stages}
-    return Evaluation(
-        threat_model=threat_model,
+    (evaluation,) = evaluate_sweep(
+        model,
+        images,
+        labels,
+        eps=[eps],
+        norm=norm,
         suite=suite,
         seed=seed,
-        labels=driver.labels,
-        predictions=predictions,
-        robust=found.robust,
-        settings=_settings(columns),
-        zero_gradients=zero_gradients,
-        cw_l2=_carlini_wagner(found.distances, correct, threat_model, images[0].numel()),
-        verdict=verdict(correct, found.broken, kinds, zero_gradients),
-        seconds=time.monotonic() - started,
+        batch_size=batch_size,
+        search_dtype=search_dtype,
+        transfer_from=transfer_from,
+        state=state,
+    )
+    return evaluation
+
+
+def evaluate_sweep(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: Sequence[float | str],
+    norm: str = "Linf",
+    suite: str = "quick",
+    seed: int = 0,
+    batch_size: int = 256,
+    search_dtype: torch.dtype = torch.float32,
+    transfer_from: nn.Module | None = None,
+    state: Path | None = None,
+) -> list[Evaluation]:
+    """`evaluate_model` for several radii at once, from the smallest; accuracies can only fall from one to the next.
+
+    What breaks an example in a ball breaks it in every larger one, and is not searched again; attacks that begin at a
+    point begin a larger ball where they ended in the smaller one.
+    """
+    threat_models = sorted((ThreatModel.parse(norm, radius) for radius in eps), key=lambda ball: ball.eps)
+    return evaluate_all(
+        model,
+        images,
+        labels,
+        threat_models=threat_models,
+        suite=suite,
+        seed=seed,
+        batch_size=batch_size,
+        search_dtype=search_dtype,
+        transfer_from=transfer_from,
+        state=state,
     )
 
 
-_NO_CLASS = -1  # the prediction where a logit is not finite; no label equals it
+def evaluate_all(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    threat_models: Sequence[ThreatModel],
+    suite: str,
+    seed: int,
+    batch_size: int,
+    search_dtype: torch.dtype = torch.float32,
+    transfer_from: nn.Module | None = None,
+    state: Path | None = None,
+    processes: Processes | None = None,
+) -> list[Evaluation]:
+    """An evaluation for each threat model; see `evaluate_model`.
 
-
-@dataclass
-class _Found:
-    """What a suite found: by column robust or not [N], by attack broken or not [N], and minimum L2 distances [N]."""
-
-    robust: dict[str, Tensor]
-    broken: dict[str, Tensor]
-    distances: Tensor | None = None
+    Args:
+        model: Takes [0, 1] images.
+        images: [N, C, H, W].
+        labels: [N].
+        threat_models: Of one norm, from the smallest.
+        suite: Its name.
+        seed: Keys all randomness.
+        batch_size: Images a pass.
+        search_dtype: What attacks compute in.
+        transfer_from: A second model to be attacked in the first one's place, for the column "transfer".
+        state: Folder for the rows.
+        processes: Who shares the work; every one of them calls this.
+    """
+    started = time.monotonic()
+    if batch_size < 1:
+        raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more")
+    if threat_models[-1].eps == 0:
+        raise InputError("--eps 0 leaves nothing to attack; give a radius above 0")
+    _check_data(images, labels)
+    labels = labels.cpu().long()
+    processes = processes or Processes()
+    with frozen(model):
+        num_classes = _num_classes(model, images, labels)
+        columns = find_suite(suite, num_classes, adaptive=bool(substitutable_layers(model)))
+        if transfer_from is not None:
+            columns["transfer"] = (replace(ATTACKS["transfer"], source=transfer_from),)
+        identity = {
+            "model": model_digest(model),
+            "images": _digest([images, labels]),
+            "norm": threat_models[0].norm,
+            "eps": [threat_model.eps for threat_model in threat_models],
+            "suite": suite,
+            "settings": _digest([], json.dumps(_settings(columns), sort_keys=True)),
+            "seed": seed,
+            "precision": str(search_dtype),
+        }
+        rows = Rows(state, identity, processes.index)
+        driver = Driver(
+            model, images, labels, threat_models, seed, batch_size, search_dtype, rows=rows, processes=processes
+        )
+        clean = _measure_clean(driver)
+        attacked = _attack(driver, columns, clean.correct)
+        evaluations = [
+            _evaluation(driver, position, suite, columns, clean, attacked) for position in range(len(threat_models))
+        ]
+    seconds = time.monotonic() - started
+    return [replace(evaluation, seconds=seconds) for evaluation in evaluations]
 
 
 @dataclass(frozen=True)
-class _Driver:
-    """Runs attacks over examples batch by batch, and judges what they return."""
+class _Clean:
+    """What was measured on the clean images: [N] each."""
 
-    model: nn.Module
-    images: Tensor
-    labels: Tensor
-    threat_model: ThreatModel
-    seed: int
-    batch_size: int
-
-    @property
-    def device(self) -> torch.device:
-        tensors = chain(self.model.parameters(), self.model.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-    def batches(self, examples: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Positions, images and labels of the examples that are marked in [N], the latter two on the device."""
-        if not examples.any():
-            return  # splitting nothing gives one empty batch
-        for batch in examples.nonzero().squeeze(1).split(self.batch_size):
-            images = self.images[batch.to(self.images.device)].to(self.device, torch.float32).contiguous()
-            yield batch, images, self.labels[batch].to(self.device)
-
-    def num_classes(self) -> int:
-        """Number of outputs of the model, which every label must be below."""
-        with torch.no_grad():
-            logits = self.model(self.images[:1].to(self.device, torch.float32))
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(f"the model returns {got} for one image; it must return logits [B, classes]")
-        if self.labels.max() >= logits.shape[1]:
-            raise InputError(
-                f"the labels go up to {self.labels.max()} but the model has {logits.shape[1]} outputs; "
-                "give the dataset that the model was trained on"
-            )
-        return logits.shape[1]
-
-    def predictions(self) -> Tensor:
-        """The class [N] the model puts each clean image into.
-
-        Raises:
-            InputError: Logits that are not finite.
-        """
-        everything = torch.ones_like(self.labels, dtype=torch.bool)
-        predictions = torch.cat([_predict(self.model, images).cpu() for _, images, _ in self.batches(everything)])
-        if (predictions == _NO_CLASS).any():
-            count = int((predictions == _NO_CLASS).sum())
-            raise InputError(f"the model returns NaN or infinite logits for {count} of {len(predictions)} clean images")
-        return predictions
-
-    def zero_gradients(self, correct: Tensor) -> ZeroGradients:
-        """Measured batch by batch on the correctly classified examples [N]."""
-        total = max(int(correct.sum()), 1)
-        shares = torch.zeros(3, dtype=torch.float64)
-        for batch, images, labels in self.batches(correct):
-            measured = astuple(ZeroGradients.measure(self.model, images, labels))
-            shares += torch.tensor(measured, dtype=torch.float64) * len(batch) / total
-        return ZeroGradients(*shares.tolist())
-
-    def run(self, columns: Suite, correct: Tensor) -> _Found:
-        """Every column of a suite on the correctly classified examples [N], single attacks before sequences of them."""
-        found = _Found({}, {})
-        for column, stages in sorted(columns.items(), key=lambda item: len(item[1])):
-            left = correct
-            for attack in stages:
-                if attack.name not in found.broken:  # what it does to all examples, it does to those that are left
-                    worst = torch.stack([left, *found.robust.values()]).all(0)
-                    found.broken[attack.name], distances = self._attack(attack, left, worst)
-                    if attack.minimum_norm:
-                        found.distances = distances
-                left = left & ~found.broken[attack.name]
-            found.robust[column] = left
-        return _Found({column: found.robust[column] for column in columns}, found.broken, found.distances)
-
-    def _attack(self, attack: Attack, examples: Tensor, worst: Tensor) -> tuple[Tensor, Tensor]:
-        """Which examples [N] an attack breaks inside the ball, and at which L2 distance [N] it breaks them at all."""
-        broken = torch.zeros_like(examples)
-        distances = torch.full(examples.shape, float("inf"))
-        total = int(examples.sum())
-        with tqdm(total=total, desc=f"{attack.name:>9}", unit="image", disable=None, leave=False) as progress:
-            for batch, images, labels in self.batches(examples):
-                seeds = [_example_seed(self.seed, attack.name, index) for index in batch.tolist()]
-                adversarial = attack(self.model, images, labels, self.threat_model, seeds).detach()
-                admitted, length = self._admit(attack, adversarial, images, labels)
-                broken[batch] = (_predict(self.model, admitted) != labels).cpu()
-                distances[batch] = length.cpu()
-                progress.update(len(batch))
-                progress.set_postfix_str(f"robust accuracy so far {100 * _share(worst & ~broken):.1f} %")
-        return broken, distances
-
-    def _admit(self, attack: Attack, adversarial: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What counts of an attack's images, and the L2 distance [B] of those that fool the model wherever they lie.
-
-        Images that are not finite count as the clean ones. Those outside the ball are projected onto it, save those
-        of a minimum-norm attack, which never aimed at the ball.
-        """
-        finite = per_image(adversarial.flatten(1).isfinite().all(1), images)
-        adversarial = torch.where(finite, adversarial, images)
-        length = (adversarial - images).flatten(1).norm(dim=1)
-        if attack.minimum_norm:
-            length = length.where(_predict(self.model, adversarial) != labels, torch.inf)
-        inside = per_image(self.threat_model.contains(adversarial, images), images)
-        instead = images if attack.minimum_norm else self.threat_model.project(adversarial, images)
-        return torch.where(inside, adversarial, instead), length
+    predictions: Tensor
+    margins: Tensor
+    correct: Tensor
+    signals: dict[str, Tensor]
 
 
-@torch.no_grad()
-def _predict(model: nn.Module, images: Tensor) -> Tensor:
-    """The class [B] of each image, or `_NO_CLASS`."""
-    logits = model(images)
-    return logits.argmax(dim=1).where(logits.isfinite().all(dim=1), _NO_CLASS)
+@dataclass(frozen=True)
+class _Attacked:
+    """What a suite did, in positions of threat models.
+
+    Attributes:
+        broken_at: For each column, [N]: position of the smallest that broke the example, their number where none did;
+            0 for examples that are wrong as they are.
+        outcomes: For each single attack.
+    """
+
+    broken_at: dict[str, Tensor]
+    outcomes: dict[str, Outcome]
+
+
+def _attack(driver: Driver, columns: Suite, correct: Tensor) -> _Attacked:
+    """Every column of a suite on the correctly classified examples [N], single attacks before sequences of them."""
+    attacked = _Attacked({}, {})
+    for column, stages in sorted(columns.items(), key=lambda item: len(item[1])):
+        left = torch.where(correct, len(driver.threat_models), 0)
+        for attack in stages:
+            if attack.name not in attacked.outcomes:  # what it does to all examples, it does to those that are left
+                attacked.outcomes[attack.name] = driver.attack(attack, left)
+            left = torch.minimum(left, attacked.outcomes[attack.name].broken_at)
+        attacked.broken_at[column] = left
+    return attacked
+
+
+def _evaluation(
+    driver: Driver, position: int, suite: str, columns: Suite, clean: _Clean, attacked: _Attacked
+) -> Evaluation:
+    """The evaluation in one of the driver's threat models."""
+    threat_model = driver.threat_models[position]
+    pixels = driver.images[0].numel()
+    probed, judgement = _probe(replace(driver, threat_models=[threat_model]), clean)
+    # In the order of the suite, then the probes.
+    broken = {name: (outcome, outcome.broken_at <= position) for name, outcome in attacked.outcomes.items()}
+    broken |= {name: (outcome, outcome.broken_at == 0) for name, outcome in probed.items()}
+    cw = attacked.outcomes.get("cw-l2")
+    return Evaluation(
+        threat_model=threat_model,
+        suite=suite,
+        seed=driver.seed,
+        labels=driver.labels,
+        predictions=clean.predictions,
+        robust={column: attacked.broken_at[column] > position for column in columns},
+        broken=_broken(driver, clean, broken),
+        settings=_settings(columns),
+        zero_gradient_share=_share(clean.signals["zero_gradient_ce"][clean.correct]),
+        cw_l2=_carlini_wagner(cw.l2, clean.correct, threat_model, pixels) if cw else None,
+        verdict=judgement,
+        seconds=0.0,
+    )
+
+
+def _probe(driver: Driver, clean: _Clean) -> tuple[dict[str, Outcome], Verdict]:
+    """What the probes for masking broke in the driver's one threat model, and what they say."""
+    (threat_model,) = driver.threat_models
+    examples = clean.correct & (clean.correct.cumsum(0) <= PROBED)
+    broken: dict[str, Tensor] = {}
+    inside: dict[str, Outcome] = {}
+    left = {}  # by ball, what the probes before left
+    for probe in probes(driver.model, threat_model, driver.images[0].numel()):
+        within = replace(driver, threat_models=[probe.threat_model])
+        standing = left.setdefault(probe.threat_model, examples)
+        stage = f"probe {probe.attack.name} at {probe.threat_model.written}"
+        outcome = within.attack(probe.attack, standing.long(), stage=stage)
+        broken[probe.attack.name] = standing & (outcome.broken_at == 0)
+        left[probe.threat_model] = standing & ~broken[probe.attack.name]
+        if probe.threat_model == threat_model:
+            inside[stage] = outcome
+    flags = {name: flag[examples] for name, flag in clean.signals.items()}
+    return inside, verdict(driver.labels[examples], flags, {name: flag[examples] for name, flag in broken.items()})
+
+
+def _broken(driver: Driver, clean: _Clean, broken: Mapping[str, tuple[Outcome, Tensor]]) -> Broken:
+    """By what each example was broken; of several attacks that did it, the first."""
+    by = ["" if right else CLEAN for right in clean.correct.tolist()]
+    steps = torch.full(driver.labels.shape, torch.nan, dtype=torch.float64)
+    margins = torch.where(clean.correct, torch.inf, clean.margins)
+    for name, (outcome, flags) in broken.items():
+        standing = torch.tensor([not name for name in by])
+        for example in (flags & standing).nonzero().squeeze(1).tolist():
+            by[example] = name
+        steps = steps.where(~(flags & standing), outcome.steps)
+        margins = margins.where(~standing, torch.minimum(margins, outcome.margin.nan_to_num(torch.inf)))
+    seeds = [
+        example_seed(driver.seed, name, example) if name and name != CLEAN else None for example, name in enumerate(by)
+    ]
+    return Broken(by, steps, margins, seeds)
+
+
+def _measure_clean(driver: Driver) -> _Clean:
+    """The clean pass.
+
+    Raises:
+        InputError: Logits that are not finite.
+    """
+    driver.measure(
+        CLEAN, torch.ones_like(driver.labels, dtype=torch.bool), partial(_clean_columns, Attacked(driver.model))
+    )
+    margins = driver.column(CLEAN, "margin")
+    if count := int((margins == -torch.inf).sum()):
+        raise InputError(f"the model returns NaN or infinite logits for {count} of {len(margins)} clean images")
+    predictions = driver.column(CLEAN, "prediction").long()
+    correct = predictions == driver.labels
+    flags = {name: driver.column(CLEAN, name) == 1 for name in SIGNALS}
+    return _Clean(predictions, margins, correct, flags)
+
+
+def _clean_columns(model: nn.Module, batch: Batch) -> Columns:
+    with torch.no_grad():
+        logits = model(batch.images)
+    columns = {"prediction": logits.argmax(dim=1), "margin": label_margin(logits, batch.labels)}
+    return columns | signals(model, batch.images, batch.labels)
+
+
+def _num_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Number of outputs of the model, tried on a few images.
+
+    Raises:
+        InputError: A model that does not return logits, or has fewer outputs than the labels need.
+    """
+    device = next(chain((tensor.device for tensor in model.state_dict().values()), [torch.device("cpu")]))
+    with torch.no_grad():
+        logits = model(as_float(images[:8]).to(device))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"the model returns {got} for {len(images[:8])} images; it must return logits [B, classes]")
+    if labels.max() >= logits.shape[1]:
+        raise InputError(
+            f"the labels go up to {labels.max()} but the model has {logits.shape[1]} outputs; "
+            "give the dataset that the model was trained on"
+        )
+    if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(len(logits), device=device), atol=1e-4):
+        raise InputError(
+            "the model returns probabilities (none below 0, each image's adding up to 1), whose gradients vanish; "
+            "give the model without its softmax"
+        )
+    return logits.shape[1]
+
+
+def model_digest(model: nn.Module) -> str:
+    """sha256 over a model's structure as printed, and the name, type, shape and values of everything in its state."""
+    state = model.state_dict()
+    about = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in state.items()]
+    return _digest(state.values(), repr(model) + json.dumps(about))
+
+
+def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _check_data(images: Tensor, labels: Tensor) -> None:
-    if images.ndim != 4 or not images.is_floating_point():
+    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
         raise InputError(
-            f"images are {images.dtype} {list(images.shape)}; give floats [N, C, H, W] in [0, 1], uint8 divided by 255"
+            f"images are {images.dtype} {list(images.shape)}; give [N, C, H, W], floats in [0, 1] or uint8"
         )
     if len(images) == 0 or labels.shape != images.shape[:1]:
         raise InputError(f"{len(images)} images and labels of shape {list(labels.shape)}; give one label an image")
     low, high = images.aminmax()
-    if not 0 <= low <= high <= 1:  # NaN fails too
+    if images.is_floating_point() and not 0 <= low <= high <= 1:  # NaN fails too
         raise InputError(
             f"images lie in [{low:.4g}, {high:.4g}]; give them in [0, 1], normalisation belongs into the model"
         )
@@ -287,30 +450,25 @@ def _check_data(images: Tensor, labels: Tensor) -> None:
         raise InputError(f"labels are {labels.dtype} from {labels.min()}; give integers from 0 to classes - 1")
 
 
-def _example_seed(seed: int, attack: str, example: int) -> int:
-    """A seed that depends on nothing but these, so neither on the batch nor on what ran before."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{attack}/{example}".encode()).digest()[:7], "big")
-
-
 def _settings(columns: Suite) -> dict[str, dict[str, Any]]:
-    settings = {attack.name: attack.settings for stages in columns.values() for attack in stages}
+    attacks = [attack for stages in columns.values() for attack in stages]
+    settings = {attack.name: attack.settings for attack in attacks}
+    for attack in attacks:
+        if attack.source is not None:
+            settings[attack.name] = {**attack.settings, "source_digest": model_digest(attack.source)}
     sequences = {column: stages for column, stages in columns.items() if len(stages) > 1}
     return settings | {column: {"stages": [attack.name for attack in stages]} for column, stages in sequences.items()}
 
 
-def _carlini_wagner(
-    distances: Tensor | None, correct: Tensor, threat_model: ThreatModel, pixels: int
-) -> CarliniWagner | None:
-    if distances is None:
-        return None
-    median = float(distances[correct].median()) if correct.any() else float("inf")
+def _carlini_wagner(l2: Tensor, correct: Tensor, threat_model: ThreatModel, pixels: int) -> CarliniWagner:
+    median = float(l2[correct].median()) if correct.any() else float("inf")
     budget = threat_model.eps if threat_model.norm == "L2" else threat_model.eps * sqrt(pixels)
     return CarliniWagner(
         median_l2=median if isfinite(median) else None,
         budget=budget,
-        accuracy_at_budget=_share(correct & (distances > budget)),
+        accuracy_at_budget=_share(correct & (l2 > budget)),
     )
 
 
 def _share(flags: Tensor) -> float:
-    return float(flags.double().mean())
+    return float(flags.double().mean()) if len(flags) else 0.0

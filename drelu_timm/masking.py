@@ -1,51 +1,41 @@
 """Gradient masking: does a model withstand attacks, or only hide the gradients that they follow?
 
 After Athalye et al. 2018, https://arxiv.org/abs/1802.00420, and Carlini et al. 2019, https://arxiv.org/abs/1902.06705:
-a model that attacks without its gradients, or attacks which know its trick, break where attacks with its gradients fail
-is masked.
+a model that falls to attacks without its gradients, or to those that repair them, where attacks with its gradients fail
+is masked; so is one that these cannot even break with a radius at which nothing can withstand. The attacks that show it
+are the same whatever suite a model is evaluated under, and know of no particular trick.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .adaptive import straight_through, substituted
-from .attacks import Loss, cross_entropy, frozen, margin
-from .suites import Kind
+from .adaptive import annealing, substitutable_layers
+from .attacks import (
+    LOSSES,
+    Found,
+    ThreatModel,
+    cross_entropy,
+    drawn,
+    margin,
+    per_image,
+    random_start_pgd,
+    sign_noise,
+)
+from .square import square
+from .suites import Attack
 
-# Sound evaluations have attacks that differ by a few points (cross-entropy against margin losses on TRADES: 2 to 3).
-_MASKED_ABOVE = 0.05  # share of examples that only a gradient-free or adaptive attack breaks
-_SOUND_BELOW = 0.10  # the same, and the share of examples where even the adaptive attacks see no gradient
+PROBED = 200  # examples, the first that are classified right: they bound a share of 0 by 2 %
 
-
-@dataclass(frozen=True)
-class ZeroGradients:
-    """Shares of the correctly classified examples whose input gradient is exactly zero or not finite, in [0, 1].
-
-    Attributes:
-        cross_entropy: Of the cross-entropy. A softmax that float32 saturates gives zeros too.
-        margin: Of the margin between logits, which never saturates: these zeros are the model's own.
-        through_caps: Of the margin with the gradient let through every cap, as the adaptive attacks see it.
-    """
-
-    cross_entropy: float
-    margin: float
-    through_caps: float
-
-    @classmethod
-    def measure(cls, model: nn.Module, images: Tensor, labels: Tensor) -> "ZeroGradients":
-        """Measure all three on images [N, C, H, W] in [0, 1] and their labels [N]."""
-        with substituted(model, straight_through):
-            through_caps = zero_gradient_share(model, images, labels, loss=margin)
-        return cls(
-            cross_entropy=zero_gradient_share(model, images, labels),
-            margin=zero_gradient_share(model, images, labels, loss=margin),
-            through_caps=through_caps,
-        )
+# Tried on the nets of scripts/masking_battery.py.
+_MASKED_ABOVE = 0.05  # share of examples that one attack leaves and another breaks; 4 % on long-trained ReLU nets
+_SOUND_BELOW = 0.10
+# Adversarial training with capped units, whose zero gradients hide nothing at eps, leaves some 20 % there.
+_STUCK_ABOVE = 1 / 3  # share of examples that withstand, beyond chance, a radius which nothing can withstand
 
 
 @dataclass(frozen=True)
@@ -55,83 +45,279 @@ class Verdict:
     Attributes:
         verdict: "sound": white-box attacks find nearly all that is to be found; "masked": they do not, by far;
             "undecided": neither is shown.
-        evidence: Sentences with the numbers that it rests on.
+        evidence: A sentence for each signal.
+        numbers: The same by name: shares in [0, 1] of the ``examples`` that were probed.
     """
 
     verdict: Literal["sound", "masked", "undecided"]
     evidence: tuple[str, ...]
+    numbers: dict[str, float]
 
     def __str__(self) -> str:
         return self.verdict
 
 
-def zero_gradient_share(
+@dataclass(frozen=True)
+class Probe:
+    """An attack that tells of masking, and the ball that it searches."""
+
+    attack: Attack
+    threat_model: ThreatModel
+
+
+def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Probe]:
+    """What is tried on a model, in this order; each on the examples that those before it in the same ball left.
+
+    White-box attacks come first. At most 255 gradients (230 where there is nothing to adapt to) and 500 queries an
+    example, nearly all of them on examples that withstand.
+
+    Args:
+        model: The adaptive attack is for those that have layers it knows.
+        threat_model: The one whose robust accuracies are in question.
+        pixels: Numbers in an image, C * H * W.
+    """
+    adaptive = [_ADAPTIVE] if substitutable_layers(model) else []
+    return [
+        *(Probe(attack, threat_model) for attack in _WHITE_BOX),
+        Probe(_FAR, farthest(threat_model, pixels)),
+        *(Probe(attack, threat_model) for attack in (*_OTHERS, *adaptive)),
+    ]
+
+
+def farthest(threat_model: ThreatModel, pixels: int) -> ThreatModel:
+    """The smallest ball that holds the mid-grey image whatever its centre.
+
+    There a classifier gives one answer for all examples, so no more of them withstand than the most frequent class has.
+    """
+    eps = 0.5 if threat_model.norm == "Linf" else 0.5 * sqrt(pixels)
+    return replace(threat_model, eps=eps, written=f"{eps:g}")
+
+
+def signals(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What the model itself tells of masking, without an attack.
+
+    Args:
+        model: As attacks see it: its gradient is 0 where it is not finite, or where there is none.
+        images: [B, C, H, W] in [0, 1].
+        labels: [B].
+
+    Returns:
+        Flags [B]: "zero_gradient_ce" and "zero_gradient_margin", whether the input gradient of that loss is zero
+        everywhere (a softmax that float32 saturates gives zeros of cross-entropy, but not of the margin); "unsteady"
+        and "changed", whether a second call gives other logits, by more than rounding, and another class.
+    """
+    images = images.detach().requires_grad_()
+    logits = model(images)
+    flags = {
+        f"zero_gradient_{name}": _zero(torch.autograd.grad(loss(labels)(logits).sum(), images, retain_graph=True)[0])
+        for name, loss in (("ce", cross_entropy), ("margin", margin))
+    }
+    with torch.no_grad():
+        again = model(images.flip(0)).flip(0)  # a model that seeds its noise anew gives it to another image
+    spread = logits.amax(dim=1) - logits.amin(dim=1)
+    unsteady = (again - logits).abs().amax(dim=1) > _ROUNDING * spread
+    return flags | {"unsteady": unsteady, "changed": again.argmax(dim=1) != logits.argmax(dim=1)}
+
+
+_ROUNDING = 1e-3  # of the spread of an image's logits: more than other kernels or TF32 make of them
+
+
+def _zero(gradient: Tensor) -> Tensor:
+    return ~gradient.flatten(1).any(dim=1)
+
+
+def from_image(
+    model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int], **settings
+) -> Found:
+    """`random_start_pgd` from the image itself: in a ball this large a random point alone can break the model."""
+    return random_start_pgd(model, images, labels, threat_model, seeds, start=images, **settings)
+
+
+def restarted(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
+    threat_model: ThreatModel,
+    seeds: Sequence[int],
     *,
-    loss: Callable[[Tensor], Loss] = cross_entropy,
-    batch_size: int = 256,
-) -> float:
-    """Share of the correctly classified images whose input gradient is exactly zero, or not finite.
+    restarts: int,
+    **settings,
+) -> Found:
+    """`random_start_pgd` again and again from other points, with the first success kept.
 
     Args:
-        model: Takes [0, 1] images; read in eval mode.
-        images: [N, C, H, W] in [0, 1], on the model's device.
-        labels: [N].
-        loss: From labels to the loss whose gradient is looked at.
-        batch_size: Images a pass.
-
-    Returns:
-        In [0, 1]; 0 where no image is classified right.
+        model: Takes [0, 1] images.
+        images: [B, C, H, W] in [0, 1].
+        labels: [B].
+        threat_model: The balls.
+        seeds: One an image.
+        restarts: How often.
+        settings: As of `random_start_pgd`.
     """
-    zero = correct = 0
-    with frozen(model):
-        for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            batch = batch.detach().requires_grad_()
-            logits = model(batch)
-            (gradient,) = torch.autograd.grad(loss(batch_labels)(logits).sum(), batch)
-            gradient = gradient.flatten(1)
-            blind = ~gradient.isfinite().all(1) | ~gradient.any(1)
-            right = logits.argmax(dim=1) == batch_labels
-            zero += int((blind & right).sum())
-            correct += int(right.sum())
-    return zero / max(correct, 1)
+    found = images
+    for restart in range(restarts):
+        own = [seed + restart for seed in seeds]
+        candidate = random_start_pgd(model, images, labels, threat_model, own, **settings).images
+        found = _first(model, found, candidate, labels)
+    return Found(found)
 
 
-def verdict(
-    correct: Tensor, broken: Mapping[str, Tensor], kinds: Mapping[str, Kind], zero_gradients: ZeroGradients
-) -> Verdict:
-    """Compare what white-box attacks leave with what adaptive and black-box attacks break of it.
+def averaged(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat_model: ThreatModel,
+    seeds: Sequence[int],
+    *,
+    loss: str,
+    steps: int,
+    relative_step_size: float,
+    samples: int,
+) -> Found:
+    """PGD along gradients averaged over noise around each point and over the model's own noise.
+
+    It sees past gradients that are shattered, or zero here and not there, and is the expectation over transformation
+    of Athalye et al. 2018 for models that draw numbers.
 
     Args:
-        correct: [N], which examples the model classifies right.
-        broken: For each attack, [N]: which examples it broke.
-        kinds: For each attack, what it uses.
-        zero_gradients: Of the same examples.
+        model: Takes [0, 1] images.
+        images: [B, C, H, W] in [0, 1].
+        labels: [B].
+        threat_model: The balls.
+        seeds: One an image.
+        loss: A name in `LOSSES`.
+        steps: Number of steps.
+        relative_step_size: Length of a step, in units of eps.
+        samples: Gradients a step.
     """
-    if not correct.any():
-        return Verdict("undecided", ("No example is classified right, so there is nothing to break.",))
-    white_box = [name for name in broken if kinds[name] == "white-box"]
-    others = [name for name in broken if kinds[name] != "white-box"]
-    withstood = correct & ~_any(broken, white_box, correct)
-    hidden = withstood & _any(broken, others, correct)
-    count, total = int(hidden.sum()), len(hidden)
-    low, high = wilson_interval(count, total)
-    evidence = (
-        f"{_percent(withstood)} of {total} examples withstand the white-box attacks ({', '.join(white_box)}), "
-        f"{_percent(withstood & ~hidden)} the adaptive and black-box attacks ({', '.join(others)}) as well.",
-        f"{_percent(hidden)} of the examples withstand every white-box attack and fall to another one "
-        f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %{_by_attack(broken, others, hidden)}).",
-        f"The input gradient is exactly zero for {100 * zero_gradients.cross_entropy:.1f} % (cross-entropy) and "
-        f"{100 * zero_gradients.margin:.1f} % (margin) of the correctly classified examples, and for "
-        f"{100 * zero_gradients.through_caps:.1f} % where it is let through every cap.",
+    adversarial = drawn(threat_model.random_start, images, seeds)
+    found = images
+    wide = replace(threat_model, eps=2 * threat_model.eps)
+    for step in range(steps):
+        gradient = torch.zeros_like(images)
+        for sample in range(samples):
+            own = [seed + step * samples + sample + 1 for seed in seeds]
+            point = drawn(wide.random_start, adversarial, own).requires_grad_()
+            gradient += torch.autograd.grad(LOSSES[loss](labels)(model(point)).sum(), point)[0]
+        step_size = relative_step_size * threat_model.eps
+        adversarial = threat_model.project(threat_model.ascend(adversarial, gradient, step_size), images)
+        found = _first(model, found, adversarial, labels)
+    return Found(found)
+
+
+@torch.no_grad()
+def _first(model: nn.Module, found: Tensor, candidate: Tensor, labels: Tensor) -> Tensor:
+    """``candidate`` [B, C, H, W] where it fools the model and ``found`` does not."""
+    fooled, fresh = (model(images).argmax(dim=1) != labels for images in (found, candidate))
+    return torch.where(per_image(fresh & ~fooled, found), candidate, found)
+
+
+_LONG = {"steps": 50, "relative_step_size": 0.1}
+_BRIEF = {"steps": 10, "relative_step_size": 0.25}
+_WHITE_BOX = (
+    Attack("pgd", "white-box", random_start_pgd, {"loss": "ce", **_LONG}),
+    # The same loss where logits spread over less than 20: what it breaks beyond luck, a saturated softmax hid.
+    Attack("rescaled", "white-box", random_start_pgd, {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.25}),
+    Attack("margin", "white-box", random_start_pgd, {"loss": "margin", **_LONG}),
+    Attack("restarts", "white-box", restarted, {"loss": "scaled-ce", "restarts": 5, **_BRIEF}),
+)
+_FAR = Attack("far", "white-box", from_image, {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.5})
+_OTHERS = (
+    Attack("noise", "black-box", sign_noise),
+    Attack("averaged", "adaptive", averaged, {"loss": "scaled-ce", "samples": 4, **_BRIEF}),
+    Attack("square", "black-box", square, {"n_queries": 500, "p_init": 0.8}),
+)
+_ADAPTIVE = Attack(
+    "annealing", "adaptive", annealing, {"loss": "scaled-ce", "rounds": 5, "steps": 5, "relative_step_size": 0.2}
+)
+
+# Shares of examples where an attack fails and another succeeds that scales the logits, that begins at more points, or
+# that does not follow the gradient at the point alone.
+_GAPS = ("broken_by_rescaled", "broken_by_restarts", "hidden")
+
+_SENTENCES = {  # by attack, what it broke of those that the ones before it left
+    "rescaled": "PGD on rescaled logits, which no softmax saturates, breaks {} that PGD left.",
+    "margin": "PGD on the margin breaks {} more.",
+    "restarts": "More restarts in the place of more steps break {} that these left.",
+    "noise": "Random sign noise breaks {} that all these left.",
+    "averaged": "Gradients averaged over noise break {} more.",
+    "square": "Square, which asks for no gradient, breaks {} more.",
+    "annealing": "Caps that sharpen while the attack goes on break {} more.",
+}
+
+
+def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Tensor]) -> Verdict:
+    """What the signals and the probes say together.
+
+    Args:
+        labels: [n], of the examples that were probed.
+        flags: Those of `signals`, [n] each.
+        broken: For each probe, by name, [n]: which examples it broke; one that it was not given is not broken.
+    """
+    if not len(labels):
+        return Verdict("undecided", ("No example is classified right, so there is nothing to break.",), {"examples": 0})
+    white_box = _any(broken, _WHITE_BOX)
+    others = _any(broken, [attack for attack in (*_OTHERS, _ADAPTIVE) if attack.name in broken])
+    shares = {
+        **flags,
+        **{f"broken_by_{name}": flag for name, flag in broken.items()},
+        "withstand_pgd": ~broken["pgd"],
+        "withstand_white_box": ~white_box,
+        "withstand_all": ~white_box & ~others,
+        "hidden": ~white_box & others,
+        "stuck": ~white_box & ~broken["far"],
+    }
+    numbers = {"examples": len(labels), "chance": int(labels.bincount().max()) / len(labels)}
+    numbers |= {name: float(flag.double().mean()) for name, flag in shares.items()}
+    for name in (*_GAPS, "stuck"):
+        numbers[f"{name}_low"], numbers[f"{name}_high"] = wilson_interval(int(shares[name].sum()), len(labels))
+    return Verdict(_conclusion(numbers), tuple(_evidence(numbers)), numbers)
+
+
+def _any(broken: Mapping[str, Tensor], attacks: Sequence[Attack]) -> Tensor:
+    return torch.stack([broken[attack.name] for attack in attacks]).any(dim=0)
+
+
+def _conclusion(numbers: Mapping[str, float]) -> Literal["sound", "masked", "undecided"]:
+    stuck_above = numbers["chance"] + _STUCK_ABOVE
+    if numbers["stuck_low"] > stuck_above or any(numbers[f"{gap}_low"] > _MASKED_ABOVE for gap in _GAPS):
+        return "masked"
+    found_all = numbers["stuck_high"] < stuck_above and all(numbers[f"{gap}_high"] < _SOUND_BELOW for gap in _GAPS)
+    return "sound" if found_all and not numbers["unsteady"] else "undecided"
+
+
+def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
+    """A sentence for each signal, those that decide first."""
+
+    def percent(name: str) -> str:
+        return f"{100 * numbers[name]:.1f} %"
+
+    def with_interval(name: str) -> str:
+        return f"{percent(name)} (95 % interval {100 * numbers[f'{name}_low']:.1f} to {percent(f'{name}_high')})"
+
+    yield (
+        f"Of {numbers['examples']} examples classified right, {percent('withstand_pgd')} withstand PGD, "
+        f"{percent('withstand_white_box')} every white-box attack, {percent('withstand_all')} the others too."
     )
-    if low > _MASKED_ABOVE:
-        return Verdict("masked", evidence)
-    if high < _SOUND_BELOW and zero_gradients.through_caps < _SOUND_BELOW:
-        return Verdict("sound", evidence)
-    return Verdict("undecided", evidence)
+    yield f"Noise, Square and attacks on repaired gradients break {with_interval('hidden')} that white-box ones left."
+    yield (
+        f"In a ball that holds the grey image nothing withstands but by chance, {percent('chance')}; there white-box "
+        f"PGD leaves {with_interval('stuck')}."
+    )
+    if numbers["unsteady"]:
+        yield (
+            f"Seen again, {percent('unsteady')} get other logits and {percent('changed')} another class: the forward "
+            "pass is not deterministic, and no verdict can be sound."
+        )
+    else:
+        yield "The forward pass is deterministic."
+    yield (
+        f"The input gradient is zero, or not finite, for {percent('zero_gradient_ce')} (cross-entropy) and "
+        f"{percent('zero_gradient_margin')} (margin)."
+    )
+    for name, sentence in _SENTENCES.items():
+        if f"broken_by_{name}" in numbers:
+            yield sentence.format((with_interval if f"broken_by_{name}" in _GAPS else percent)(f"broken_by_{name}"))
 
 
 def wilson_interval(count: int, total: int) -> tuple[float, float]:
@@ -142,19 +328,3 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
     spread = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def _any(broken: Mapping[str, Tensor], names: list[str], like: Tensor) -> Tensor:
-    flags = torch.zeros_like(like)
-    for name in names:
-        flags |= broken[name]
-    return flags
-
-
-def _by_attack(broken: Mapping[str, Tensor], names: list[str], hidden: Tensor) -> str:
-    shares = {name: _percent(broken[name] & hidden) for name in names if (broken[name] & hidden).any()}
-    return "; " + ", ".join(f"{name} {share}" for name, share in shares.items()) if shares else ""
-
-
-def _percent(flags: Tensor) -> str:
-    return f"{100 * flags.double().mean():.1f} %"

@@ -1,15 +1,12 @@
-"""Threat models, every attack against models whose answer is known, and attacks that know of caps."""
+"""Threat models, and every attack against models whose answer is known."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from drelu_timm import adaptive
-from drelu_timm.attacks import LOSSES, ThreatModel, fgsm, frozen, pgd, random_start_pgd
-from drelu_timm.drelu import DReLU, SReLU
+from drelu_timm.attacks import LOSSES, ThreatModel, fgsm, frozen, pgd
 from drelu_timm.errors import InputError
 from drelu_timm.suites import ATTACKS, SUITES, find_suite
 
@@ -79,9 +76,9 @@ def test_distance_is_that_of_the_norm():
 def searched(name, linear, threat_model, seeds=None, **settings):
     model, images, labels = linear
     attack = ATTACKS[name].for_classes(2)
-    attack = replace(attack, settings={**attack.settings, **settings})
+    attack = replace(attack, settings={**attack.settings, **settings}, source=model if name == "transfer" else None)
     with frozen(model):
-        return attack(model, images, labels, threat_model, seeds or list(range(len(images))))
+        return attack(model, images, labels, threat_model, seeds or list(range(len(images)))).images
 
 
 @pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
@@ -139,7 +136,7 @@ def test_carlini_wagner_gives_the_image_back_where_it_finds_nothing():
     images = torch.rand(3, 1, 4, 4)
     labels = torch.zeros(3, dtype=torch.long)
     attack = ATTACKS["cw-l2"]
-    assert torch.equal(attack(Constant().eval(), images, labels, THREAT_MODELS[1], [0, 1, 2]), images)
+    assert torch.equal(attack(Constant().eval(), images, labels, THREAT_MODELS[1], [0, 1, 2]).images, images)
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "noise", "bpda", "twin", "annealing"])
@@ -172,9 +169,12 @@ def test_settings_fit_the_number_of_classes(num_classes, dlr, targeted, targets)
     assert ATTACKS["apgd-t"].settings["n_target_classes"] == 9, "the table itself was changed"
 
 
-def test_every_suite_holds_the_adaptive_attacks():
-    for columns in SUITES.values():
-        assert {"bpda", "twin", "annealing", "noise"} <= set(columns)
+@pytest.mark.parametrize("name", sorted(set(SUITES) - {"autoattack"}))
+def test_every_suite_holds_the_adaptive_attacks_for_models_with_something_to_adapt_to(name):
+    adaptive = {"bpda", "bpda-soft", "twin"}
+    assert adaptive <= set(find_suite(name, 10))
+    assert not adaptive & set(find_suite(name, 10, adaptive=False))
+    assert find_suite(name, 10, adaptive=False)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -208,96 +208,6 @@ def test_frozen_puts_modes_and_flags_back():
     assert [parameter.requires_grad for parameter in model.parameters()] == [True, False, True, True]
 
 
-# Attacks that know of caps
-
-CAPPED = {
-    "drelu": (DReLU(4, cap=1.0), 0.0, 1.0),
-    "srelu": (SReLU(2.0), 0.0, 2.0),
-    "relu6": (nn.ReLU6(), 0.0, 6.0),
-    "relu6, inplace": (nn.ReLU6(inplace=True), 0.0, 6.0),
-    "hardtanh": (nn.Hardtanh(), -1.0, 1.0),
-    "hardtanh, inplace": (nn.Hardtanh(-2.0, 3.0, inplace=True), -2.0, 3.0),
-}
-
-
-@pytest.mark.parametrize(("layer", "floor", "cap"), CAPPED.values(), ids=CAPPED)
-@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 3)])
-def test_straight_through_keeps_the_value_and_passes_the_gradient(layer, floor, cap, shape):
-    model = nn.Sequential(nn.Identity(), nn.Sequential(layer))
-    x = (10 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    with adaptive.substituted(model, adaptive.straight_through):
-        value = model(x * 1)
-    torch.testing.assert_close(value, x.clamp(floor, cap))
-    (gradient,) = torch.autograd.grad(value.sum(), x)
-    passes = torch.ones_like(x) if floor < 0 else (x > 0).float()
-    assert torch.equal(gradient, passes)
-
-
-@pytest.mark.parametrize(("layer", "floor", "cap"), CAPPED.values(), ids=CAPPED)
-def test_twin_and_annealed_layers(layer, floor, cap):
-    model = nn.Sequential(layer)
-    x = torch.linspace(-20, 20, 44).view(11, 4)
-    with adaptive.substituted(model, adaptive.uncapped):
-        torch.testing.assert_close(model(x.clone()), x if floor < 0 else x.relu())
-    for sharpness in (0.0, 0.5, 1.0):
-        with adaptive.substituted(model, partial(adaptive.annealed, sharpness=sharpness)):
-            value = model(x.clone())
-        assert (value >= floor).all()
-        assert (value <= cap).all()
-    middle = torch.full((1, 4), (floor + cap) / 2, requires_grad=True)
-    (slope,) = torch.autograd.grad(adaptive.annealed(layer, middle, sharpness=1.0).sum(), middle)
-    torch.testing.assert_close(slope, torch.ones_like(slope))  # that of the clamp
-
-
-def test_layers_are_put_back_whatever_happens():
-    layer = DReLU(3, cap=1.0)
-    model = nn.Sequential(nn.Sequential(layer), layer, nn.ReLU())
-    assert adaptive.capped_layers(model) == [layer]
-    x = torch.full((2, 3), 5.0)
-    with adaptive.substituted(model, adaptive.uncapped):
-        assert torch.equal(model(x), x)
-    assert torch.equal(model(x), torch.ones(2, 3))
-    with pytest.raises(TypeError), adaptive.substituted(model, adaptive.uncapped):
-        model(torch.ones(2), "no such argument")
-    assert torch.equal(model(x), torch.ones(2, 3))
-    assert "forward" not in vars(layer)
-
-
-def test_a_layer_of_ones_own_is_made_known_in_one_line():
-    class Clipped(nn.Module):
-        def forward(self, x):
-            return x.clamp(0, 4)
-
-    model = nn.Sequential(Clipped())
-    assert not adaptive.capped_layers(model)
-    with pytest.raises(TypeError, match="Clipped is not known to have a cap"):
-        adaptive.bounds(model[0], torch.ones(1))
-    adaptive.bounds.register(Clipped, lambda layer, x: (0.0, 4.0))
-    with adaptive.substituted(model, adaptive.uncapped):
-        assert torch.equal(model(torch.full((1, 2), 9.0)), torch.full((1, 2), 9.0))
-
-
-@pytest.mark.parametrize("name", ["bpda", "twin", "annealing"])
-def test_adaptive_attacks_see_past_a_saturated_unit(name):
-    """A unit far above its cap hides the class from gradients; moving 0.1 would bring it back under the cap."""
-    first, second = nn.Linear(16, 1, bias=False), nn.Linear(1, 2)
-    model = nn.Sequential(nn.Flatten(), first, DReLU(1, cap=1.0), second)
-    with torch.no_grad():
-        first.weight.fill_(1.0)
-        second.weight.copy_(torch.tensor([[1.0], [-1.0]]))
-        second.bias.copy_(torch.tensor([-0.5, 0.5]))
-    images = torch.full((8, 1, 4, 4), 0.1)  # pre-activation 1.6, cap 1, boundary at 0.5
-    labels = torch.zeros(8, dtype=torch.long)
-    threat_model = ThreatModel.parse("Linf", "0.09")
-    with frozen(model):
-        blind = random_start_pgd(
-            model, images, labels, threat_model, range(8), loss="ce", steps=10, relative_step_size=0.1
-        )
-        seen = ATTACKS[name](model, images, labels, threat_model, list(range(8)))
-        assert (model(blind).argmax(dim=1) == labels).all()
-        assert (model(seen).argmax(dim=1) != labels).all()
-
-
 # Against other implementations
 
 
@@ -319,4 +229,4 @@ def test_same_as_torchattacks(norm):
     torch.testing.assert_close(ours, theirs)
     if norm == "Linf":
         theirs = torchattacks.FGSM(model, eps=0.1)(images, labels)
-        torch.testing.assert_close(fgsm(model, images, labels, threat_model, range(16)), theirs)
+        torch.testing.assert_close(fgsm(model, images, labels, threat_model, range(16)).images, theirs)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from drelu_timm.__main__ import main
+from drelu_timm.attacks import Found
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import evaluate_model
 from drelu_timm.models import save_folder
@@ -37,23 +38,55 @@ def only(monkeypatch, *attacks):
     return "only"
 
 
-def gives(change, *, minimum_norm=False):
+def gives(change, *, name="fake", minimum_norm=False):
     """An attack that returns ``change(images)``."""
-    return Attack("fake", "white-box", lambda model, images, *rest: change(images), minimum_norm=minimum_norm)
+    return Attack(name, "white-box", lambda model, images, *rest: Found(change(images)), minimum_norm=minimum_norm)
 
 
 def test_result_of_the_quick_suite(toy):
     result = evaluate_model(*toy, eps="8/255", suite="quick")
     assert result.clean == 39 / 40
-    assert set(result.accuracy) == set(SUITES["quick"]) == set(result.settings)
-    assert 0 <= result.worst <= min(result.accuracy.values()) <= result.clean
-    assert result.accuracy["apgd-ce"] < result.accuracy["noise"]
-    assert result.settings["square"]["n_queries"] == 500
+    assert set(result.accuracy) == {"apgd-ce", "apgd"}, "there is nothing to adapt to"
+    assert set(result.settings) == {"apgd-ce", "apgd-t", "apgd"}
+    assert 0 <= result.worst <= min(result.accuracy.values()) < result.clean
+    assert result.settings["apgd-t"]["n_target_classes"] == 3
     assert result.zero_gradient_share == 0
     assert result.cw_l2 is None
+    assert str(result.verdict) == "sound"
     assert not any(robust[0] for robust in result.robust.values()), "wrong on the clean image, yet robust"
-    worst = torch.stack(list(result.robust.values())).all(0)
-    assert result.worst == worst.float().mean()
+
+
+def test_what_broke_an_example_is_said(toy):
+    result = evaluate_model(*toy, eps="8/255", suite="quick")
+    broken = result.broken
+    assert broken.by[0] == "clean"
+    for example, by in enumerate(broken.by[1:], start=1):
+        assert by in ("", "apgd-ce", "apgd-t") or by.startswith("probe ")
+        assert (by == "apgd-ce") == (not result.robust["apgd-ce"][example])
+        assert (broken.margin[example] <= 0) == bool(by)
+        assert (broken.seed[example] is None) == (not by)
+        if by.startswith("apgd"):
+            assert 1 <= broken.steps[example] <= 3 * 21
+    assert result.worst == broken.by.count("") / 40
+    assert torch.equal(result.survivors, torch.tensor([not by for by in broken.by]))
+
+
+def test_a_probe_that_breaks_what_the_suite_left_counts(toy, monkeypatch):
+    result = evaluate_model(*toy, eps="8/255", suite=only(monkeypatch, gives(lambda x: x)))
+    assert result.accuracy == {"fake": result.clean}
+    assert result.worst < result.clean - 0.2
+    assert any(by.startswith("probe margin at 8/255") or by.startswith("probe pgd at 8/255") for by in result.broken.by)
+
+
+def test_a_second_model_is_tried(toy):
+    model, images, labels = toy
+    result = evaluate_model(model, images, labels, eps="8/255", suite="quick", transfer_from=model)
+    alone = evaluate_model(model, images, labels, eps="8/255", suite="quick")
+    assert set(result.accuracy) - set(alone.accuracy) == {"transfer"}
+    assert result.accuracy["transfer"] < result.clean - 0.2
+    assert len(result.settings["transfer"]["source_digest"]) == 64
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+    assert evaluate_model(model, images, labels, eps="8/255", transfer_from=other).accuracy["transfer"] > 0.9
 
 
 def test_same_result_again_and_for_any_batch(toy, monkeypatch):
@@ -82,7 +115,7 @@ def test_model_and_random_state_are_left_as_they_were(toy):
 def test_images_outside_the_ball_count_only_as_projected(toy, monkeypatch):
     model, images, labels = toy
     far = evaluate_model(*toy, eps=1e-6, suite=only(monkeypatch, gives(lambda x: 5 - 9 * x)))
-    assert far.worst == far.clean
+    assert far.accuracy["fake"] == far.clean
     outcome = model(1 - images).argmax(dim=1) == labels
     reached = evaluate_model(*toy, eps=1, suite=only(monkeypatch, gives(lambda x: 1 - x)))
     assert torch.equal(reached.robust["fake"], outcome & (reached.predictions == labels))
@@ -90,7 +123,7 @@ def test_images_outside_the_ball_count_only_as_projected(toy, monkeypatch):
 
 def test_images_that_are_not_finite_break_nothing(toy, monkeypatch):
     result = evaluate_model(*toy, eps=1, suite=only(monkeypatch, gives(lambda x: x * float("nan"))))
-    assert result.worst == result.clean
+    assert result.accuracy["fake"] == result.clean
 
 
 def test_a_model_that_fails_on_an_adversarial_image_is_broken(toy, monkeypatch):
@@ -105,10 +138,10 @@ def test_a_model_that_fails_on_an_adversarial_image_is_broken(toy, monkeypatch):
 
 
 def test_minimum_norm_attack_counts_inside_the_ball_only(toy, monkeypatch):
-    suite = only(monkeypatch, gives(lambda x: 1 - x, minimum_norm=True))
+    suite = only(monkeypatch, gives(lambda x: 1 - x, name="cw-l2", minimum_norm=True))
     model, images, labels = toy
     result = evaluate_model(*toy, eps=0.5, norm="L2", suite=suite)
-    assert result.worst == result.clean
+    assert result.accuracy["cw-l2"] == result.clean
     found = (result.predictions == labels) & (model(1 - images).argmax(dim=1) != labels)
     needed = (1 - 2 * images).flatten(1).norm(dim=1)
     assert result.cw_l2.budget == 0.5
@@ -122,7 +155,7 @@ def test_minimum_norm_attack_counts_inside_the_ball_only(toy, monkeypatch):
 def test_paper_suite_measures_the_distance_that_cw_needs(toy):
     model, images, labels = toy
     result = evaluate_model(model, images[:16], labels[:16], eps="0.05", suite="paper")
-    assert {"fgsm", "pgd", "apgd-ce", "apgd-dlr", "cw-l2", "square", "bpda", "twin"} <= set(result.accuracy)
+    assert {"fgsm", "pgd", "apgd-ce", "apgd-dlr", "cw-l2", "square"} == set(result.accuracy)
     assert 0 < result.cw_l2.median_l2 < 0.5
     assert result.cw_l2.budget == pytest.approx(0.05 * 8)
     assert result.cw_l2.accuracy_at_budget < result.accuracy["cw-l2"] < result.clean
@@ -159,7 +192,7 @@ def test_an_attack_is_not_repeated_in_a_sequence(toy, monkeypatch):
     def fake(name, change):
         def search(model, images, *rest):
             calls.append((name, len(images)))
-            return change(images)
+            return Found(change(images))
 
         return Attack(name, "white-box", search)
 
@@ -177,8 +210,11 @@ def test_an_attack_is_not_repeated_in_a_sequence(toy, monkeypatch):
         (lambda m, x, y: (m, x * 255, y), r"images lie in \[.*, 25.*\]; give them in \[0, 1\]"),
         (lambda m, x, y: (m, x - 0.5, y), r"images lie in \[-0.*; give them in \[0, 1\]"),
         (lambda m, x, y: (m, x.log().log(), y), r"images lie in \[nan, nan\]"),
-        (lambda m, x, y: (m, (x * 255).byte(), y), r"images are torch.uint8 \[40, 1, 8, 8\]; give floats"),
-        (lambda m, x, y: (m, x.flatten(1), y), r"images are torch.float32 \[40, 64\]; give floats \[N, C, H, W\]"),
+        (
+            lambda m, x, y: (m, (x * 255).int(), y),
+            r"images are torch.int32 \[40, 1, 8, 8\]; give \[N, C, H, W\], floats",
+        ),
+        (lambda m, x, y: (m, x.flatten(1), y), r"images are torch.float32 \[40, 64\]; give \[N, C, H, W\]"),
         (lambda m, x, y: (m, x[:0], y[:0]), r"0 images and labels of shape \[0\]; give one label an image"),
         (lambda m, x, y: (m, x, y[:-1]), r"40 images and labels of shape \[39\]; give one label an image"),
         (lambda m, x, y: (m, x, y.float()), r"labels are torch.float32 .*give integers from 0 to classes - 1"),
@@ -187,7 +223,11 @@ def test_an_attack_is_not_repeated_in_a_sequence(toy, monkeypatch):
         (lambda m, x, y: (nn.Sequential(m, nn.Threshold(-9e9, 0), Nan()), x, y), "NaN or infinite logits for 40 of 40"),
         (
             lambda m, x, y: (nn.Identity(), x, y),
-            r"the model returns \[1, 1, 8, 8\] for one image; it must return logits",
+            r"the model returns \[8, 1, 8, 8\] for 8 images; it must return logits",
+        ),
+        (
+            lambda m, x, y: (nn.Sequential(m, nn.Softmax(1)), x, y),
+            "the model returns probabilities .* without its softmax",
         ),
     ],
 )
@@ -208,6 +248,7 @@ class Nan(nn.Module):
         ({"norm": "L1"}, "--norm 'L1' is unknown"),
         ({"suite": "standart"}, "--suite 'standart' is unknown; did you mean standard"),
         ({"batch_size": 0}, "--batch-size 0 is not possible; give 1 or more"),
+        ({"eps": 0}, "--eps 0 leaves nothing to attack; give a radius above 0"),
     ],
 )
 def test_options_that_cannot_be_used(toy, options, message):
@@ -239,7 +280,7 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
     printed = capsys.readouterr().out
     path = run / "results" / "quick-Linf-8_255.json"
     results = json.loads(path.read_text())
-    for shown in ("clean", "bpda", "worst case", "zero input gradients", "verdict", "drelu-timm export"):
+    for shown in ("clean", "apgd-ce", "bpda", "worst case", "zero input gradients", "verdict", "drelu-timm export"):
         assert shown in printed
     assert (results["norm"], results["eps"], results["suite"], results["seed"]) == ("Linf", "8/255", "quick", 0)
     assert (results["model"], results["dataset"], results["n_examples"]) == ("dense_drelu", "digits", 20)
@@ -249,7 +290,9 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
     with path.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == list(range(20))
-    assert list(rows[0]) == ["index", "label", "clean_prediction", *results["accuracy"]]
+    extra = ["broken_by", "steps", "margin", "seed"]
+    assert list(rows[0]) == ["index", "label", "clean_prediction", *results["accuracy"], *extra]
+    assert sum(not row["broken_by"] for row in rows) / 20 == results["worst"]
     for attack, accuracy in results["accuracy"].items():
         assert sum(int(row[attack]) for row in rows) / 20 == accuracy
     assert sum(row["label"] == row["clean_prediction"] for row in rows) / 20 == results["clean"]
@@ -268,7 +311,7 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "RUN 'nothing' is neither a run directory nor a timm model; give a folder made by train"),
+        (["nothing"], "RUN 'nothing' is neither a run directory nor a model of timm or RobustBench; give a folder"),
         (["."], "is no run directory (it has no config.json)"),
         (["resnet18"], "--dataset is needed to evaluate resnet18; give one of digits, mnist"),
         (["x", "--dataset", "digit"], "--dataset 'digit' is unknown; did you mean digits"),

@@ -85,6 +85,33 @@ def test_benchmark_runs_to_the_end_and_finds_the_exact_robust_accuracy(robustben
     assert (model.robust_radius(images, labels) > EPS).tolist() == [True] * 2 + [False] * 5
 
 
+def test_our_standard_suite_is_their_benchmark(robustbench, capsys):
+    """RobustBench's own benchmark against `evaluate_model`, on a net that is trained, with seeds of their own."""
+    from drelu_timm.data import load_images, to_float
+    from drelu_timm.evaluation import evaluate_model
+
+    train = load_images("digits", None, "train")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(to_float(train.images)), train.labels).backward()
+            optimizer.step()
+    model.eval()
+    count, eps = 120, 0.08
+    with torch.random.fork_rng():
+        clean, robust = robustbench.benchmark(model, count, "digits", "Linf", eps=eps, batch_size=64)
+    test = load_images("digits", None, "test")[:count]
+
+    ours = evaluate_model(model, test.images, test.labels, eps=eps, suite="standard")
+
+    assert ours.clean == pytest.approx(clean)
+    assert 0.2 < robust < 0.8, "the test has nothing to tell apart"
+    assert abs(ours.accuracy["autoattack"] - robust) <= 2 / count
+
+
 def test_autoattack_takes_the_arguments_of_autoattack_and_finds_what_pyautoattack_finds(
     robustbench, linear_task, capsys
 ):

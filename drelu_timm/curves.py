@@ -1,0 +1,62 @@
+"""The picture of a sweep over eps: what every attack leaves of a model's accuracy as the ball grows."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .attacks import ThreatModel
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart too (https://jfly.uni-koeln.de/color/), less black,
+# which is for the worst case, and yellow, which is faint on white. Dashes tell apart what shares a colour.
+_POINTS = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"), "osDv^P", strict=True))
+_DASHES = ("-", "--", ":", "-.")
+
+
+def draw_curve(curve: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draw accuracy over eps: a thin line an attack, a bold one for the worst case, the verdict beneath every eps.
+
+    Args:
+        curve: As in a result file, a mapping an eps, in rising order: ``eps`` as written, ``clean``, ``accuracy`` by
+            attack and ``worst`` in [0, 1], and ``verdict`` with the word under ``verdict``.
+        path: The picture, in the format that its suffix names; a reader sees it whole or not at all.
+        title: Above it.
+
+    Raises:
+        InputError: Matplotlib is not installed.
+    """
+    figure = _figure(curve, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(beside, dpi=150)
+    beside.replace(path)
+
+
+def _figure(curve: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    try:
+        from matplotlib.figure import Figure  # in the extra `report` only; without pyplot there is no global state
+    except ImportError:
+        raise InputError("matplotlib, which draws the curve, is missing; pip install 'drelu-timm[report]'") from None
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    eps = [ThreatModel.parse("Linf", at["eps"]).eps for at in curve]
+
+    def line(accuracies: Iterable[float], label: str, **style) -> None:
+        axes.plot(eps, [100 * accuracy for accuracy in accuracies], label=label, clip_on=False, **style)
+
+    line((at["worst"] for at in curve), "worst case", color="black", linewidth=4)  # first: attacks may lie upon it
+    for attack, (dash, (colour, marker)) in zip(curve[0]["accuracy"], cycle(product(_DASHES, _POINTS)), strict=False):
+        style = {"color": colour, "linestyle": dash, "linewidth": 1.2, "marker": marker, "markersize": 4}
+        line((at["accuracy"][attack] for at in curve), attack, **style)
+    line((at["clean"] for at in curve), "clean", color="grey", linewidth=1.2)
+    axes.set_xticks(eps, [f"{at['eps']}  {at['verdict']['verdict']}" for at in curve], rotation=90)
+    axes.set(ylim=(0, 100), xlim=(eps[0], eps[-1]), xlabel="eps and verdict", ylabel="accuracy in %", title=title)
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=4)
+    return figure

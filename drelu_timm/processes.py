@@ -1,0 +1,56 @@
+"""How the processes of an `accelerate launch` share an evaluation: whoever is done takes the next batch."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+Batch = TypeVar("Batch")
+Value = TypeVar("Value")
+
+
+class Processes:
+    """The processes that work on one evaluation.
+
+    Batches are claimed by files, each made in one step that only one process can succeed in: whoever is quick gets
+    more of them.
+
+    Args:
+        folder: On a disk that all processes see; claims lie there meanwhile. None for this process alone.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.index, self.count = 0, 1
+        if folder is None:
+            return
+        self._state = PartialState()
+        self.index, self.count = self._state.process_index, self._state.num_processes
+        self._claims = folder / "claims"
+        if self.index == 0:
+            shutil.rmtree(self._claims, ignore_errors=True)  # of processes that were killed
+        self.wait()
+
+    def claimed(self, stage: str, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """Every batch of a stage, and whether it is for this process to work on."""
+        for number, batch in enumerate(batches):
+            yield batch, self.count == 1 or self._claim(f"{stage}-{number}")
+
+    def _claim(self, name: str) -> bool:
+        self._claims.mkdir(parents=True, exist_ok=True)
+        try:
+            (self._claims / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def gather(self, entries: dict[int, Value]) -> dict[int, Value]:
+        """The entries of every process; all processes call this, and wait for each other."""
+        return entries if self.count == 1 else dict(gather_object(list(entries.items())))
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            self._state.wait_for_everyone()

@@ -1,0 +1,264 @@
+"""Attacks that know of the layers which hide gradients: what stands in for a layer, and what that finds."""
+
+from functools import partial
+
+import pytest
+import torch
+from timm.layers.activations import HardSigmoid, Sigmoid, Tanh
+from timm.layers.activations_me import HardSigmoidMe
+from torch import nn
+
+from drelu_timm import adaptive
+from drelu_timm.adaptive import SUBSTITUTES
+from drelu_timm.attacks import LOSSES, ThreatModel, frozen, random_start_pgd
+from drelu_timm.drelu import DReLU, SReLU
+
+CAPPED = {
+    "drelu": (DReLU(4, cap=1.0), 0.0, 1.0),
+    "srelu": (SReLU(2.0), 0.0, 2.0),
+    "relu6": (nn.ReLU6(), 0.0, 6.0),
+    "relu6, inplace": (nn.ReLU6(inplace=True), 0.0, 6.0),
+    "hardtanh": (nn.Hardtanh(), -1.0, 1.0),
+    "hardtanh, inplace": (nn.Hardtanh(-2.0, 3.0, inplace=True), -2.0, 3.0),
+}
+SATURATING = [nn.Hardsigmoid(), HardSigmoid(), HardSigmoid(inplace=True), HardSigmoidMe(), nn.Sigmoid(), Sigmoid()]
+SATURATING += [nn.Tanh(), Tanh(inplace=True)]
+THREAT_MODEL = ThreatModel.parse("Linf", "0.09")
+
+
+def value_and_slope(model, x, change=None):
+    """Output for ``x`` and the gradient of its sum, with the layers changed or as they are."""
+    x = x.clone().requires_grad_()
+    if change is None:
+        value = model(x * 1)  # a layer that works in place may not do so on a leaf
+    else:
+        with change:
+            value = model(x * 1)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+@pytest.mark.parametrize(("layer", "floor", "cap"), CAPPED.values(), ids=CAPPED)
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 3)])
+@pytest.mark.parametrize("substitute", SUBSTITUTES)
+def test_every_substitute_keeps_the_value_and_passes_a_gradient_above_the_cap(layer, floor, cap, shape, substitute):
+    model = nn.Sequential(nn.Identity(), nn.Sequential(layer))
+    x = 10 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    value, slope = value_and_slope(model, x, adaptive.substituted(model, SUBSTITUTES[substitute]))
+    assert torch.equal(value, x.clamp(floor, cap))
+    outside = (x > cap) | ((x < floor) & (floor < 0))
+    expected = {"straight-through": slope == 1, "leaky": (slope - 0.1).abs() < 1e-6, "soft": (slope > 0) & (slope < 1)}
+    near = (x - (floor + cap) / 2).abs() < 10
+    assert expected[substitute][outside & near].all()
+    if substitute != "soft":
+        assert (slope[(x > floor) & (x < cap)] == 1).all()
+        assert floor < 0 or not slope[x < 0].any(), "the floor of a ReLU stays"
+
+
+@pytest.mark.parametrize("layer", SATURATING, ids=lambda layer: f"{type(layer).__module__}.{layer}")
+def test_units_that_saturate_on_both_sides(layer):
+    model = nn.Sequential(layer)
+    assert adaptive.substitutable_layers(model) == [layer]
+    x = torch.linspace(-10, 10, 24).view(6, 4)
+    own, _ = value_and_slope(model, x)
+    for clamp in SUBSTITUTES.values():
+        value, slope = value_and_slope(model, x, adaptive.substituted(model, clamp))
+        assert torch.equal(value, own)
+        assert (slope > 0).all()
+    straight, _ = value_and_slope(model, x, adaptive.replaced(model, adaptive.straight_through))
+    at_zero = value_and_slope(model, torch.zeros(1, 4))
+    torch.testing.assert_close(straight, at_zero[0] + at_zero[1] * x)  # the tangent
+
+
+@pytest.mark.parametrize(("layer", "floor", "cap"), CAPPED.values(), ids=CAPPED)
+def test_twin_and_annealed_layers(layer, floor, cap):
+    model = nn.Sequential(layer)
+    x = torch.linspace(-20, 20, 44).view(11, 4)
+    with adaptive.replaced(model, adaptive.straight_through):
+        torch.testing.assert_close(model(x.clone()), x if floor < 0 else x.relu())
+    for sharpness in (0.0, 0.5, 1.0):
+        with adaptive.replaced(model, partial(adaptive.annealed, sharpness=sharpness)):
+            value = model(x.clone())
+        assert (value >= floor).all()
+        assert (value <= cap).all()
+    middle = torch.full((1, 4), (floor + cap) / 2)
+    sharp = adaptive.replaced(model, partial(adaptive.annealed, sharpness=1.0))
+    torch.testing.assert_close(value_and_slope(model, middle, sharp)[1], torch.ones(1, 4))  # that of the clamp
+
+
+def test_the_value_survives_in_bf16_where_the_substitute_is_much_larger():
+    model = nn.Sequential(nn.ReLU6())
+    x = torch.full((1, 1), 5000.0, dtype=torch.bfloat16)
+    value, slope = value_and_slope(model, x, adaptive.substituted(model, adaptive.straight_through))
+    assert (value.item(), slope.item()) == (6, 1)
+
+
+def test_layers_are_put_back_whatever_happens():
+    layer = DReLU(3, cap=1.0)
+    model = nn.Sequential(nn.Sequential(layer), layer, nn.ReLU())
+    assert adaptive.substitutable_layers(model) == [layer]
+    x = torch.full((2, 3), 5.0)
+    with adaptive.replaced(model, adaptive.straight_through):
+        assert torch.equal(model(x), x)
+        with adaptive.substituted(model, adaptive.straight_through):
+            pass
+        assert torch.equal(model(x), x), "the outer change stays"
+    assert torch.equal(model(x), torch.ones(2, 3))
+    with pytest.raises(TypeError), adaptive.substituted(model, adaptive.straight_through):
+        model(torch.ones(2), "no such argument")
+    assert torch.equal(model(x), torch.ones(2, 3))
+    assert "forward" not in vars(layer)
+
+
+def test_a_layer_of_ones_own_is_made_known_in_one_line():
+    class Quantised(nn.Module):
+        def forward(self, x):
+            return x.mul_(4).round_().div_(4)  # in place, without a gradient
+
+    class Shifted(nn.Module):
+        def forward(self, x):
+            return (x + 1).clamp(0, 4)
+
+    model = nn.Sequential(Quantised(), Shifted())
+    x = torch.tensor([[0.3, 9.1]])
+    assert not adaptive.substitutable_layers(model)
+    with pytest.raises(TypeError, match=r"Quantised has no backward substitute; give it one by adaptive.backward.reg"):
+        adaptive.backward(model[0], x, adaptive.leaky)
+
+    adaptive.backward.register(Quantised, lambda layer, x, clamp: x)
+    adaptive.backward.register(Shifted, lambda layer, x, clamp: clamp(x + 1, 0.0, 4.0))
+
+    assert adaptive.substitutable_layers(model) == [model[0], model[1]]
+    value, slope = value_and_slope(model, x, adaptive.substituted(model, adaptive.leaky))
+    torch.testing.assert_close(value, torch.tensor([[1.25, 4.0]]))
+    torch.testing.assert_close(slope, torch.tensor([[1.0, 0.1]]))
+    value, _ = value_and_slope(model, x, adaptive.replaced(model, adaptive.straight_through))
+    torch.testing.assert_close(value, x + 1)
+
+
+# Attacks
+
+
+def saturated_unit():
+    """Two classes told apart by one unit far above its cap, and images whose class it is: 0.09 brings it back."""
+    first, second = nn.Linear(16, 1, bias=False), nn.Linear(1, 3)
+    with torch.no_grad():
+        first.weight.fill_(1.0)
+        second.weight.copy_(torch.tensor([[1.0], [-1.0], [0.0]]))
+        second.bias.copy_(torch.tensor([-0.5, 0.5, -9.0]))
+    model = nn.Sequential(nn.Flatten(), first, DReLU(1, cap=1.0), second).eval().requires_grad_(False)
+    images = torch.full((8, 1, 4, 4), 0.1)  # pre-activation 1.6, cap 1, boundary at 0.5
+    return model, images, torch.zeros(8, dtype=torch.long)
+
+
+PGD = {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.2}
+ROUNDS = {"rounds": 5, "steps": 6, "relative_step_size": 0.2}
+ATTACKS = {
+    **{f"bpda, {name}": partial(adaptive.bpda, substitute=name, **PGD) for name in SUBSTITUTES},
+    **{f"twin, {name}": partial(adaptive.twin, substitute=name, **PGD) for name in SUBSTITUTES},
+    "bpda_apgd": partial(adaptive.bpda_apgd, substitute="leaky", loss="ce", n_iter=20, rho=0.75),
+    "annealing": partial(adaptive.annealing, loss="scaled-ce", **ROUNDS),
+    "targeted_annealing": partial(adaptive.targeted_annealing, n_target_classes=2, **ROUNDS),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_adaptive_attacks_see_past_a_saturated_unit(attack):
+    model, images, labels = saturated_unit()
+    blind = adaptive.restarts(model, images, labels, THREAT_MODEL, range(8), restarts=3, **PGD)
+    assert (model(blind.images).argmax(dim=1) == labels).all()
+    assert (blind.steps == 60).all()
+    seen = attack(model, images, labels, THREAT_MODEL, list(range(8)))
+    assert THREAT_MODEL.contains(seen.images, images).all()
+    assert (model(seen.images).argmax(dim=1) != labels).all()
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A small net with caps that units reach, images, and the classes it puts them into."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 8, 3), nn.Hardtanh(-0.2, 0.2), nn.Flatten(), nn.Linear(288, 16), DReLU(16, cap=0.1)]
+        model = nn.Sequential(*layers, nn.Linear(16, 6)).eval().requires_grad_(False)
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model[-1].bias -= model(images).mean(dim=0)  # or all would be of one class
+    return model, images, model(images).argmax(dim=1)
+
+
+SOURCE = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+BASELINES = {
+    "restarts": partial(adaptive.restarts, restarts=3, **PGD),
+    "transfer": partial(adaptive.transfer, source=SOURCE, **PGD),
+}
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS.values(), *BASELINES.values()], ids=[*ATTACKS, *BASELINES])
+def test_what_is_found_does_not_depend_on_the_batch(net, attack):
+    model, images, labels = net
+    seeds = list(range(100, 140))
+    whole = attack(model, images, labels, THREAT_MODEL, seeds)
+    torch.rand(3)
+    for part in (slice(0, 7), slice(7, 40)):
+        alone = attack(model, images[part], labels[part], THREAT_MODEL, seeds[part])
+        torch.testing.assert_close(alone.images, whole.images[part])
+        assert whole.steps is None or torch.equal(alone.steps, whole.steps[part])
+
+
+@pytest.mark.parametrize("name", ["annealing", "targeted_annealing", "restarts"])
+def test_the_first_success_is_kept_and_ends_the_search(net, name):
+    model, images, labels = net
+    found = (ATTACKS | BASELINES)[name](model, images, labels, ThreatModel.parse("Linf", "0.02"), range(40))
+    broken = model(found.images).argmax(dim=1) != labels
+    most = {"annealing": 30, "targeted_annealing": 60, "restarts": 60}[name]
+    assert 0 < broken.sum() < 40, "the test has nothing to tell apart"
+    assert (found.steps[~broken] == most).all()
+    assert (found.steps[broken] < most).any()
+
+
+def test_fallen_examples_cost_no_more_passes(net):
+    model, images, labels = net
+    passes = []
+    handle = model.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    settings = {"restarts": 4, "loss": "ce", "steps": 5, "relative_step_size": 0.4}
+    found = adaptive.restarts(model, images, labels, ThreatModel.parse("Linf", "0.02"), range(40), **settings)
+    handle.remove()
+    judged = found.steps.sum() // 5
+    assert sum(passes) == found.steps.sum() + judged  # a pass a gradient, and one a restart to judge it
+
+
+def test_targets_are_the_likeliest_other_classes_each_once(net, monkeypatch):
+    model, images, labels = net
+    aimed = []
+
+    def recorded(labels, targets):
+        aimed.append((labels, targets))
+        return LOSSES["ce"](targets)  # away from the target: nothing is found
+
+    monkeypatch.setattr(adaptive, "_targeted_margin", recorded)
+    adaptive.targeted_annealing(
+        model, images, labels, ThreatModel.parse("Linf", "0"), range(40), n_target_classes=5, **{**ROUNDS, "rounds": 1}
+    )
+    targets = torch.stack([target for _, target in aimed], dim=1)
+    order = model(images).argsort(dim=1, descending=True)
+    assert torch.equal(order[:, 0], labels)
+    assert torch.equal(targets, order[:, 1:])
+
+
+@pytest.mark.parametrize("attack", [ATTACKS["annealing"], ATTACKS["targeted_annealing"], ATTACKS["bpda, leaky"]])
+def test_a_start_is_where_the_search_begins(net, attack):
+    model, images, labels = net
+    still = {"steps": 0}
+    start = THREAT_MODEL.project(images + 0.05, images)
+    found = attack(model, images, labels, THREAT_MODEL, range(40), start=start, **still)
+    assert torch.equal(found.images, start)
+    drawn = attack(model, images, labels, THREAT_MODEL, range(40), **still)
+    assert not torch.equal(drawn.images, start)
+
+
+def test_transfer_searches_on_the_source_and_leaves_it_as_it_was(net):
+    model, images, labels = net
+    source = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Dropout()).train()
+    found = adaptive.transfer(model, images, labels, THREAT_MODEL, range(40), source=source, **PGD)
+    with frozen(source):
+        expected = random_start_pgd(source, images, labels, THREAT_MODEL, range(40), **PGD)
+    assert torch.equal(found.images, expected.images)
+    assert source.training and all(parameter.requires_grad for parameter in source.parameters())

@@ -1,0 +1,333 @@
+"""The driver: whatever stops an evaluation, and however it is cut up, it ends with the same rows."""
+
+import csv
+import itertools
+import json
+import multiprocessing
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from drelu_timm import __main__ as command_line
+from drelu_timm import driver as driver_module
+from drelu_timm.attacks import Found
+from drelu_timm.driver import Attacked, label_margin
+from drelu_timm.errors import InputError
+from drelu_timm.evaluation import evaluate_model, evaluate_sweep
+from drelu_timm.models import save_folder
+from drelu_timm.suites import ATTACKS, SUITES, Attack
+
+
+@pytest.fixture
+def toy():
+    """A small net, images, and labels that are right for all but the first."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 6))
+        images = torch.rand(40, 1, 8, 8)
+    labels = model(images).argmax(dim=1)
+    labels[0] = (labels[0] + 1) % 6
+    return model, images, labels
+
+
+def only(monkeypatch, *attacks):
+    """Make a suite of these attacks alone."""
+    monkeypatch.setitem(SUITES, "only", {attack.name: (attack,) for attack in attacks})
+    return "only"
+
+
+def lines(folder: Path) -> dict[tuple, dict]:
+    """What each line of a state says, by stage and example."""
+    rows = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()[1:]]
+    return {(row["stage"], row["example"]): row for row in rows}
+
+
+# Going on
+
+
+def test_an_evaluation_goes_on_where_it_was_cut_and_ends_with_the_same_rows(toy, tmp_path):
+    arguments = {"eps": "8/255", "suite": "quick", "batch_size": 8}
+    whole = evaluate_model(*toy, **arguments, state=tmp_path / "whole")
+    expected = lines(tmp_path / "whole")
+    (file,) = (tmp_path / "whole").glob("*.jsonl")
+    content = file.read_bytes()
+    for kept in torch.linspace(200, len(content) - 1, 5).int().tolist():
+        (tmp_path / "cut").mkdir()
+        (tmp_path / "cut" / file.name).write_bytes(content[:kept])
+        again = evaluate_model(*toy, **arguments, state=tmp_path / "cut")
+        assert lines(tmp_path / "cut") == expected
+        assert again.accuracy == whole.accuracy
+        assert again.broken.by == whole.broken.by
+        shutil.rmtree(tmp_path / "cut")
+
+
+def test_what_is_known_is_not_measured_again(toy, tmp_path, monkeypatch):
+    calls = []
+
+    def search(model, images, labels, threat_model, seeds):
+        calls.append(len(images))
+        return Found(images)
+
+    arguments = {"eps": 0.1, "suite": only(monkeypatch, Attack("fake", "white-box", search)), "batch_size": 13}
+    evaluate_model(*toy, **arguments, state=tmp_path / "state")
+    assert calls == [13, 13, 13]
+    (file,) = (tmp_path / "state").glob("*.jsonl")
+    rows = file.read_text().splitlines(keepends=True)
+    (lost,) = [row for row in rows if '"fake"' in row and '"example": 20,' in row]
+    file.write_text("".join(row for row in rows if row != lost))
+    evaluate_model(*toy, **arguments, state=tmp_path / "state")
+    assert calls == [13, 13, 13, 13], "the batch of the lost row is measured again, and no other"
+    assert len([row for row in file.read_text().splitlines() if '"fake"' in row]) == 39
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda m, x, y: (nn.Sequential(m, nn.Identity()), x, y), "model"),
+        (lambda m, x, y: (m, x * 0.99, y), "images"),
+        (lambda m, x, y: (m, x, (y + 1) % 6), "images"),
+    ],
+)
+def test_the_state_of_something_else_is_refused(toy, tmp_path, change, field):
+    evaluate_model(*toy, eps=0.1, state=tmp_path)
+    with pytest.raises(InputError, match=f"was begun with another {field} "):
+        evaluate_model(*change(*toy), eps=0.1, state=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"eps": 0.2}, r"another eps \(\[0.1\] before, \[0.2\] now\)"),
+        ({"seed": 3}, r"another seed \(0 before, 3 now\)"),
+        ({"suite": "paper"}, r"another suite \(quick before, paper now\)"),
+        ({"search_dtype": torch.bfloat16}, r"another precision \(torch.float32 before"),
+    ],
+)
+def test_the_state_of_other_settings_is_refused(toy, tmp_path, option, message):
+    evaluate_model(*toy, eps=0.1, state=tmp_path)
+    with pytest.raises(InputError, match=message):
+        evaluate_model(*toy, **{"eps": 0.1, "state": tmp_path, **option})
+
+
+def test_other_weights_are_another_model(toy, tmp_path):
+    model, images, labels = toy
+    evaluate_model(model, images, labels, eps=0.1, state=tmp_path)
+    with torch.no_grad():
+        model[1].weight[0, 0] += 1e-6
+    with pytest.raises(InputError, match="another model"):
+        evaluate_model(model, images, labels, eps=0.1, state=tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run directory with an untrained net, as train leaves it."""
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("dense_drelu", num_classes=10, in_chans=1, img_size=8)
+    path = tmp_path / "x"
+    save_folder(model, path / "model", model_args={"img_size": 8})
+    train = {"model": "dense_drelu", "dataset": "digits", "data_dir": None, "norm": "Linf", "eps": "1/255"}
+    config = {"train": train, "dataset_title": "Digits", "num_classes": 10, "in_chans": 1, "img_size": 8}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def rows_of(run: Path, name: str) -> list[dict]:
+    with (run / "results" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+KILLS = 25
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
+    """The real command, killed 25 times by SIGKILL, against itself left alone."""
+    alone = tmp_path / "alone"
+    shutil.copytree(run, alone)
+    arguments = ["--suite", "standard", "--n-examples", "150", "--batch-size", "8"]
+    # A server that has imported everything: a start costs no seconds, so that kills come in the midst of work.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["drelu_timm.evaluate"])
+    uninterrupted = processes.Process(target=command_line.main, args=(["evaluate", str(alone), *arguments],))
+    started = time.monotonic()
+    uninterrupted.start()
+    uninterrupted.join()
+    seconds = time.monotonic() - started
+    moment = random.Random(0)
+    state, sizes = run / "results" / "standard-Linf-1_255.state", []
+    for _ in range(KILLS):
+        process = processes.Process(target=command_line.main, args=(["evaluate", str(run), *arguments],))
+        process.start()
+        process.join(moment.uniform(0.2, 1.2 + 1.5 * seconds / KILLS))
+        assert process.is_alive(), "it ended before it was killed: the test kills nothing"
+        process.kill()
+        process.join()
+        sizes.append(sum(path.stat().st_size for path in state.glob("*.jsonl")))
+    print(f"{KILLS} kills, {len(set(sizes))} different states, uninterrupted {seconds:.1f} s")
+    assert sizes == sorted(sizes), "something was lost"
+    assert len(set(sizes)) > KILLS // 2
+    assert command_line.main(["evaluate", str(run), *arguments]) == 0
+    assert rows_of(run, "standard-Linf-1_255") == rows_of(alone, "standard-Linf-1_255")
+    assert not state.exists()
+
+
+# Cut otherwise
+
+
+def test_the_same_for_any_batch_size(toy):
+    whole = evaluate_model(*toy, eps="8/255", suite="standard", batch_size=100)
+    parts = evaluate_model(*toy, eps="8/255", suite="standard", batch_size=7)
+    for column in whole.robust:
+        assert torch.equal(whole.robust[column], parts.robust[column]), column
+    assert whole.broken.by == parts.broken.by
+    assert whole.broken.seed == parts.broken.seed
+
+
+def test_the_same_on_two_processes(run):
+    """Real processes: every row but for rounding, and both of them have worked."""
+    arguments = ["evaluate", str(run), "--suite", "quick", "--n-examples", "60", "--batch-size", "10"]
+    alone = run.with_name("alone")
+    shutil.copytree(run, alone)
+    assert command_line.main([arguments[0], str(alone), *arguments[2:]]) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_cpu_threads_per_process", "1", "-m", "drelu_timm"]
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("verdict on the white-box accuracies") == 1
+    for one, two in zip(rows_of(alone, "quick-Linf-1_255"), rows_of(run, "quick-Linf-1_255"), strict=True):
+        assert abs(float(one.pop("margin")) - float(two.pop("margin"))) < 1e-3
+        assert one == two
+    assert {path.name for path in (run / "results").iterdir()} == {"quick-Linf-1_255.json", "quick-Linf-1_255.csv"}
+
+
+# Several radii
+
+
+RADII = [0, "1/255", "4/255", "16/255", "64/255"]
+
+
+def test_a_sweep_can_only_fall_and_agrees_with_single_radii(toy):
+    sweep = evaluate_sweep(*toy, eps=RADII, suite="paper")
+    assert [evaluation.threat_model.written for evaluation in sweep] == [str(radius) for radius in RADII]
+    assert sweep[0].worst == sweep[0].clean == 39 / 40
+    for smaller, larger in itertools.pairwise(sweep):
+        for attack in smaller.robust:
+            assert not (larger.robust[attack] & ~smaller.robust[attack]).any(), attack
+    for radius, evaluation in zip(RADII[1:], sweep[1:], strict=True):
+        single = evaluate_model(*toy, eps=radius, suite="paper")
+        assert abs(single.worst - evaluation.worst) <= 1 / 40
+    assert sweep[-1].worst < 0.2
+
+
+def test_a_larger_ball_begins_where_the_smaller_one_ended(toy, monkeypatch):
+    starts = []
+
+    def search(model, images, labels, threat_model, seeds, *, start=None):
+        starts.append(start)
+        return Found(images + threat_model.eps)
+
+    attack = Attack("fake", "white-box", search, warm_start=True)
+    model, images, labels = toy
+    evaluate_sweep(model, images / 2, labels, eps=[0.1, 0.001, 0.01], suite=only(monkeypatch, attack))
+    assert starts[0] is None
+    assert len(starts) == 3
+    assert (starts[1] <= images.max() / 2 + 0.0011).all()
+    assert not torch.equal(starts[1], starts[2][: len(starts[1])])
+
+
+def test_broken_examples_are_not_searched_again_in_a_larger_ball(toy, monkeypatch):
+    sizes = []
+
+    def search(model, images, labels, threat_model, seeds):
+        sizes.append(len(images))
+        return ATTACKS["pgd"](model, images, labels, threat_model, seeds)
+
+    evaluate_sweep(*toy, eps=["2/255", "8/255", "32/255"], suite=only(monkeypatch, Attack("fake", "white-box", search)))
+    assert sizes[0] == 39
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 39
+
+
+# What attacks see
+
+
+def test_a_model_without_a_gradient_has_a_zero_one():
+    class Cut(nn.Module):
+        def forward(self, images):
+            return images.detach().flatten(1)[:, :3]
+
+    images = torch.rand(2, 1, 2, 2, requires_grad=True)
+    logits = Attacked(Cut())(images)
+    assert torch.equal(logits, images.flatten(1)[:, :3])
+    (gradient,) = torch.autograd.grad(logits.sum(), images)
+    assert not gradient.any()
+
+
+def test_gradients_are_finite():
+    images = torch.tensor([0.0, 0.25]).view(2, 1, 1, 1).requires_grad_()
+    model = Attacked(nn.Sequential(nn.Flatten(), Root()))
+    (gradient,) = torch.autograd.grad(model(images).sum(), images)
+    assert gradient.flatten().tolist() == [0, 1]
+
+
+class Root(nn.Module):
+    def forward(self, x):
+        return x.sqrt()
+
+
+def test_margin_is_that_of_the_label():
+    logits = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.0, 2.0], [2.0, 2.0], [torch.nan, 1.0]])
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    margin = label_margin(logits, labels)
+    assert margin[:2].tolist() == [2, -2]
+    assert ((margin > 0) == torch.tensor([True, False, True, False, False])).all()
+    assert margin[4] == -torch.inf
+
+
+def test_bf16_finds_and_float32_judges(toy, monkeypatch):
+    """What only looks broken in bf16 is searched again in float32, and counts only if it is."""
+    model, images, labels = toy
+    dtypes = []
+
+    def search(attacked, batch, labels, threat_model, seeds):
+        dtypes.append((attacked.dtype, len(batch)))
+        return ATTACKS["apgd-ce"](attacked, batch, labels, threat_model, seeds)
+
+    suite = only(monkeypatch, Attack("fake", "white-box", search))
+    with monkeypatch.context() as patch:
+        patch.setattr(driver_module.Attacked, "forward", lambda self, x: rounded(self, x))
+        result = evaluate_model(model, images, labels, eps="4/255", suite=suite, search_dtype=torch.bfloat16)
+    assert dtypes[0] == (torch.bfloat16, 39)
+    assert dtypes[1][0] == torch.float32
+    assert 0 < dtypes[1][1] < 39
+    reference = evaluate_model(model, images, labels, eps="4/255", suite=suite)
+    assert (result.robust["fake"] != reference.robust["fake"]).sum() <= 2
+
+
+def rounded(attacked, images):
+    """A search model with so few digits that many of its successes are none."""
+    logits = attacked.model(images)
+    if attacked.dtype == torch.bfloat16:
+        logits = logits + (0.3 * logits).round() / 0.3 - logits.detach()
+    return logits
+
+
+def test_memory_holds_a_batch_not_the_data(toy, monkeypatch):
+    """uint8 images are turned into floats batch by batch."""
+    model, images, _ = toy
+    pixels = (images * 255).round().byte()
+    seen = []
+    monkeypatch.setattr(driver_module, "to_float", lambda batch: seen.append(len(batch)) or batch.float() / 255)
+    result = evaluate_model(model, pixels, model(pixels.float() / 255).argmax(1), eps="1/255", batch_size=10)
+    assert max(seen) == 10
+    assert result.clean == 1
