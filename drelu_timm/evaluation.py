@@ -21,13 +21,12 @@ from .adaptive import substitutable_layers
 from .attacks import ThreatModel, frozen
 from .driver import Attacked, Batch, Columns, Driver, Outcome, as_float, example_seed, label_margin
 from .errors import InputError
-from .masking import PROBED, Verdict, probes, signals, verdict
+from .masking import PROBED, SIGNALS, Verdict, probes, signals, verdict
 from .processes import Processes
 from .rows import Rows
 from .suites import ATTACKS, Suite, find_suite
 
 CLEAN = "clean"  # the stage of the clean images
-SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")
 
 
 @dataclass(frozen=True)
@@ -312,9 +311,9 @@ def _evaluation(
     """The evaluation in one of the driver's threat models."""
     threat_model = driver.threat_models[position]
     pixels = driver.images[0].numel()
-    probed, judgement = _probe(replace(driver, threat_models=[threat_model]), clean)
-    # In the order of the suite, then the probes.
     broken = {name: (outcome, outcome.broken_at <= position) for name, outcome in attacked.outcomes.items()}
+    hidden = _hidden(columns, {name: flags for name, (_, flags) in broken.items()})
+    probed, judgement = _probe(replace(driver, threat_models=[threat_model]), clean, hidden)
     broken |= {name: (outcome, outcome.broken_at == 0) for name, outcome in probed.items()}
     cw = attacked.outcomes.get("cw-l2")
     return Evaluation(
@@ -333,7 +332,16 @@ def _evaluation(
     )
 
 
-def _probe(driver: Driver, clean: _Clean) -> tuple[dict[str, Outcome], Verdict]:
+def _hidden(columns: Suite, broken: dict[str, Tensor]) -> Tensor:
+    """Which examples [N] no white-box attack of a suite broke, but another of its attacks did."""
+    by_kind = {True: torch.zeros_like(next(iter(broken.values())))}
+    by_kind[False] = by_kind[True]
+    for attack in {attack.name: attack for stages in columns.values() for attack in stages}.values():
+        by_kind[attack.kind == "white-box"] = by_kind[attack.kind == "white-box"] | broken[attack.name]
+    return by_kind[False] & ~by_kind[True]
+
+
+def _probe(driver: Driver, clean: _Clean, hidden: Tensor) -> tuple[dict[str, Outcome], Verdict]:
     """What the probes for masking broke in the driver's one threat model, and what they say."""
     (threat_model,) = driver.threat_models
     examples = clean.correct & (clean.correct.cumsum(0) <= PROBED)
@@ -350,7 +358,8 @@ def _probe(driver: Driver, clean: _Clean) -> tuple[dict[str, Outcome], Verdict]:
         if probe.threat_model == threat_model:
             inside[stage] = outcome
     flags = {name: flag[examples] for name, flag in clean.signals.items()}
-    return inside, verdict(driver.labels[examples], flags, {name: flag[examples] for name, flag in broken.items()})
+    broken = {name: flag[examples] for name, flag in broken.items()}
+    return inside, verdict(driver.labels[examples], flags, broken, hidden[examples])
 
 
 def _broken(driver: Driver, clean: _Clean, broken: Mapping[str, tuple[Outcome, Tensor]]) -> Broken:

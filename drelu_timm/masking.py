@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .adaptive import annealing, substitutable_layers
+from .adaptive import annealing, restarts, substitutable_layers
 from .attacks import (
     LOSSES,
     Found,
@@ -29,6 +29,7 @@ from .attacks import (
 from .square import square
 from .suites import Attack
 
+SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")  # what `signals` measures
 PROBED = 200  # examples, the first that are classified right: they bound a share of 0 by 2 %
 
 # Tried on the nets of scripts/masking_battery.py.
@@ -133,35 +134,6 @@ def from_image(
     return random_start_pgd(model, images, labels, threat_model, seeds, start=images, **settings)
 
 
-def restarted(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    restarts: int,
-    **settings,
-) -> Found:
-    """`random_start_pgd` again and again from other points, with the first success kept.
-
-    Args:
-        model: Takes [0, 1] images.
-        images: [B, C, H, W] in [0, 1].
-        labels: [B].
-        threat_model: The balls.
-        seeds: One an image.
-        restarts: How often.
-        settings: As of `random_start_pgd`.
-    """
-    found = images
-    for restart in range(restarts):
-        own = [seed + restart for seed in seeds]
-        candidate = random_start_pgd(model, images, labels, threat_model, own, **settings).images
-        found = _first(model, found, candidate, labels)
-    return Found(found)
-
-
 def averaged(
     model: nn.Module,
     images: Tensor,
@@ -219,7 +191,7 @@ _WHITE_BOX = (
     # The same loss where logits spread over less than 20: what it breaks beyond luck, a saturated softmax hid.
     Attack("rescaled", "white-box", random_start_pgd, {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.25}),
     Attack("margin", "white-box", random_start_pgd, {"loss": "margin", **_LONG}),
-    Attack("restarts", "white-box", restarted, {"loss": "scaled-ce", "restarts": 5, **_BRIEF}),
+    Attack("restarts", "white-box", restarts, {"loss": "scaled-ce", "restarts": 5, **_BRIEF}),
 )
 _FAR = Attack("far", "white-box", from_image, {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.5})
 _OTHERS = (
@@ -246,18 +218,19 @@ _SENTENCES = {  # by attack, what it broke of those that the ones before it left
 }
 
 
-def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Tensor]) -> Verdict:
-    """What the signals and the probes say together.
+def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Tensor], hidden: Tensor) -> Verdict:
+    """What the signals, the probes and the attacks of a suite say together.
 
     Args:
         labels: [n], of the examples that were probed.
         flags: Those of `signals`, [n] each.
         broken: For each probe, by name, [n]: which examples it broke; one that it was not given is not broken.
+        hidden: [n], which examples the suite's white-box attacks left and another of its attacks broke.
     """
     if not len(labels):
         return Verdict("undecided", ("No example is classified right, so there is nothing to break.",), {"examples": 0})
     white_box = _any(broken, _WHITE_BOX)
-    others = _any(broken, [attack for attack in (*_OTHERS, _ADAPTIVE) if attack.name in broken])
+    others = hidden | _any(broken, [attack for attack in (*_OTHERS, _ADAPTIVE) if attack.name in broken])
     shares = {
         **flags,
         **{f"broken_by_{name}": flag for name, flag in broken.items()},
@@ -299,7 +272,7 @@ def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
         f"Of {numbers['examples']} examples classified right, {percent('withstand_pgd')} withstand PGD, "
         f"{percent('withstand_white_box')} every white-box attack, {percent('withstand_all')} the others too."
     )
-    yield f"Noise, Square and attacks on repaired gradients break {with_interval('hidden')} that white-box ones left."
+    yield f"Attacks without the gradient, or with a repaired one, break {with_interval('hidden')} that those left."
     yield (
         f"In a ball that holds the grey image nothing withstands but by chance, {percent('chance')}; there white-box "
         f"PGD leaves {with_interval('stuck')}."
