@@ -203,9 +203,7 @@ class Driver:
 
     def _nearest(self, attack: Attack, limit: Tensor, batch: Batch) -> Columns:
         """Search once, whatever the radius, and see in which threat models what was found lies."""
-        found = attack(
-            Attacked(self.model), batch.images, batch.labels, self.threat_models[-1], batch.seeds
-        )
+        found = attack(Attacked(self.model), batch.images, batch.labels, self.threat_models[-1], batch.seeds)
         images = _finite(found.images.detach(), batch.images)
         margins = self._margin(images, batch.labels)
         broken_at = torch.full_like(batch.labels, len(self.threat_models))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive import substitutable_layers
-from .attacks import ThreatModel, frozen
+from .attacks import ThreatModel, channels_last, frozen
 from .driver import Attacked, Batch, Columns, Driver, Outcome, as_float, example_seed, label_margin
 from .errors import InputError
 from .masking import PROBED, SIGNALS, Verdict, probes, signals, verdict
@@ -240,7 +240,7 @@ def evaluate_all(
     _check_data(images, labels)
     labels = labels.cpu().long()
     processes = processes or Processes()
-    with frozen(model):
+    with frozen(model), channels_last(model):
         num_classes = _num_classes(model, images, labels)
         columns = find_suite(suite, num_classes, adaptive=bool(substitutable_layers(model)))
         if transfer_from is not None:

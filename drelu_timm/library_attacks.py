@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from .attacks import Found, Norm, ThreatModel, margin, per_image
 from .projections import shortest_move
-from .square import square as square
 
 
 def apgd(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import adaptive, attacks, library_attacks
 from .attacks import Found, ThreatModel
 from .errors import unknown
+from .square import square
 
 Kind = Literal["white-box", "black-box", "adaptive", "transfer"]
 
@@ -97,7 +98,7 @@ ATTACKS: dict[str, Attack] = {
             {"binary_search_steps": 5, "steps": 200, "stepsize": 0.01, "initial_const": 1.0, "confidence": 0.0},
             minimum_norm=True,
         ),
-        Attack("square", "black-box", library_attacks.square, {"n_queries": 5000, "p_init": 0.8}),
+        Attack("square", "black-box", square, {"n_queries": 5000, "p_init": 0.8}),
         Attack("noise", "black-box", attacks.sign_noise),
         Attack("restarts", "white-box", adaptive.restarts, {"loss": "ce", "restarts": 10, **_BRIEF}),
         Attack("bpda", "adaptive", adaptive.bpda, {**_BPDA, **_BRIEF}, warm_start=True),

@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from drelu_timm.attacks import ThreatModel, frozen
+from drelu_timm.attacks import ThreatModel, channels_last, frozen
 from drelu_timm.data import DATASETS, load_images, to_float
 from drelu_timm.driver import Driver
 from drelu_timm.errors import InputError
@@ -140,7 +140,7 @@ def standard(config: BenchmarkConfig, subjects: Subjects, search_dtype: torch.dt
     model, images, labels = subjects.model, subjects.images, subjects.labels
     seconds: dict[str, float] = {}
     started = time.monotonic()
-    with frozen(model):
+    with frozen(model), channels_last(model):
         balls = [subjects.threat_model]
         driver = Driver(model, images, labels.cpu(), balls, config.seed, config.batch_size, search_dtype)
         left = right(model, images, labels, config.batch_size).long()
@@ -225,17 +225,17 @@ def identity(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 def show(records: dict[str, dict[str, Any]]) -> None:
-    """The table of all rows, and where the time goes."""
+    """The table of all rows, with the examples on which they differ from the original, and where the time goes."""
     console = Console()
     reference = records.get("original")
-    table = Table("row", "seconds", "times as fast", "robust accuracy", "differing examples")
+    table = Table("row", "seconds", "times as fast", "robust", "differing")
     for name, record in records.items():
         faster, differing = "", ""
         if reference:
             faster = f"{reference['seconds'] / record['seconds']:.2f}"
             differing = str(sum(a != b for a, b in zip(record["robust"], reference["robust"], strict=True)))
         if "seconds_alone" in record:
-            faster = f"{record['seconds_alone'] / record['seconds']:.2f} (than one)"
+            faster = f"{record['seconds_alone'] / record['seconds']:.2f} x one"
         accuracy = f"{100 * sum(record['robust']) / len(record['robust']):.1f} %"
         table.add_row(name, f"{record['seconds']:.1f}", faster, accuracy, differing)
     console.print(table)

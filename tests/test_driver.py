@@ -154,7 +154,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
     """The real command, killed 25 times by SIGKILL, against itself left alone."""
     alone = tmp_path / "alone"
     shutil.copytree(run, alone)
-    arguments = ["--suite", "standard", "--n-examples", "150", "--batch-size", "8"]
+    arguments = ["--suite", "standard", "--n-examples", "300", "--batch-size", "8"]
     # A server that has imported everything: a start costs no seconds, so that kills come in the midst of work.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["drelu_timm.evaluate"])
@@ -168,7 +168,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
     for _ in range(KILLS):
         process = processes.Process(target=command_line.main, args=(["evaluate", str(run), *arguments],))
         process.start()
-        process.join(moment.uniform(0.2, 1.2 + 1.5 * seconds / KILLS))
+        process.join(moment.uniform(0.3, 1.8 * seconds / KILLS))
         assert process.is_alive(), "it ended before it was killed: the test kills nothing"
         process.kill()
         process.join()
