@@ -14,6 +14,11 @@ VERBS = {
     "export": "a run as a RobustBench entry, a timm / Hugging Face folder and a model card",
 }
 
+HOW_TO_GO_ON = {
+    "train": "; the same command with --resume goes on where the last epoch ended",
+    "evaluate": "; the same command goes on where the last batch ended",
+}
+
 HELP = "usage: drelu-timm VERB [options]\n\n" + "\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items())
 HELP += "\n\n`drelu-timm VERB --help` lists a verb's options."
 
@@ -33,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on where the last epoch ended" if verb == "train" else ""
-        print(f"\nstopped{hint}", file=sys.stderr)
+        print(f"\nstopped{HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
         return 130
     return 0
 

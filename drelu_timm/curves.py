@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +38,20 @@ def draw_curve(curve: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     beside.replace(path)
 
 
+def require_matplotlib() -> None:
+    """Say before any work that the picture cannot be drawn.
+
+    Raises:
+        InputError: matplotlib is missing: it is in the extra `report` only.
+    """
+    if find_spec("matplotlib") is None:
+        raise InputError("matplotlib, which draws the curve, is missing; pip install 'drelu-timm[report]'")
+
+
 def _figure(curve: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    try:
-        from matplotlib.figure import Figure  # in the extra `report` only; without pyplot there is no global state
-    except ImportError:
-        raise InputError("matplotlib, which draws the curve, is missing; pip install 'drelu-timm[report]'") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure  # without pyplot there is no global state
+
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     eps = [ThreatModel.parse("Linf", at["eps"]).eps for at in curve]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .attacks import Found, ThreatModel, margin, per_image
-from .data import to_float
+from .checks import as_float
 from .processes import Processes
 from .rows import Rows
 from .suites import Attack
@@ -263,11 +263,6 @@ def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
     right = value.clamp(min=torch.finfo(torch.float32).tiny)  # of two equal logits argmax takes the first
     value = value.clamp(max=0).where(logits.argmax(dim=1) != labels, right)
     return value.where(logits.isfinite().all(dim=1), -torch.inf)
-
-
-def as_float(images: Tensor) -> Tensor:
-    """Images as float32 in [0, 1], from floats in [0, 1] or from uint8."""
-    return images.float() if images.is_floating_point() else to_float(images)
 
 
 def example_seed(seed: int, stage: str, example: int) -> int:

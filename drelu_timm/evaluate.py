@@ -11,34 +11,29 @@ Writes ``runs/x/results/<suite>-<norm>-<eps>.json`` and, with a row an example, 
 ``.state`` beside them: the same command again goes on from there, whatever stopped it.
 """
 
-import csv
-import io
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from accelerate import PartialState
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from torch import nn
 
 from .attacks import ThreatModel
 from .command_line import read_flags
-from .curves import draw_curve
+from .curves import draw_curve, require_matplotlib
 from .data import DATASETS, Dataset, Images, load_images
 from .errors import InputError, unknown
-from .evaluation import Evaluation, evaluate_all, evaluate_model, evaluate_sweep
+from .evaluation import Evaluation, evaluate_model, evaluate_sweep
 from .processes import Processes
+from .results import rows, show, show_curve, summary, sweep_rows
 from .runs import environment, read_json, write_json, write_text
 from .subjects import Subject, find_subject
-from .suites import ATTACKS, SUITES
+from .suites import SUITES
 
 __all__ = ["EvaluateConfig", "Evaluation", "evaluate", "evaluate_model", "evaluate_sweep", "main"]
 
@@ -101,6 +96,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     threat_models = _threat_models(config, subject, dataset)
     images = _test_images(config, subject, dataset)
     sweep = len(threat_models) > 1
+    if sweep:
+        require_matplotlib()
     asked = {
         "run": subject.run,
         "model": subject.model,
@@ -117,16 +114,18 @@ def evaluate(config: EvaluateConfig) -> Path:
     }
     path = _path(config, subject, threat_models)
     processes = Processes(path.with_suffix(".state"))
-    title = f"{subject.run}, {images.title}, {threat_models[0].norm}, {len(images)} examples"
+    radii = f"up to {threat_models[-1].written}" if sweep else threat_models[0].written
+    title = f"{subject.run}, {images.title}, {threat_models[0].norm}, eps {radii}, {len(images)} examples"
     if path.is_file():
         results = _already(path, asked)
         title = f"{path} is there already; delete it to evaluate anew"
     else:
-        evaluations = evaluate_all(
+        evaluations = evaluate_sweep(
             subject.load().to(PartialState().device),
             images.images,
             images.labels,
-            threat_models=threat_models,
+            eps=[ball.written for ball in threat_models],
+            norm=threat_models[0].norm,
             suite=config.suite,
             seed=config.seed,
             batch_size=config.batch_size,
@@ -135,21 +134,22 @@ def evaluate(config: EvaluateConfig) -> Path:
             state=path.with_suffix(".state"),
             processes=processes,
         )
-        summaries = [_summary(evaluation) for evaluation in evaluations]
-        results = asked | ({"curve": summaries} if sweep else summaries[0]) | environment()
+        summaries = [summary(evaluation) for evaluation in evaluations]
+        results = asked | ({"curve": summaries} if sweep else summaries[0])
+        results |= {"processes": processes.count, **environment()}
         if not processes.index:
             _write(path, results, evaluations)
     if not processes.index:
-        _show_curve(results, title) if sweep else _show(results, title)
+        show_curve(results, title) if sweep else show(results, title)
     return path
 
 
 def _write(path: Path, results: dict[str, Any], evaluations: Sequence[Evaluation]) -> None:
     """All files of a result, the .json last: a result is there once this is."""
     if len(evaluations) == 1:
-        write_text(path.with_suffix(".csv"), _rows(evaluations[0]))
+        write_text(path.with_suffix(".csv"), rows(evaluations[0]))
     else:
-        write_text(path.with_suffix(".csv"), _sweep_rows(evaluations))
+        write_text(path.with_suffix(".csv"), sweep_rows(evaluations))
         draw_curve(results["curve"], path.with_suffix(".png"), title=f"{results['run']}, {results['dataset_title']}")
     write_json(path, results)
     shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
@@ -221,104 +221,3 @@ def _already(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
                 "move it away or delete it to evaluate anew"
             )
     return results
-
-
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
-    """What is saved of an evaluation, beside its rows."""
-    return {
-        "eps": evaluation.threat_model.written,
-        "settings": evaluation.settings,
-        "clean": evaluation.clean,
-        "accuracy": evaluation.accuracy,
-        "worst": evaluation.worst,
-        "zero_gradient_share": evaluation.zero_gradient_share,
-        "cw_l2": asdict(evaluation.cw_l2) if evaluation.cw_l2 else None,
-        "verdict": asdict(evaluation.verdict),
-        "seconds": round(evaluation.seconds, 1),
-    }
-
-
-def _rows(evaluation: Evaluation) -> str:
-    """A row an example, as CSV.
-
-    Index, label, clean prediction; for each attack 1 for robust or 0 for broken; the attack that broke it first, the
-    steps that this took where known, the margin of the label's logit then, and the seed of its randomness.
-    """
-    broken = evaluation.broken
-    columns = {
-        "index": range(len(evaluation.labels)),
-        "label": evaluation.labels.tolist(),
-        "clean_prediction": evaluation.predictions.tolist(),
-        **{attack: robust.int().tolist() for attack, robust in evaluation.robust.items()},
-        "broken_by": broken.by,
-        "steps": ["" if isnan(steps) else int(steps) for steps in broken.steps.tolist()],
-        "margin": [f"{margin:.6g}" for margin in broken.margin.tolist()],
-        "seed": ["" if seed is None else seed for seed in broken.seed],
-    }
-    return _csv(columns)
-
-
-def _sweep_rows(evaluations: Sequence[Evaluation]) -> str:
-    """A row an example, as CSV: index, label, clean prediction, the smallest radius at which each attack broke it."""
-    first = evaluations[0]
-    columns = {
-        "index": range(len(first.labels)),
-        "label": first.labels.tolist(),
-        "clean_prediction": first.predictions.tolist(),
-    }
-    for attack in [*first.robust, "worst"]:
-        smallest = [""] * len(first.labels)
-        for evaluation in reversed(evaluations):
-            robust = evaluation.survivors if attack == "worst" else evaluation.robust[attack]
-            for example in (~robust).nonzero().squeeze(1).tolist():
-                smallest[example] = evaluation.threat_model.written
-        columns[attack] = smallest
-    return _csv(columns)
-
-
-def _csv(columns: dict[str, Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return text.getvalue()
-
-
-def _show(results: dict[str, Any], title: str) -> None:
-    """Print the accuracies with the verdict and its evidence beneath them."""
-    table = Table("attack", "kind", "accuracy")
-    table.add_row("none (clean)", "", _percent(results["clean"]))
-    for name, accuracy in results["accuracy"].items():
-        table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
-    table.add_section()
-    table.add_row("worst case", "", _percent(results["worst"]), style="bold")
-    table.add_row("zero input gradients", "", _percent(results["zero_gradient_share"]))
-    console = Console()
-    console.print(title, style="italic")
-    console.print(table)
-    if cw := results["cw_l2"]:
-        median = cw["median_l2"]
-        needs = "breaks fewer than half" if median is None else f"needs a median L2 distance of {median:.3f}"
-        console.print(f"cw-l2 {needs}; accuracy at L2 {cw['budget']:.3f}: {_percent(cw['accuracy_at_budget'])}")
-    console.print(f"verdict on the white-box accuracies: [bold]{results['verdict']['verdict']}[/bold]")
-    for sentence in results["verdict"]["evidence"]:
-        console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
-
-
-def _show_curve(results: dict[str, Any], title: str) -> None:
-    """Print the accuracies for every radius, a row each, with the verdict behind them."""
-    curve = results["curve"]
-    table = Table("eps", "clean", *curve[0]["accuracy"], "worst case", "verdict")
-    for at in curve:
-        accuracies = [at["clean"], *at["accuracy"].values(), at["worst"]]
-        table.add_row(at["eps"], *map(_percent, accuracies), at["verdict"]["verdict"])
-    console = Console()
-    console.print(title, style="italic")
-    console.print(table)
-    console.print(f"verdict at {curve[-1]['eps']}: [bold]{curve[-1]['verdict']['verdict']}[/bold]")
-    for sentence in curve[-1]["verdict"]["evidence"]:
-        console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -3,13 +3,11 @@
 An attack only searches. What it returns is brought into the ball, and judged by the model itself (`driver`).
 """
 
-import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,12 @@ from torch import Tensor, nn
 
 from .adaptive import substitutable_layers
 from .attacks import ThreatModel, channels_last, frozen
-from .driver import Attacked, Batch, Columns, Driver, Outcome, as_float, example_seed, label_margin
+from .checks import check_data, count_classes
+from .driver import Attacked, Batch, Columns, Driver, Outcome, example_seed, label_margin
 from .errors import InputError
 from .masking import PROBED, SIGNALS, Verdict, probes, signals, verdict
 from .processes import Processes
-from .rows import Rows
+from .rows import Rows, digest, model_digest
 from .suites import ATTACKS, Suite, find_suite
 
 CLEAN = "clean"  # the stage of the clean images
@@ -82,7 +81,7 @@ class Evaluation:
             of exactly zero.
         cw_l2: Of the suites that hold "cw-l2".
         verdict: Whether white-box accuracies can be believed.
-        seconds: Wall-clock time; of a sweep, that of the whole.
+        seconds: Wall-clock time, of a sweep that of the whole; what was measured before it went on is not in it.
     """
 
     threat_model: ThreatModel
@@ -182,76 +181,51 @@ def evaluate_sweep(
     search_dtype: torch.dtype = torch.float32,
     transfer_from: nn.Module | None = None,
     state: Path | None = None,
+    processes: Processes | None = None,
 ) -> list[Evaluation]:
-    """`evaluate_model` for several radii at once, from the smallest; accuracies can only fall from one to the next.
+    """`evaluate_model` for several radii at once; accuracies can only fall from one to the next.
 
     What breaks an example in a ball breaks it in every larger one, and is not searched again; attacks that begin at a
     point begin a larger ball where they ended in the smaller one.
-    """
-    threat_models = sorted((ThreatModel.parse(norm, radius) for radius in eps), key=lambda ball: ball.eps)
-    return evaluate_all(
-        model,
-        images,
-        labels,
-        threat_models=threat_models,
-        suite=suite,
-        seed=seed,
-        batch_size=batch_size,
-        search_dtype=search_dtype,
-        transfer_from=transfer_from,
-        state=state,
-    )
-
-
-def evaluate_all(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    threat_models: Sequence[ThreatModel],
-    suite: str,
-    seed: int,
-    batch_size: int,
-    search_dtype: torch.dtype = torch.float32,
-    transfer_from: nn.Module | None = None,
-    state: Path | None = None,
-    processes: Processes | None = None,
-) -> list[Evaluation]:
-    """An evaluation for each threat model; see `evaluate_model`.
 
     Args:
-        model: Takes [0, 1] images.
+        model: As of `evaluate_model`, which says what the rest is.
         images: [N, C, H, W].
         labels: [N].
-        threat_models: Of one norm, from the smallest.
-        suite: Its name.
+        eps: Radii, in any order.
+        norm: "Linf" or "L2".
+        suite: Name of the suite.
         seed: Keys all randomness.
-        batch_size: Images a pass.
+        batch_size: Images a pass, at most.
         search_dtype: What attacks compute in.
-        transfer_from: A second model to be attacked in the first one's place, for the column "transfer".
-        state: Folder for the rows.
-        processes: Who shares the work; every one of them calls this.
+        transfer_from: A second model.
+        state: Folder for what is measured.
+        processes: Who shares the work; each of them makes the same call.
+
+    Returns:
+        An evaluation a radius, from the smallest.
     """
     started = time.monotonic()
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more")
+    threat_models = sorted((ThreatModel.parse(norm, radius) for radius in eps), key=lambda ball: ball.eps)
     if threat_models[-1].eps == 0:
         raise InputError("--eps 0 leaves nothing to attack; give a radius above 0")
-    _check_data(images, labels)
+    check_data(images, labels)
     labels = labels.cpu().long()
     processes = processes or Processes()
     with frozen(model), channels_last(model):
-        num_classes = _num_classes(model, images, labels)
+        num_classes = count_classes(model, images, labels)
         columns = find_suite(suite, num_classes, adaptive=bool(substitutable_layers(model)))
         if transfer_from is not None:
             columns["transfer"] = (replace(ATTACKS["transfer"], source=transfer_from),)
         identity = {
             "model": model_digest(model),
-            "images": _digest([images, labels]),
-            "norm": threat_models[0].norm,
+            "images": digest([images, labels]),
+            "norm": norm,
             "eps": [threat_model.eps for threat_model in threat_models],
             "suite": suite,
-            "settings": _digest([], json.dumps(_settings(columns), sort_keys=True)),
+            "settings": digest([], json.dumps(_settings(columns), sort_keys=True)),
             "seed": seed,
             "precision": str(search_dtype),
         }
@@ -261,8 +235,10 @@ def evaluate_all(
         )
         clean = _measure_clean(driver)
         attacked = _attack(driver, columns, clean.correct)
+        probed = [_probe(driver, position, columns, clean, attacked) for position in range(len(threat_models))]
         evaluations = [
-            _evaluation(driver, position, suite, columns, clean, attacked) for position in range(len(threat_models))
+            _evaluation(driver, suite, columns, clean, attacked, probed[: position + 1])
+            for position in range(len(threat_models))
         ]
     seconds = time.monotonic() - started
     return [replace(evaluation, seconds=seconds) for evaluation in evaluations]
@@ -305,16 +281,57 @@ def _attack(driver: Driver, columns: Suite, correct: Tensor) -> _Attacked:
     return attacked
 
 
-def _evaluation(
-    driver: Driver, position: int, suite: str, columns: Suite, clean: _Clean, attacked: _Attacked
-) -> Evaluation:
-    """The evaluation in one of the driver's threat models."""
+@dataclass(frozen=True)
+class _Probed:
+    """What the probes for masking did in one threat model, by the name of their stage, and what they say."""
+
+    outcomes: dict[str, Outcome]
+    verdict: Verdict
+
+
+def _probe(driver: Driver, position: int, columns: Suite, clean: _Clean, attacked: _Attacked) -> _Probed:
+    """Run the probes in one of the driver's threat models, each on what those before it in the same ball left."""
     threat_model = driver.threat_models[position]
-    pixels = driver.images[0].numel()
+    examples = clean.correct & (clean.correct.cumsum(0) <= PROBED)
+    broken: dict[str, Tensor] = {}
+    outcomes: dict[str, Outcome] = {}
+    left: dict[ThreatModel, Tensor] = {}
+    for probe in probes(driver.model, threat_model, driver.images[0].numel()):
+        standing = left.setdefault(probe.threat_model, examples)
+        stage = f"probe {probe.attack.name} at {probe.threat_model.written}"
+        within = replace(driver, threat_models=[probe.threat_model])
+        outcome = within.attack(probe.attack, standing.long(), stage=stage)
+        broken[probe.attack.name] = standing & (outcome.broken_at == 0)
+        left[probe.threat_model] = standing & ~broken[probe.attack.name]
+        if probe.threat_model == threat_model:
+            outcomes[stage] = outcome
+    flags = {name: flag[examples] for name, flag in clean.signals.items()}
+    broken = {name: flag[examples] for name, flag in broken.items()}
+    hidden = _hidden(columns, attacked, position)
+    return _Probed(outcomes, verdict(driver.labels[examples], flags, broken, hidden[examples]))
+
+
+def _hidden(columns: Suite, attacked: _Attacked, position: int) -> Tensor:
+    """Which examples [N] no white-box attack of a suite broke, but another of its attacks did."""
+    white_box = others = torch.zeros_like(next(iter(attacked.broken_at.values())), dtype=torch.bool)
+    for attack in {attack.name: attack for stages in columns.values() for attack in stages}.values():
+        broken = attacked.outcomes[attack.name].broken_at <= position
+        if attack.kind == "white-box":
+            white_box = white_box | broken
+        else:
+            others = others | broken
+    return others & ~white_box
+
+
+def _evaluation(
+    driver: Driver, suite: str, columns: Suite, clean: _Clean, attacked: _Attacked, probed: Sequence[_Probed]
+) -> Evaluation:
+    """The evaluation in the last of the threat models that were ``probed``."""
+    position = len(probed) - 1
+    threat_model = driver.threat_models[position]
     broken = {name: (outcome, outcome.broken_at <= position) for name, outcome in attacked.outcomes.items()}
-    hidden = _hidden(columns, {name: flags for name, (_, flags) in broken.items()})
-    probed, judgement = _probe(replace(driver, threat_models=[threat_model]), clean, hidden)
-    broken |= {name: (outcome, outcome.broken_at == 0) for name, outcome in probed.items()}
+    for outcomes in (within.outcomes for within in probed):  # what broke it in a smaller ball breaks it in this one
+        broken |= {stage: (outcome, outcome.broken_at == 0) for stage, outcome in outcomes.items()}
     cw = attacked.outcomes.get("cw-l2")
     return Evaluation(
         threat_model=threat_model,
@@ -326,40 +343,10 @@ def _evaluation(
         broken=_broken(driver, clean, broken),
         settings=_settings(columns),
         zero_gradient_share=_share(clean.signals["zero_gradient_ce"][clean.correct]),
-        cw_l2=_carlini_wagner(cw.l2, clean.correct, threat_model, pixels) if cw else None,
-        verdict=judgement,
+        cw_l2=_carlini_wagner(cw.l2, clean.correct, threat_model, driver.images[0].numel()) if cw else None,
+        verdict=probed[-1].verdict,
         seconds=0.0,
     )
-
-
-def _hidden(columns: Suite, broken: dict[str, Tensor]) -> Tensor:
-    """Which examples [N] no white-box attack of a suite broke, but another of its attacks did."""
-    by_kind = {True: torch.zeros_like(next(iter(broken.values())))}
-    by_kind[False] = by_kind[True]
-    for attack in {attack.name: attack for stages in columns.values() for attack in stages}.values():
-        by_kind[attack.kind == "white-box"] = by_kind[attack.kind == "white-box"] | broken[attack.name]
-    return by_kind[False] & ~by_kind[True]
-
-
-def _probe(driver: Driver, clean: _Clean, hidden: Tensor) -> tuple[dict[str, Outcome], Verdict]:
-    """What the probes for masking broke in the driver's one threat model, and what they say."""
-    (threat_model,) = driver.threat_models
-    examples = clean.correct & (clean.correct.cumsum(0) <= PROBED)
-    broken: dict[str, Tensor] = {}
-    inside: dict[str, Outcome] = {}
-    left = {}  # by ball, what the probes before left
-    for probe in probes(driver.model, threat_model, driver.images[0].numel()):
-        within = replace(driver, threat_models=[probe.threat_model])
-        standing = left.setdefault(probe.threat_model, examples)
-        stage = f"probe {probe.attack.name} at {probe.threat_model.written}"
-        outcome = within.attack(probe.attack, standing.long(), stage=stage)
-        broken[probe.attack.name] = standing & (outcome.broken_at == 0)
-        left[probe.threat_model] = standing & ~broken[probe.attack.name]
-        if probe.threat_model == threat_model:
-            inside[stage] = outcome
-    flags = {name: flag[examples] for name, flag in clean.signals.items()}
-    broken = {name: flag[examples] for name, flag in broken.items()}
-    return inside, verdict(driver.labels[examples], flags, broken, hidden[examples])
 
 
 def _broken(driver: Driver, clean: _Clean, broken: Mapping[str, tuple[Outcome, Tensor]]) -> Broken:
@@ -402,61 +389,6 @@ def _clean_columns(model: nn.Module, batch: Batch) -> Columns:
         logits = model(batch.images)
     columns = {"prediction": logits.argmax(dim=1), "margin": label_margin(logits, batch.labels)}
     return columns | signals(model, batch.images, batch.labels)
-
-
-def _num_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Number of outputs of the model, tried on a few images.
-
-    Raises:
-        InputError: A model that does not return logits, or has fewer outputs than the labels need.
-    """
-    device = next(chain((tensor.device for tensor in model.state_dict().values()), [torch.device("cpu")]))
-    with torch.no_grad():
-        logits = model(as_float(images[:8]).to(device))
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"the model returns {got} for {len(images[:8])} images; it must return logits [B, classes]")
-    if labels.max() >= logits.shape[1]:
-        raise InputError(
-            f"the labels go up to {labels.max()} but the model has {logits.shape[1]} outputs; "
-            "give the dataset that the model was trained on"
-        )
-    if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(len(logits), device=device), atol=1e-4):
-        raise InputError(
-            "the model returns probabilities (none below 0, each image's adding up to 1), whose gradients vanish; "
-            "give the model without its softmax"
-        )
-    return logits.shape[1]
-
-
-def model_digest(model: nn.Module) -> str:
-    """sha256 over a model's structure as printed, and the name, type, shape and values of everything in its state."""
-    state = model.state_dict()
-    about = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in state.items()]
-    return _digest(state.values(), repr(model) + json.dumps(about))
-
-
-def _digest(tensors: Iterable[Tensor], text: str = "") -> str:
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _check_data(images: Tensor, labels: Tensor) -> None:
-    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise InputError(
-            f"images are {images.dtype} {list(images.shape)}; give [N, C, H, W], floats in [0, 1] or uint8"
-        )
-    if len(images) == 0 or labels.shape != images.shape[:1]:
-        raise InputError(f"{len(images)} images and labels of shape {list(labels.shape)}; give one label an image")
-    low, high = images.aminmax()
-    if images.is_floating_point() and not 0 <= low <= high <= 1:  # NaN fails too
-        raise InputError(
-            f"images lie in [{low:.4g}, {high:.4g}]; give them in [0, 1], normalisation belongs into the model"
-        )
-    if labels.is_floating_point() or labels.min() < 0:
-        raise InputError(f"labels are {labels.dtype} from {labels.min()}; give integers from 0 to classes - 1")
 
 
 def _settings(columns: Suite) -> dict[str, dict[str, Any]]:

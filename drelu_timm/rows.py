@@ -5,15 +5,16 @@ line holds what one stage (an attack, the clean pass) measured on one example. L
 one write, so whatever stops a process leaves whole lines and at most one that is cut, which is measured again.
 """
 
+import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError
 from .runs import write_text
@@ -87,6 +88,21 @@ class Rows:
             self.stages[row.pop("stage")][row.pop("example")] = row
 
 
+def model_digest(model: nn.Module) -> str:
+    """sha256 over a model's structure as printed, and the name, type, shape and values of everything in its state."""
+    state = model.state_dict()
+    about = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in state.items()]
+    return digest(state.values(), repr(model) + json.dumps(about))
+
+
+def digest(tensors: Iterable[Tensor], text: str = "") -> str:
+    """sha256 over a text and the values of tensors."""
+    sha256 = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
+
+
 def _parsed(path: Path, line: str) -> dict[str, Any]:
     try:
         return json.loads(line)
@@ -109,7 +125,7 @@ def _append(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _guarded(path: Path, write: Any) -> None:
+def _guarded(path: Path, write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:

@@ -19,6 +19,7 @@ from .command_line import read_flags
 from .data import DATASETS, Images, load_images
 from .errors import InputError, one_line
 from .models import load_folder, normalized
+from .processes import launched_on_cpu
 from .runs import Run, environment, write_json
 from .train_config import TrainConfig, model_options, preset_in, resolve, saved
 from .trainer import Trainer
@@ -47,7 +48,9 @@ def train(config: TrainConfig) -> Path:
     assert config.output_dir is not None
     # Buffers stay each process's own within an epoch: a broadcast between TRADES' two forwards would change, in place,
     # what the first one's backward needs. They are averaged at the end of every epoch.
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator = Accelerator(
+        cpu=launched_on_cpu(), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+    )
     if config.batch_size % accelerator.num_processes:
         raise InputError(f"--batch-size {config.batch_size} is no multiple of {accelerator.num_processes} processes")
     if (config.output_dir / "model").is_dir():

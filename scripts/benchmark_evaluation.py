@@ -179,8 +179,7 @@ def processes(config: BenchmarkConfig) -> dict[str, Any]:
 
 def launch(config: BenchmarkConfig, count: int) -> dict[str, Any]:
     """`drelu-timm evaluate` by so many processes; its own seconds, so without the start of Python."""
-    command = ["accelerate", "launch", "--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", *([] if torch.cuda.is_available() else ["--cpu"])]
+    command = ["torchrun", "--standalone", "--nproc_per_node", str(count)]
     flags = {
         "--suite": "autoattack",
         "--norm": config.norm,

@@ -1,10 +1,9 @@
 """The picture of a sweep: what is on it, and that it is written whole or not at all."""
 
-import sys
-
 import pytest
 from PIL import Image
 
+from drelu_timm import curves
 from drelu_timm.curves import _figure, draw_curve
 from drelu_timm.errors import InputError
 
@@ -59,7 +58,7 @@ def test_the_picture_takes_the_place_of_the_old_one_whole(tmp_path):
 
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(curves, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"matplotlib, .* is missing; pip install 'drelu-timm\[report\]'"):
         draw_curve(curve(), tmp_path / "curve.png", title="")
     assert not any(tmp_path.iterdir())

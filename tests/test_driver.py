@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from drelu_timm import __main__ as command_line
+from drelu_timm import checks
 from drelu_timm import driver as driver_module
 from drelu_timm.attacks import Found
 from drelu_timm.driver import Attacked, label_margin
@@ -199,15 +201,33 @@ def test_the_same_on_two_processes(run):
     alone = run.with_name("alone")
     shutil.copytree(run, alone)
     assert command_line.main([arguments[0], str(alone), *arguments[2:]]) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_cpu_threads_per_process", "1", "-m", "drelu_timm"]
-    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, check=False)
+    # On a machine without GPUs `accelerate launch` starts a single process, whatever it is told.
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "drelu_timm",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert json.loads((run / "results" / "quick-Linf-1_255.json").read_text())["processes"] == 2
     assert done.stdout.count("verdict on the white-box accuracies") == 1
     for one, two in zip(rows_of(alone, "quick-Linf-1_255"), rows_of(run, "quick-Linf-1_255"), strict=True):
         assert abs(float(one.pop("margin")) - float(two.pop("margin"))) < 1e-3
         assert one == two
     assert {path.name for path in (run / "results").iterdir()} == {"quick-Linf-1_255.json", "quick-Linf-1_255.csv"}
+
+
+def test_accelerate_launch_that_starts_one_process_for_many_is_named(run):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "drelu_timm"]
+    done = subprocess.run([*launch, "evaluate", str(run)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "error: accelerate launch --num_processes starts one process only on a machine without GPUs" in done.stderr
 
 
 # Several radii
@@ -327,7 +347,7 @@ def test_memory_holds_a_batch_not_the_data(toy, monkeypatch):
     model, images, _ = toy
     pixels = (images * 255).round().byte()
     seen = []
-    monkeypatch.setattr(driver_module, "to_float", lambda batch: seen.append(len(batch)) or batch.float() / 255)
+    monkeypatch.setattr(checks, "to_float", lambda batch: seen.append(len(batch)) or batch.float() / 255)
     result = evaluate_model(model, pixels, model(pixels.float() / 255).argmax(1), eps="1/255", batch_size=10)
     assert max(seen) == 10
     assert result.clean == 1

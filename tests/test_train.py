@@ -41,8 +41,8 @@ def flags(settings: TrainConfig) -> list[str]:
 
 
 def launch(*arguments: str, processes: int = 1) -> subprocess.Popen:
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # On a machine without GPUs `accelerate launch` starts a single process, whatever it is told.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "drelu_timm", *arguments]
     # As many threads as here, where weights are compared to the bit: sums depend on it.
     threads = torch.get_num_threads() if processes == 1 else 1
