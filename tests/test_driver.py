@@ -151,31 +151,36 @@ def rows_of(run: Path, name: str) -> list[dict]:
 KILLS = 25
 
 
+def size(state: Path) -> int:
+    return sum(path.stat().st_size for path in state.glob("*.jsonl"))
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
     """The real command, killed 25 times by SIGKILL, against itself left alone."""
     alone = tmp_path / "alone"
     shutil.copytree(run, alone)
-    arguments = ["--suite", "standard", "--n-examples", "300", "--batch-size", "8"]
+    arguments = ["--suite", "standard", "--n-examples", "359", "--batch-size", "8"]
     # A server that has imported everything: a start costs no seconds, so that kills come in the midst of work.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["drelu_timm.evaluate"])
     uninterrupted = processes.Process(target=command_line.main, args=(["evaluate", str(alone), *arguments],))
-    started = time.monotonic()
     uninterrupted.start()
     uninterrupted.join()
-    seconds = time.monotonic() - started
     moment = random.Random(0)
-    state, sizes = run / "results" / "standard-Linf-1_255.state", []
-    for _ in range(KILLS):
+    state, sizes = run / "results" / "standard-Linf-1_255.state", [0]
+    for kill in range(KILLS):
         process = processes.Process(target=command_line.main, args=(["evaluate", str(run), *arguments],))
         process.start()
-        process.join(moment.uniform(0.3, 1.8 * seconds / KILLS))
+        if kill % 3:  # in the midst of work, else perhaps while it starts
+            while process.is_alive() and size(state) == sizes[-1]:
+                time.sleep(0.002)
+        process.join(moment.uniform(0, 0.3))
         assert process.is_alive(), "it ended before it was killed: the test kills nothing"
         process.kill()
         process.join()
-        sizes.append(sum(path.stat().st_size for path in state.glob("*.jsonl")))
-    print(f"{KILLS} kills, {len(set(sizes))} different states, uninterrupted {seconds:.1f} s")
+        sizes.append(size(state))
+    print(f"{KILLS} kills, {len(set(sizes))} different states")
     assert sizes == sorted(sizes), "something was lost"
     assert len(set(sizes)) > KILLS // 2
     assert command_line.main(["evaluate", str(run), *arguments]) == 0
