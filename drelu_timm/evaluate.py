@@ -138,19 +138,19 @@ def evaluate(config: EvaluateConfig) -> Path:
         results = asked | ({"curve": summaries} if sweep else summaries[0])
         results |= {"processes": processes.count, **environment()}
         if not processes.index:
-            _write(path, results, evaluations)
+            _write(path, results, evaluations, title)
     if not processes.index:
         show_curve(results, title) if sweep else show(results, title)
     return path
 
 
-def _write(path: Path, results: dict[str, Any], evaluations: Sequence[Evaluation]) -> None:
+def _write(path: Path, results: dict[str, Any], evaluations: Sequence[Evaluation], title: str) -> None:
     """All files of a result, the .json last: a result is there once this is."""
     if len(evaluations) == 1:
         write_text(path.with_suffix(".csv"), rows(evaluations[0]))
     else:
         write_text(path.with_suffix(".csv"), sweep_rows(evaluations))
-        draw_curve(results["curve"], path.with_suffix(".png"), title=f"{results['run']}, {results['dataset_title']}")
+        draw_curve(results["curve"], path.with_suffix(".png"), title=title)
     write_json(path, results)
     shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from math import isnan
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -98,10 +99,13 @@ def show(results: dict[str, Any], title: str) -> None:
 def show_curve(results: dict[str, Any], title: str) -> None:
     """Print the accuracies for every radius, a row each, with the verdict behind them."""
     curve = results["curve"]
-    table = Table("eps", "clean", *curve[0]["accuracy"], "worst case", "verdict")
+    table = Table("eps", caption="accuracy in %", box=SIMPLE)
+    for column in ("clean", *curve[0]["accuracy"], "worst"):
+        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("verdict", no_wrap=True)
     for at in curve:
         accuracies = [at["clean"], *at["accuracy"].values(), at["worst"]]
-        table.add_row(at["eps"], *map(_percent, accuracies), at["verdict"]["verdict"])
+        table.add_row(at["eps"], *(f"{100 * accuracy:.1f}" for accuracy in accuracies), at["verdict"]["verdict"])
     console = Console()
     console.print(title, style="italic")
     console.print(table)
