@@ -9,7 +9,7 @@ from .models import load_folder, normalized, save_folder
 from .robust_models import register_robust_model
 
 if TYPE_CHECKING:
-    from .evaluation import evaluate_model
+    from .evaluation import evaluate_model, evaluate_sweep
 
 __version__ = version("drelu-timm")
 
@@ -21,6 +21,7 @@ __all__ = [
     "__version__",
     "cap_penalty",
     "evaluate_model",
+    "evaluate_sweep",
     "load_folder",
     "normalized",
     "register_robust_model",
@@ -29,9 +30,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`evaluate_model`, imported when it is asked for: the attack libraries belong to an extra."""
-    if name == "evaluate_model":
-        from .evaluation import evaluate_model
+    """What evaluates, imported when it is asked for: the attack libraries belong to an extra."""
+    if name in ("evaluate_model", "evaluate_sweep"):
+        from . import evaluation
 
-        return evaluate_model
+        return getattr(evaluation, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

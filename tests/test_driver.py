@@ -19,7 +19,6 @@ from torch import nn
 
 from drelu_timm import __main__ as command_line
 from drelu_timm import checks
-from drelu_timm import driver as driver_module
 from drelu_timm.attacks import Found
 from drelu_timm.driver import Attacked, label_margin
 from drelu_timm.errors import InputError
@@ -321,30 +320,26 @@ def test_margin_is_that_of_the_label():
 
 def test_bf16_finds_and_float32_judges(toy, monkeypatch):
     """What only looks broken in bf16 is searched again in float32, and counts only if it is."""
-    model, images, labels = toy
-    dtypes = []
+    searched = []
 
-    def search(attacked, batch, labels, threat_model, seeds):
-        dtypes.append((attacked.dtype, len(batch)))
-        return ATTACKS["apgd-ce"](attacked, batch, labels, threat_model, seeds)
+    def search(model, images, labels, threat_model, seeds):
+        searched.append((model.dtype, len(images)))
+        if model.dtype == torch.bfloat16:
+            return Found(images)
+        return ATTACKS["pgd"](model, images, labels, threat_model, seeds)
+
+    def forward(attacked, images):
+        """In bf16 a model that is wrong about everything."""
+        return attacked.model(images) * (-1 if attacked.dtype == torch.bfloat16 else 1)
 
     suite = only(monkeypatch, Attack("fake", "white-box", search))
-    with monkeypatch.context() as patch:
-        patch.setattr(driver_module.Attacked, "forward", lambda self, x: rounded(self, x))
-        result = evaluate_model(model, images, labels, eps="4/255", suite=suite, search_dtype=torch.bfloat16)
-    assert dtypes[0] == (torch.bfloat16, 39)
-    assert dtypes[1][0] == torch.float32
-    assert 0 < dtypes[1][1] < 39
-    reference = evaluate_model(model, images, labels, eps="4/255", suite=suite)
-    assert (result.robust["fake"] != reference.robust["fake"]).sum() <= 2
-
-
-def rounded(attacked, images):
-    """A search model with so few digits that many of its successes are none."""
-    logits = attacked.model(images)
-    if attacked.dtype == torch.bfloat16:
-        logits = logits + (0.3 * logits).round() / 0.3 - logits.detach()
-    return logits
+    reference = evaluate_model(*toy, eps="8/255", suite=suite)
+    assert reference.accuracy["fake"] < 0.8
+    searched.clear()
+    monkeypatch.setattr(Attacked, "forward", forward)
+    result = evaluate_model(*toy, eps="8/255", suite=suite, search_dtype=torch.bfloat16)
+    assert searched == [(torch.bfloat16, 39), (torch.float32, 39)]
+    assert torch.equal(result.robust["fake"], reference.robust["fake"])
 
 
 def test_memory_holds_a_batch_not_the_data(toy, monkeypatch):
