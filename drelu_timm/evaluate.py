@@ -47,7 +47,7 @@ class EvaluateConfig:
     run: tyro.conf.Positional[str]
     """Run directory made by train, or the name of a timm model with pretrained weights, or of a RobustBench model."""
     suite: str = "quick"
-    """quick, paper, autoattack, standard (AutoAttack and more), adaptive or all; each ends with a verdict on masking."""
+    """quick, paper, autoattack, standard (AutoAttack and more), adaptive or all; each gives a verdict on masking."""
     norm: str | None = None
     """Linf or L2; by default the run's, or the dataset's."""
     eps: str | None = None
