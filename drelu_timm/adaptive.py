@@ -15,7 +15,18 @@ from timm.layers.activations import HardSigmoid, Sigmoid, Tanh
 from timm.layers.activations_me import HardSigmoidMe
 from torch import Tensor, nn
 
-from .attacks import LOSSES, Found, Loss, ThreatModel, drawn, frozen, per_image, pgd, random_start_pgd
+from .attacks import (
+    LOSSES,
+    Found,
+    Loss,
+    ThreatModel,
+    drawn,
+    frozen,
+    per_image,
+    pgd,
+    random_start_pgd,
+    targeted_margin,
+)
 from .drelu import DReLU, SReLU, along_channels
 from .library_attacks import apgd
 
@@ -278,7 +289,7 @@ def targeted_annealing(
     targets = others.topk(n_target_classes).indices
     start = drawn(threat_model.random_start, images, seeds) if start is None else start
     rounds = partial(_annealing_rounds, model, images, threat_model, start, steps=steps, **settings)
-    losses = [lambda left, target=target: _targeted_margin(labels[left], target[left]) for target in targets.unbind(1)]
+    losses = [lambda left, target=target: targeted_margin(labels[left], target[left]) for target in targets.unbind(1)]
     searches = chain.from_iterable(map(rounds, losses))
     return _first_success(model, images, labels, searches, steps)
 
@@ -345,8 +356,3 @@ def _annealing_rounds(
         return current[left]
 
     return (partial(search, sharpness) for sharpness in torch.linspace(0, 1, rounds).tolist())
-
-
-def _targeted_margin(labels: Tensor, targets: Tensor) -> Loss:
-    """The logit of the target [B] minus that of the label [B]."""
-    return lambda logits: (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)

@@ -188,6 +188,11 @@ def margin(labels: Tensor) -> Loss:
     return loss
 
 
+def targeted_margin(labels: Tensor, targets: Tensor) -> Loss:
+    """The logit of the target [B] minus that of the label [B]."""
+    return lambda logits: (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+
+
 def scaled_cross_entropy(labels: Tensor) -> Loss:
     """Cross-entropy of logits [B, K] that are shrunk, image by image, where they spread over more than 20.
 
@@ -208,10 +213,15 @@ LOSSES: dict[str, Callable[[Tensor], Loss]] = {
 }
 
 
+def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A generator on the CPU for each image's own seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def drawn(draw: Callable[[Tensor, torch.Generator], Tensor], images: Tensor, seeds: Sequence[int]) -> Tensor:
     """What ``draw`` makes of every image [1, C, H, W] with the image's own seed: equal in any batch, on any device."""
     cpu = images.cpu()
-    rows = [draw(cpu[i : i + 1], torch.Generator().manual_seed(seed)) for i, seed in enumerate(seeds)]
+    rows = [draw(cpu[i : i + 1], generator) for i, generator in enumerate(generators_of(seeds))]
     return torch.cat(rows).to(images.device)
 
 

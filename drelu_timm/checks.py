@@ -5,7 +5,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from .data import to_float
+from .data import as_float
 from .errors import InputError
 
 
@@ -36,7 +36,7 @@ def count_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     Raises:
         InputError: A model that does not return logits, or has fewer outputs than the labels need.
     """
-    device = next(chain((tensor.device for tensor in model.state_dict().values()), [torch.device("cpu")]))
+    device = device_of(model)
     with torch.no_grad():
         logits = model(as_float(images[:8]).to(device))
     if not isinstance(logits, Tensor) or logits.ndim != 2:
@@ -55,6 +55,7 @@ def count_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     return logits.shape[1]
 
 
-def as_float(images: Tensor) -> Tensor:
-    """Images as float32 in [0, 1], from floats in [0, 1] or from uint8."""
-    return images.float() if images.is_floating_point() else to_float(images)
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; the CPU for one that holds nothing."""
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

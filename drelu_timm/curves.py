@@ -1,6 +1,5 @@
 """The picture of a sweep over eps: what every attack leaves of a model's accuracy as the ball grows."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import cycle, product
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .attacks import ThreatModel
 from .errors import InputError
+from .runs import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,10 +32,8 @@ def draw_curve(curve: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
         InputError: Matplotlib is not installed.
     """
     figure = _figure(curve, title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(beside, dpi=150)
-    beside.replace(path)
+    with written_whole(path) as beside:
+        figure.savefig(beside, dpi=150)
 
 
 def require_matplotlib() -> None:

@@ -116,6 +116,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
+def as_float(images: Tensor) -> Tensor:
+    """Images as float32 in [0, 1], from floats in [0, 1] or from uint8; the shape stays."""
+    return images.float() if images.is_floating_point() else to_float(images)
+
+
 def load_images(
     dataset: str,
     data_dir: str | Path | None,

@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .attacks import Found, ThreatModel, margin, per_image
-from .checks import as_float
+from .checks import device_of
+from .data import as_float
 from .processes import Processes
 from .rows import Rows
 from .suites import Attack
@@ -88,8 +88,7 @@ class Driver:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        tensors = chain(self.model.parameters(), self.model.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return device_of(self.model)
 
     def measure(
         self,

@@ -98,13 +98,14 @@ def evaluate(config: EvaluateConfig) -> Path:
     sweep = len(threat_models) > 1
     if sweep:
         require_matplotlib()
+    radii = [ball.written for ball in threat_models]
     asked = {
         "run": subject.run,
         "model": subject.model,
         "dataset": dataset.name,
         "dataset_title": images.title,
         "norm": threat_models[0].norm,
-        "eps": [ball.written for ball in threat_models] if sweep else threat_models[0].written,
+        "eps": radii if sweep else radii[0],
         "suite": config.suite,
         "n_examples": len(images),
         "seed": config.seed,
@@ -114,8 +115,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     }
     path = _path(config, subject, threat_models)
     processes = Processes(path.with_suffix(".state"))
-    radii = f"up to {threat_models[-1].written}" if sweep else threat_models[0].written
-    title = f"{subject.run}, {images.title}, {threat_models[0].norm}, eps {radii}, {len(images)} examples"
+    eps = f"up to {radii[-1]}" if sweep else radii[0]
+    title = f"{subject.run}, {images.title}, {threat_models[0].norm}, eps {eps}, {len(images)} examples"
     if path.is_file():
         results = _already(path, asked)
         title = f"{path} is there already; delete it to evaluate anew"
@@ -124,7 +125,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             subject.load().to(PartialState().device),
             images.images,
             images.labels,
-            eps=[ball.written for ball in threat_models],
+            eps=radii,
             norm=threat_models[0].norm,
             suite=config.suite,
             seed=config.seed,

@@ -219,20 +219,8 @@ def evaluate_sweep(
         columns = find_suite(suite, num_classes, adaptive=bool(substitutable_layers(model)))
         if transfer_from is not None:
             columns["transfer"] = (replace(ATTACKS["transfer"], source=transfer_from),)
-        identity = {
-            "model": model_digest(model),
-            "images": digest([images, labels]),
-            "norm": norm,
-            "eps": [threat_model.eps for threat_model in threat_models],
-            "suite": suite,
-            "settings": digest([], json.dumps(_settings(columns), sort_keys=True)),
-            "seed": seed,
-            "precision": str(search_dtype),
-        }
-        rows = Rows(state, identity, processes.index)
-        driver = Driver(
-            model, images, labels, threat_models, seed, batch_size, search_dtype, rows=rows, processes=processes
-        )
+        driver = Driver(model, images, labels, threat_models, seed, batch_size, search_dtype, processes=processes)
+        driver = replace(driver, rows=Rows(state, _identity(driver, suite, columns), processes.index))
         clean = _measure_clean(driver)
         attacked = _attack(driver, columns, clean.correct)
         probed = [_probe(driver, position, columns, clean, attacked) for position in range(len(threat_models))]
@@ -242,6 +230,20 @@ def evaluate_sweep(
         ]
     seconds = time.monotonic() - started
     return [replace(evaluation, seconds=seconds) for evaluation in evaluations]
+
+
+def _identity(driver: Driver, suite: str, columns: Suite) -> dict[str, Any]:
+    """Everything that decides what rows say."""
+    return {
+        "model": model_digest(driver.model),
+        "images": digest([driver.images, driver.labels]),
+        "norm": driver.threat_models[0].norm,
+        "eps": [threat_model.eps for threat_model in driver.threat_models],
+        "suite": suite,
+        "settings": digest([], json.dumps(_settings(columns), sort_keys=True)),
+        "seed": driver.seed,
+        "precision": str(driver.search_dtype),
+    }
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from foolbox.criteria import Misclassification
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
-from .attacks import Found, Norm, ThreatModel, margin, per_image
+from .attacks import Found, Norm, ThreatModel, generators_of, margin, per_image, targeted_margin
 from .projections import shortest_move
 
 
@@ -54,7 +54,7 @@ def apgd(
         model, n_iter=n_iter, rho=rho, loss="ce" if loss == "ce" else "dlr", **_ball(threat_model, images)
     )
     if start is None:
-        start = _random_start(attack, threat_model, images, _generators(seeds))
+        start = _random_start(attack, threat_model, images, generators_of(seeds))
     run = _run_apgd(attack, model, images, labels, start)
     return Found(run.images, run.steps)
 
@@ -91,7 +91,7 @@ def apgd_targeted(
     """
     attack_class = _TargetedMarginAPGD if loss == "margin" else APGDAttack_targeted
     attack = attack_class(model, n_iter=n_iter, rho=rho, **_ball(threat_model, images))
-    generators = _generators(seeds)
+    generators = generators_of(seeds)
 
     def towards(left: Tensor, targets: Tensor) -> _Run:
         attack.y_target = targets
@@ -239,16 +239,12 @@ class _TargetedMarginAPGD(APGDAttack_targeted):
     """With the targeted margin where pyautoattack has the targeted DLR loss, which needs four classes."""
 
     def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:
-        row = torch.arange(len(x), device=x.device)
-        return x[row, self.y_target] - x[row, y]
+        assert self.y_target is not None  # set before every run
+        return targeted_margin(y, self.y_target)(x)
 
 
 def _ball(threat_model: ThreatModel, images: Tensor) -> dict:
     return {"norm": threat_model.norm, "eps": threat_model.eps, "device": images.device}
-
-
-def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _random_start(
@@ -316,7 +312,7 @@ def _lead_and_gradient(model: nn.Module, points: Tensor, labels: Tensor, targets
     points = points.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(points)
-        lead = (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+        lead = targeted_margin(labels, targets)(logits)
         (gradient,) = torch.autograd.grad(lead.sum(), points)
     return lead.detach(), gradient
 

@@ -163,7 +163,7 @@ def averaged(
         samples: Gradients a step.
     """
     adversarial = drawn(threat_model.random_start, images, seeds)
-    found = images
+    found, standing = images, torch.ones_like(labels, dtype=torch.bool)
     wide = replace(threat_model, eps=2 * threat_model.eps)
     for step in range(steps):
         gradient = torch.zeros_like(images)
@@ -173,15 +173,11 @@ def averaged(
             gradient += torch.autograd.grad(LOSSES[loss](labels)(model(point)).sum(), point)[0]
         step_size = relative_step_size * threat_model.eps
         adversarial = threat_model.project(threat_model.ascend(adversarial, gradient, step_size), images)
-        found = _first(model, found, adversarial, labels)
+        with torch.no_grad():
+            fooled = standing & (model(adversarial).argmax(dim=1) != labels)
+        found = torch.where(per_image(fooled, images), adversarial, found)
+        standing &= ~fooled
     return Found(found)
-
-
-@torch.no_grad()
-def _first(model: nn.Module, found: Tensor, candidate: Tensor, labels: Tensor) -> Tensor:
-    """``candidate`` [B, C, H, W] where it fools the model and ``found`` does not."""
-    fooled, fresh = (model(images).argmax(dim=1) != labels for images in (found, candidate))
-    return torch.where(per_image(fresh & ~fooled, found), candidate, found)
 
 
 _LONG = {"steps": 50, "relative_step_size": 0.1}

@@ -14,6 +14,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -94,12 +96,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one whole, and never a part."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes ``path`` afterwards: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
+    beside = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: some writers go by it
+    yield beside
     beside.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    with written_whole(path) as beside:
+        beside.write_text(text)
 
 
 def write_json(path: Path, content: Any) -> None:

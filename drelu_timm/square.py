@@ -14,7 +14,7 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from .attacks import Found, ThreatModel, margin, per_image
+from .attacks import Found, ThreatModel, generators_of, margin, per_image
 
 _QUERIES_DRAWN = 500  # at once, so that the memory does not grow with their number
 
@@ -49,7 +49,7 @@ def square(
     )
     kind = _LinfSquares if threat_model.norm == "Linf" else _L2Squares
     squares = kind(published, threat_model.eps, images.shape[1:])
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = generators_of(seeds)
     numbers = _uniform(generators, squares.start_numbers, images.device)
     found, steps = images.clone(), torch.full_like(labels, n_queries + 1)
     left, best = torch.arange(len(images), device=images.device), squares.start(images, numbers)

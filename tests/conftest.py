@@ -1,5 +1,6 @@
 """What several test files need: a toy variant and the folder of real data."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import timm
 import torch
 
 import drelu_timm  # noqa: F401  (registers the models)
+from drelu_timm.models import save_folder
 
 BESIDE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
 
@@ -18,6 +20,25 @@ def toy_model():
     """`shallow_cnn_drelu` for 3 classes of 1x8x8 images, in eval mode."""
     torch.manual_seed(0)
     return timm.create_model("shallow_cnn_drelu", num_classes=3, img_size=8, width=16).eval()
+
+
+@pytest.fixture
+def untrained_run(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Makes a run directory with an untrained net for digits and a radius, as train leaves it."""
+
+    def make(eps: str) -> Path:
+        monkeypatch.chdir(tmp_path)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = timm.create_model("dense_drelu", num_classes=10, in_chans=1, img_size=8)
+        path = tmp_path / "x"
+        save_folder(model, path / "model", model_args={"img_size": 8})
+        train = {"model": "dense_drelu", "dataset": "digits", "data_dir": None, "norm": "Linf", "eps": eps}
+        config = {"train": train, "dataset_title": "Digits", "num_classes": 10, "in_chans": 1, "img_size": 8}
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    return make
 
 
 @pytest.fixture

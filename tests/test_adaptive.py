@@ -233,7 +233,7 @@ def test_targets_are_the_likeliest_other_classes_each_once(net, monkeypatch):
         aimed.append((labels, targets))
         return LOSSES["ce"](targets)  # away from the target: nothing is found
 
-    monkeypatch.setattr(adaptive, "_targeted_margin", recorded)
+    monkeypatch.setattr(adaptive, "targeted_margin", recorded)
     adaptive.targeted_annealing(
         model, images, labels, ThreatModel.parse("Linf", "0"), range(40), n_target_classes=5, **{**ROUNDS, "rounds": 1}
     )

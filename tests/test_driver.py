@@ -13,17 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 from drelu_timm import __main__ as command_line
-from drelu_timm import checks
+from drelu_timm import data
 from drelu_timm.attacks import Found
 from drelu_timm.driver import Attacked, label_margin
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation import evaluate_model, evaluate_sweep
-from drelu_timm.models import save_folder
 from drelu_timm.suites import ATTACKS, SUITES, Attack
 
 
@@ -128,18 +126,8 @@ def test_other_weights_are_another_model(toy, tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A run directory with an untrained net, as train leaves it."""
-    monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model("dense_drelu", num_classes=10, in_chans=1, img_size=8)
-    path = tmp_path / "x"
-    save_folder(model, path / "model", model_args={"img_size": 8})
-    train = {"model": "dense_drelu", "dataset": "digits", "data_dir": None, "norm": "Linf", "eps": "1/255"}
-    config = {"train": train, "dataset_title": "Digits", "num_classes": 10, "in_chans": 1, "img_size": 8}
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+def run(untrained_run):
+    return untrained_run("1/255")
 
 
 def rows_of(run: Path, name: str) -> list[dict]:
@@ -347,7 +335,7 @@ def test_memory_holds_a_batch_not_the_data(toy, monkeypatch):
     model, images, _ = toy
     pixels = (images * 255).round().byte()
     seen = []
-    monkeypatch.setattr(checks, "to_float", lambda batch: seen.append(len(batch)) or batch.float() / 255)
+    monkeypatch.setattr(data, "to_float", lambda batch: seen.append(len(batch)) or batch.float() / 255)
     result = evaluate_model(model, pixels, model(pixels.float() / 255).argmax(1), eps="1/255", batch_size=10)
     assert max(seen) == 10
     assert result.clean == 1

@@ -4,7 +4,6 @@ import csv
 import json
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -12,7 +11,6 @@ from drelu_timm.__main__ import main
 from drelu_timm.attacks import Found
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import evaluate_model
-from drelu_timm.models import save_folder
 from drelu_timm.suites import ATTACKS, SUITES, Attack
 
 
@@ -263,18 +261,8 @@ def test_options_that_cannot_be_used(toy, options, message):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A run directory with an untrained net, as train leaves it."""
-    monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model("dense_drelu", num_classes=10, in_chans=1, img_size=8)
-    path = tmp_path / "x"
-    save_folder(model, path / "model", model_args={"img_size": 8})
-    train = {"model": "dense_drelu", "dataset": "digits", "data_dir": None, "norm": "Linf", "eps": "8/255"}
-    config = {"train": train, "dataset_title": "Digits", "num_classes": 10, "in_chans": 1, "img_size": 8}
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+def run(untrained_run):
+    return untrained_run("8/255")
 
 
 def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
