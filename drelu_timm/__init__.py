@@ -3,7 +3,8 @@
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from .drelu import DReLU, SReLU, cap_penalty
+from .caps import cap_penalty
+from .drelu import DReLU, SReLU
 from .errors import DReLUWarning, InputError
 from .models import load_folder, normalized, save_folder
 from .robust_models import register_robust_model

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .errors import InputError, unknown
+from .preemption import EXIT_CODE, Preempted
 
 VERBS = {
     "demo": "the whole way on scikit-learn's digits, in under two minutes on a laptop: start here",
@@ -15,7 +16,7 @@ VERBS = {
 }
 
 HOW_TO_GO_ON = {
-    "train": "; the same command with --resume goes on where the last epoch ended",
+    "train": "; the same command with --resume goes on from the last state",
     "evaluate": "; the same command goes on where the last batch ended",
 }
 
@@ -24,7 +25,7 @@ HELP += "\n\n`drelu-timm VERB --help` lists a verb's options."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; 0 when done, 2 for input that cannot be used, 130 for Ctrl-C."""
+    """Run a verb; 0 when done, 2 for input that cannot be used, 75 where SIGTERM stopped it, 130 for Ctrl-C."""
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("-h", "--help"):
         print(HELP)
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a launch meets the same error: say it once
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print(f"\nstopped{HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
         return 130

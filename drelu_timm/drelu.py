@@ -5,6 +5,7 @@ Mathematics 2024, 12(22), 3551, https://doi.org/10.3390/math12223551.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +35,45 @@ class DReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Cap ``x`` from below at 0 and from above at the unit's own cap."""
-        # Value max(m, 0), gradient 1 to m everywhere: this is what brings a negative cap back.
-        cap = self.cap + (self.cap.clamp(min=0) - self.cap).detach()
         # In x's dtype, or a float32 cap would promote bf16 activations to float32 under autocast.
-        cap = along_channels(cap, x, self.channel_dim).to(x.dtype)
-        return torch.where(x > cap, cap, x.relu())
+        return _Capped.apply(x, along_channels(self.cap, x, self.channel_dim).to(x.dtype))
 
     def extra_repr(self) -> str:
         """Number of caps and, where it is not the default, their dimension."""
         channel_dim = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
         return f"{self.cap.numel()}{channel_dim}"
+
+
+class _Capped(torch.autograd.Function):
+    """``max(0, min(cap, x))``; keeps ``x`` and the caps for its backward pass, where autograd would keep copies.
+
+    Differentiates twice, and under vmap and torch.func; forward-mode differentiation raises torch's own error.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, cap: Tensor) -> Tensor:
+        return torch.minimum(x, cap.clamp(min=0)).relu_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        (gradient,) = gradients
+        x, cap = ctx.saved_tensors
+        # threshold_backward is, in one pass, the gradient where its second argument is above its third, else 0. The
+        # cap gets what lies above max(cap, 0), not nothing where it is negative: this is what brings it back.
+        above = x - cap.clamp(min=0)
+        # One buffer for every step, as fresh memory costs more than their arithmetic; but not to differentiate them.
+        buffer = {} if torch.is_grad_enabled() else {"grad_input": above}
+        above = torch.ops.aten.threshold_backward(gradient, above, 0, **buffer)
+        # A copy, as a sum over nothing is the buffer itself.
+        to_cap = above.sum_to_size(cap.shape).clone() if ctx.needs_input_grad[1] else None
+        below = torch.sub(gradient, above, out=buffer.get("grad_input"))
+        return torch.ops.aten.threshold_backward(below, x, 0, **buffer), to_cap
 
 
 class SReLU(nn.Module):
@@ -68,55 +98,18 @@ class SReLU(nn.Module):
 
 def along_channels(values: Tensor, x: Tensor, channel_dim: int | None) -> Tensor:
     """Reshape [C] values so that they broadcast along the channel dimension of ``x``."""
-    if channel_dim is None:
-        channel_dim = 1 if x.ndim == 4 else -1
     shape = [1] * x.ndim
-    shape[channel_dim] = values.numel()
+    shape[where_channels_lie(x, channel_dim)] = values.numel()
     return values.view(shape)
+
+
+def where_channels_lie(x: Tensor, channel_dim: int | None) -> int:
+    """``channel_dim``, or what `DReLU` takes where it is None."""
+    if channel_dim is not None:
+        return channel_dim
+    return 1 if x.ndim == 4 else -1
 
 
 def drelu_layers(model: nn.Module) -> Iterator[DReLU]:
     """Every D-ReLU of a model, each once."""
     return (module for module in model.modules() if isinstance(module, DReLU))
-
-
-def cap_penalty(model: nn.Module) -> Tensor:
-    """Sum of the squared caps over all D-ReLUs of a model (the second term of the paper's eq. 1), a scalar >= 0."""
-    penalties = [layer.cap.square().sum() for layer in drelu_layers(model)]
-    return torch.stack(penalties).sum() if penalties else torch.zeros(())
-
-
-def cap_statistics(model: nn.Module) -> dict[str, float]:
-    """Mean, smallest and largest cap of a model; empty without a D-ReLU."""
-    caps = [layer.cap.detach().flatten() for layer in drelu_layers(model)]
-    if not caps:
-        return {}
-    values = torch.cat(caps).float()
-    return {"mean": values.mean().item(), "min": values.min().item(), "max": values.max().item()}
-
-
-@torch.no_grad()
-def unit_shares(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Share of D-ReLU units, over images [B, C, H, W], that stand at 0, between 0 and their cap, or above it.
-
-    Only the units between pass a gradient on. Empty without a D-ReLU.
-    """
-    counts: list[Tensor] = []
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, DReLU)
-        (x,) = inputs
-        cap = along_channels(layer.cap.clamp(min=0), x, layer.channel_dim).to(x.dtype)
-        zero, capped = x <= 0, x > cap
-        counts.append(torch.stack([zero.sum(), (~zero & ~capped).sum(), (capped & ~zero).sum()]))
-
-    hooks = [layer.register_forward_pre_hook(count) for layer in drelu_layers(model)]
-    try:
-        model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not counts:
-        return {}
-    total = torch.stack(counts).sum(0).cpu().double()
-    return dict(zip(("zero", "active", "capped"), (total / total.sum()).tolist(), strict=True))

@@ -25,10 +25,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from .caps import cap_statistics
 from .cards import VERDICTS, model_card
 from .command_line import read_flags
 from .data import Images, load_images, to_float
-from .drelu import cap_statistics
 from .entries import Measured, Paper, model_info, registration
 from .errors import InputError, unknown
 from .robust_models import check_name_is_free, register_robust_model, robust_model_name

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .activations import make_activation
 from .errors import InputError
-from .surgery import TimmModel, make_activation, mix_in, paths, replace
+from .surgery import TimmModel, mix_in, paths, replace
 
 
 class DReLUHead(nn.Module):

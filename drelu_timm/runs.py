@@ -3,7 +3,8 @@
 config.json   everything the run was made with: resolved flags, dataset, versions, hardware, command
 log.jsonl     a line an epoch
 state/        what `train --resume` goes on from
-model/        the trained model as a timm / Hugging Face folder
+model/        the best epoch's model as a timm / Hugging Face folder, of the averaged weights if there are any
+last/         the last epoch's
 results/      one .json and one .csv an evaluation
 """
 
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -36,19 +37,23 @@ class Run:
     Attributes:
         path: The directory.
         config: What its config.json holds.
+        weights: "model" for the best epoch's, "last" for the last one's.
     """
 
     path: Path
     config: dict[str, Any]
+    weights: str = "model"
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
-        """Read a run directory.
+        """Read a run directory, or ``RUN/last`` for its last epoch's model.
 
         Raises:
             InputError: No such folder, no config.json in it, or a broken one.
         """
         path = Path(path)
+        if path.name == "last" and (path.parent / "config.json").is_file():
+            return replace(cls.open(path.parent), weights="last")
         config = path / "config.json"
         if not config.is_file():
             raise InputError(f"{path} is no run directory (it has no config.json); give a folder made by train")
@@ -61,15 +66,15 @@ class Run:
         Raises:
             InputError: The training has not ended yet.
         """
-        folder = self.path / "model"
+        folder = self.path / self.weights
         if not folder.is_dir():
             raise InputError(f"{self.path} has no trained model yet; end its training by train --resume")
         return folder
 
     @property
     def results_folder(self) -> Path:
-        """Where evaluations of this run lie."""
-        return self.path / "results"
+        """Where evaluations of these weights lie."""
+        return (self.path if self.weights == "model" else self.path / self.weights) / "results"
 
     @cached_property
     def model_digest(self) -> str:
@@ -101,8 +106,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A path to write to that becomes ``path`` afterwards: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: some writers go by it
-    yield beside
-    beside.replace(path)
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,56 +3,90 @@
 A process killed at any moment leaves a whole state: a folder is complete exactly when it bears its final name.
 """
 
-import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from .errors import InputError, one_line
-from .runs import read_json
+from .runs import read_json, write_json
 
 
 def save_state(accelerator: Accelerator, folder: Path, progress: dict[str, Any]) -> None:
-    """Save model, optimiser, the random state of every process, and ``progress``, as ``folder/epoch-<n>``.
+    """Save what the accelerator holds (model, optimiser, average, random states) and ``progress``.
 
     Args:
-        accelerator: Holds what was prepared; every process calls this.
+        accelerator: Holds what was prepared or registered; every process calls this.
         folder: The run's state folder.
-        progress: JSON values that the caller goes on from; ``progress["epoch"]`` names the state.
+        progress: JSON values that the caller goes on from; its ``epoch`` and ``step`` name the state.
+
+    Raises:
+        InputError: The disk is full, or the state cannot be written for another reason; the last one is kept.
     """
     beside = folder / ".writing"
-    if accelerator.is_main_process:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(beside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (beside / "progress.json").write_text(json.dumps(progress))
-        older = _states(folder)
-        beside.replace(folder / f"epoch-{progress['epoch']:05d}")
-        for state in older:
-            shutil.rmtree(state)
-    accelerator.wait_for_everyone()
+
+    def prepare() -> None:
+        if accelerator.is_main_process:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+
+    def write() -> None:
+        accelerator.save_state(str(beside))
+        if accelerator.is_main_process:
+            write_json(beside / "progress.json", progress)
+
+    def put_in_place() -> None:
+        if accelerator.is_main_process:
+            older = _states(folder)
+            beside.replace(folder / f"epoch-{progress['epoch']:05d}-step-{progress['step']:07d}")
+            for state in older:
+                shutil.rmtree(state)
+
+    try:
+        for action in (prepare, write, put_in_place):
+            _together(accelerator, action)
+    except Exception as error:  # each writer has its own: OSError, SafetensorError, RuntimeError of torch.save
+        if accelerator.is_main_process:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise InputError(
+            f"no state could be written to {folder} ({one_line(error)}); make room, then --resume goes on from the last"
+        ) from error
 
 
-def load_state(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
-    """Load the newest whole state into what the accelerator prepared; its progress, or None where there is no state.
+def _together(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Do something in every process; an error in one is an error in all, or the others would wait for it for ever."""
+    error = None
+    try:
+        action()
+    except Exception as raised:
+        error = raised
+    failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError("another process failed")
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What the newest whole state says of how far the training was; None where there is no state."""
+    states = _states(folder)
+    return read_json(states[-1] / "progress.json") if states else None
+
+
+def load_state(accelerator: Accelerator, folder: Path) -> None:
+    """Load the newest whole state into what the accelerator holds.
 
     Raises:
         InputError: A state that does not fit the model, or is broken.
     """
-    states = _states(folder)
-    if not states:
-        return None
-    progress = read_json(states[-1] / "progress.json")
+    state = _states(folder)[-1]
     try:
-        accelerator.load_state(str(states[-1]))
+        accelerator.load_state(str(state))
     except Exception as error:  # each reader and each kind of damage has its own
-        raise InputError(f"{states[-1]} does not fit this run ({one_line(error)}); delete it to start anew") from error
-    return progress
+        raise InputError(f"{state} does not fit this run ({one_line(error)}); delete it to start anew") from error
 
 
 def _states(folder: Path) -> list[Path]:

@@ -60,16 +60,16 @@ def find_subject(flag: str, name: str, *, dataset: str | None = None, norm: str 
         InputError: Nothing has that name, several models have it, or RobustBench is needed and not installed.
     """
     if Path(name).exists():
-        return _run_subject(Run.open(name))
+        return _run_subject(name, Run.open(name))
     if timm.is_model(name.partition(".")[0]):
         return _timm_subject(flag, name)
     return _robustbench_subject(flag, name, dataset, norm)
 
 
-def _run_subject(run: Run) -> Subject:
+def _run_subject(name: str, run: Run) -> Subject:
     train = run.config["train"]
     return Subject(
-        run=str(run.path),
+        run=name,
         model=train["model"],
         load=run.load_model,
         digest=run.model_digest,

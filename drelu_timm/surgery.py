@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .drelu import DReLU, SReLU
+from .activations import make_activation
 
 TimmModel = Any  # an nn.Module with the attributes that timm gives its models, which nn.Module declares to be tensors
 
-ACTIVATIONS = ("drelu", "srelu", "relu6", "relu")
 # By name, as timm has up to three classes for one function. Gates (Sigmoid, Hardsigmoid, Tanh, Softmax) stay.
 # fmt: off
 REPLACED = frozenset((
@@ -22,13 +21,6 @@ REPLACED = frozenset((
     "Swish", "SwishMe",
 ))
 # fmt: on
-
-
-def make_activation(activation: str, num_features: int, cap: float, channel_dim: int | None = None) -> nn.Module:
-    """The module for a name of `ACTIVATIONS`."""
-    if activation == "drelu":
-        return DReLU(num_features, cap, channel_dim=channel_dim)
-    return SReLU(cap) if activation == "srelu" else {"relu6": nn.ReLU6, "relu": nn.ReLU}[activation]()
 
 
 def paths(names: str | Sequence[str] | None) -> list[str]:
@@ -81,7 +73,7 @@ def add_stem(
         first_convs: Their paths. Parallel branches of one block get one new convolution, in front of the block.
         in_chans: Channels of the images.
         width: Channels of the new convolution.
-        activation: One of `ACTIVATIONS`.
+        activation: A name in `activations.ACTIVATIONS`.
         cap: See `make_activation`.
 
     Returns:
@@ -120,7 +112,7 @@ def replace_activations(model: TimmModel, input_size: Sequence[int], activation:
     Args:
         model: Any model of images.
         input_size: (C, H, W) of an image that it takes.
-        activation: One of `ACTIVATIONS`.
+        activation: A name in `activations.ACTIVATIONS`.
         cap: See `make_activation`.
     """
     found = {name: module for name, module in model.named_modules() if _is_activation(module)}

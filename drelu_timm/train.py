@@ -7,21 +7,25 @@ Devices and precision belong to `accelerate launch`. All randomness is keyed by 
 of processes or by what ran before, so that a resumed run repeats the uninterrupted one.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import nn
 
 from .command_line import read_flags
 from .data import DATASETS, Images, load_images
-from .errors import InputError, one_line
+from .errors import InputError, one_line, unknown
+from .generated import GeneratedImages
 from .models import load_folder, normalized
+from .presets import PRESETS
 from .processes import launched_on_cpu
 from .runs import Run, environment, write_json
-from .train_config import TrainConfig, model_options, preset_in, resolve, saved
+from .train_config import TrainConfig, flag, model_options, preset_in, resolve, saved
 from .trainer import Trainer
 
 __all__ = ["TrainConfig", "main", "train"]
@@ -30,9 +34,20 @@ __all__ = ["TrainConfig", "main", "train"]
 def main(argv: Sequence[str]) -> None:
     """Read the flags over the preset that they name, train, and say what to do next."""
     config = read_flags(TrainConfig, "train", argv, preset_in(argv))
+    first = os.environ.get("RANK", "0") == "0"
+    if config.preset is not None and first:
+        _show_preset(config.preset)
     run = train(config)
-    if Accelerator().is_main_process:
-        print(f"wrote {run / 'model'} and {run / 'log.jsonl'}; next: drelu-timm evaluate {run}")
+    if first:
+        log = f"{run / 'log.jsonl'}; next: drelu-timm evaluate {run}"
+        print(f"wrote {run / 'model'} (the best epoch), {run / 'last'} and {log}")
+
+
+def _show_preset(name: str) -> None:
+    """Print what a preset sets, and where it is from."""
+    preset = PRESETS[name]
+    print(f"--preset {name} ({preset.source}) sets")
+    print("  " + " ".join(f"{flag(key)} {value}" for key, value in preset.settings.items()))
 
 
 def train(config: TrainConfig) -> Path:
@@ -46,24 +61,68 @@ def train(config: TrainConfig) -> Path:
     """
     config = resolve(config)
     assert config.output_dir is not None
-    # Buffers stay each process's own within an epoch: a broadcast between TRADES' two forwards would change, in place,
-    # what the first one's backward needs. They are averaged at the end of every epoch.
-    accelerator = Accelerator(
-        cpu=launched_on_cpu(), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
-    )
-    if config.batch_size % accelerator.num_processes:
-        raise InputError(f"--batch-size {config.batch_size} is no multiple of {accelerator.num_processes} processes")
+    accelerator = make_accelerator(config)
     if (config.output_dir / "model").is_dir():
         return config.output_dir
     with accelerator.main_process_first():  # which may have to download
         data = load_images(config.dataset, config.data_dir, "train", img_size=config.img_size)[: config.n_train]
+        generated = _open_generated(config, data)
     torch.manual_seed(config.seed)
-    trainer = Trainer(config, data, create_model(config, data), accelerator)
+    trainer = Trainer(config, data, generated, create_model(config, data), accelerator)
     if accelerator.is_main_process:
         _describe(config, data)
     accelerator.wait_for_everyone()
     trainer.run()
     return config.output_dir
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The processes, their devices and their precision, as they were launched.
+
+    Raises:
+        InputError: A launch that this training cannot use.
+    """
+    if config.log_with is not None:
+        _check_tracker(config.log_with)
+    try:
+        accelerator = Accelerator(
+            cpu=launched_on_cpu(),
+            log_with=config.log_with,
+            project_dir=config.output_dir,
+            # A broadcast of buffers between TRADES' two forwards would change, in place, what the first one's backward
+            # needs; they are averaged after every step.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise InputError(f"accelerate cannot be started as it was launched ({one_line(error)})") from error
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise InputError(
+            f"--mixed_precision {accelerator.mixed_precision}: the gradients of the inner attack would vanish in it "
+            "unscaled; launch with bf16 or no"
+        )
+    shares = accelerator.num_processes * config.grad_accum_steps
+    if config.batch_size % shares:
+        raise InputError(
+            f"--batch-size {config.batch_size} is no multiple of {shares} ({accelerator.num_processes} processes times "
+            f"--grad-accum-steps {config.grad_accum_steps})"
+        )
+    if config.sync_bn and accelerator.device.type == "cpu":
+        raise InputError("--sync-bn: torch has it for GPUs only; leave it out")
+    return accelerator
+
+
+def _check_tracker(name: str) -> None:
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise unknown("--log-with", name, LOGGER_TYPE_TO_CLASS)
+    if name not in [tracker.value for tracker in get_available_trackers()]:
+        raise InputError(f"--log-with {name}: the package is not installed; pip install {name}")
+
+
+def _open_generated(config: TrainConfig, data: Images) -> GeneratedImages | None:
+    if not config.generated:
+        return None
+    _, channels, size, _ = data.images.shape
+    return GeneratedImages.open(config.generated, img_size=size, in_chans=channels, num_classes=len(data.classes))
 
 
 def _describe(config: TrainConfig, data: Images) -> None:

@@ -1,4 +1,4 @@
-"""Everything a training is made with: the flags of `drelu-timm train`, its presets, and what is allowed."""
+"""Everything a training is made with: the flags of `drelu-timm train`, and what is allowed."""
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -10,21 +10,19 @@ import timm
 import tyro
 
 from .attacks import ThreatModel
+from .augment import Augmentation
+from .caps import CAP_PENALTIES
 from .data import DATASETS
 from .errors import InputError, unknown
 from .objectives import make_objective
+from .presets import PRESETS
 from .runs import read_json
 from .variants import Options
 
-SCHEDULES = ("constant", "cosine", "plateau")
-_PAPER = {"optimizer": "adam", "lr": 1e-3, "cap_lr": 1e-3, "schedule": "plateau", "patience": 10}
-PRESETS: dict[str, dict[str, Any]] = {
-    # Section 5.2 of the D-ReLU paper: Adam 1e-3 for everything, halved on a plateau of 5 epochs, stopped after 10.
-    "paper-drelu": {**_PAPER, "epochs": 2000},
-    # Section 5.4: adversarial training for 10 epochs after natural training (--init-from RUN).
-    "paper-at": {**_PAPER, "objective": "at", "epochs": 10},
-    "paper-trades": {**_PAPER, "objective": "trades", "epochs": 2000},
-}
+SCHEDULES = ("constant", "cosine", "onecycle", "plateau")
+MONITORS = ("loss", "pgd")
+# What does not change the result of a run, and may change when it is resumed.
+RUNTIME = ("resume", "output_dir", "save_every", "workers", "log_with")
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,17 @@ class TrainConfig:
     """Train a timm model and write a run directory."""
 
     model: str
-    """timm architecture, plain or with its D-ReLU: resnet50, resnet50_drelu, dense_drelu, shallow_cnn_drelu, ..."""
+    """timm architecture, plain or with its D-ReLU: resnet50, wide_resnet28_10, resnet50_drelu, dense_drelu, ..."""
     dataset: str
     """digits, mnist, cifar10, cifar100, tiny_imagenet, or folder for any folder of images."""
     data_dir: Path = Path("data")
     """Where the dataset lies, or is downloaded to."""
     img_size: int | None = None
     """Side of an image, in pixels; by default the dataset's own, and needed for folder."""
+    generated: tuple[Path, ...] = ()
+    """Generated images to mix in: .npz files with `image` and `label`, such as EDM's; several are read as one."""
+    generated_fraction: float = 0.0
+    """Share of generated images in every batch; an epoch keeps the size of the real training set."""
     output_dir: Path | None = None
     """Run directory to write; by default runs/ and a name of what the run holds."""
     resume: bool = False
@@ -46,12 +48,15 @@ class TrainConfig:
     init_from: Path | None = None
     """Run whose trained weights to start from."""
     preset: str | None = None
-    """Named settings, over which flags given beside it win: paper-drelu, paper-at, paper-trades."""
+    """Named settings, printed with their source, over which flags given beside it win: paper-drelu, paper-at,
+    paper-trades, paper-drelu-edm, paper-trades-edm, wang2023, wang2023-tiny-imagenet."""
 
     objective: str = "natural"
-    """natural, at (adversarial training by PGD) or trades."""
+    """natural, at (adversarial training by PGD), trades or mart."""
     beta: float = 6.0
-    """TRADES: weight of the KL term."""
+    """TRADES and MART: weight of the KL term."""
+    awp_gamma: float = 0.0
+    """Adversarial weight perturbation, of this size relative to the weights (0.005 is common); 0 for none."""
     norm: str | None = None
     """Norm of the inner attack, Linf or L2; by default the dataset's."""
     eps: str | None = None
@@ -60,11 +65,13 @@ class TrainConfig:
     """Gradients of the inner attack."""
     step_size: float | None = None
     """Length of a step, in units of a [0, 1] pixel; by default eps / 4."""
+    label_smoothing: float = 0.0
+    """Share of the label that goes to all classes evenly, in the loss (not in the attack)."""
 
     placement: str | None = None
     """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
     activation: str | None = None
-    """What stands there: drelu (the default), or srelu, relu6, relu for controls."""
+    """What stands there: drelu (the default), srelu, relu, relu6, silu, gelu, prelu or pssilu."""
     width: int | None = None
     """Units of the added dense layer, or channels of the added convolution; by default 128."""
     cap: float | None = None
@@ -75,33 +82,69 @@ class TrainConfig:
     """Start from the base architecture's ImageNet weights."""
 
     cap_weight: float = 0.0
-    """Weight of the sum of squared caps in the loss (the paper's balancer, lambda)."""
+    """Weight of the caps' penalty in the loss (the paper's balancer, lambda)."""
+    cap_penalty: str = "squared"
+    """squared (the paper's: the sum of squared caps), or effective (each cap times what the next layer makes of it)."""
     cap_lr: float = 0.1
     """Learning rate of the caps; at the paper's 1e-3 a cap needs some 100,000 steps from 100 to 1."""
     optimizer: str = "adam"
-    """Any optimiser of timm: adam, adamw, sgd, ..."""
+    """Any optimiser of timm: adam, adamw, sgd (Nesterov, momentum 0.9), ..."""
     lr: float = 1e-3
-    """Learning rate of everything but the caps."""
+    """Learning rate of everything but the caps, at its highest."""
     weight_decay: float = 0.0
     """Weight decay; biases, norms and caps are spared."""
     schedule: str = "constant"
-    """Learning rates: constant, cosine (to 0, step by step) or plateau (halved after 5 epochs without a lower loss)."""
+    """Learning rates: constant, cosine (to 0, step by step), onecycle (up, then cosine to 0, step by step) or plateau
+    (halved after 5 epochs without a lower loss)."""
+    warmup: float = 0.025
+    """Share of the steps in which onecycle rises."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights, with this decay a step (0.995 is common), and make it the
+    run's model; 0 for none."""
     epochs: int = 10
     """Passes over the training set, at most."""
+    monitor: str | None = None
+    """Held-out figure that says which epoch is best, of the averaged weights if there are any: loss, or pgd (accuracy
+    under the inner attack); by default loss for natural training, pgd for robust objectives."""
     patience: int | None = None
-    """Stop after so many epochs without a lower held-out loss; by default never."""
+    """Stop after so many epochs without a better held-out figure; by default never."""
     batch_size: int = 128
     """Images a step, over all processes together: the same run on any number of GPUs."""
+    grad_accum_steps: int = 1
+    """Parts that each process takes its share of a batch in, one after the other, where memory is short."""
+    cutout: int = 0
+    """Side of the square that Cutout erases, in pixels; 0 for none."""
+    cutmix: float = 0.0
+    """Probability that a batch is mixed by CutMix."""
+    rand_augment: str = ""
+    """timm's RandAugment, such as rand-m9-n2-mstd0.5; empty for none."""
+    sync_bn: bool = False
+    """BatchNorm over the batch of all processes; by default each takes the statistics of its own part."""
     n_train: int | None = None
     """Use the first so many training images only; any first ones are a fair sample."""
     seed: int = 0
     """Keys all randomness."""
+
+    compile: bool = False
+    """Compile the model by torch.compile: a minute or more at the start, fewer seconds a step on a GPU."""
+    workers: int = 0
+    """Processes that prepare batches, beside each training process; 0 for none."""
+    save_every: int = 0
+    """Save a state after every so many steps as well; by default at the end of an epoch, and on SIGTERM."""
+    log_with: str | None = None
+    """Tracker of accelerate for the figures of every epoch, beside log.jsonl: tensorboard, wandb, ..."""
 
     @property
     def threat_model(self) -> ThreatModel:
         """Norm and radius of the inner attack, of a resolved config."""
         assert self.norm is not None and self.eps is not None
         return ThreatModel.parse(self.norm, self.eps)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What is done to training images."""
+        dataset = DATASETS[self.dataset]
+        return Augmentation(dataset.crop_padding, dataset.flip, self.cutout, self.cutmix, self.rand_augment)
 
 
 def preset_in(argv: Sequence[str]) -> TrainConfig:
@@ -115,7 +158,8 @@ def preset_in(argv: Sequence[str]) -> TrainConfig:
     name = parser.parse_known_args(argv)[0].preset
     if name is not None and name not in PRESETS:
         raise unknown("--preset", name, PRESETS)
-    return TrainConfig(model=tyro.MISSING, dataset=tyro.MISSING, **PRESETS.get(name or "", {}))
+    settings = PRESETS[name].settings if name else {}
+    return TrainConfig(model=tyro.MISSING, dataset=tyro.MISSING, **settings)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -124,22 +168,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises:
         InputError: One line on the first field that cannot be used.
     """
-    if config.dataset not in DATASETS:
-        raise unknown("--dataset", config.dataset, DATASETS)
-    if not timm.is_model(config.model):
-        raise unknown("--model", config.model, timm.list_models())
-    if config.preset == "paper-at" and config.init_from is None:
-        raise InputError("--preset paper-at goes on from natural training; give that run by --init-from RUN")
-    for name in ("epochs", "batch_size", "steps", "lr", "cap_lr"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
-    for name in ("beta", "cap_weight", "weight_decay"):
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} must be a number >= 0")
-    make_objective(config.objective, beta=config.beta)
-    if config.schedule not in SCHEDULES:
-        raise unknown("--schedule", config.schedule, SCHEDULES)
-    Options(**model_options(config))
+    _check_names(config)
+    _check_numbers(config)
+    _check_combinations(config)
     dataset = DATASETS[config.dataset]
     threat_model = ThreatModel.parse(config.norm or dataset.norm, config.eps or dataset.eps)
     config = replace(
@@ -147,18 +178,79 @@ def resolve(config: TrainConfig) -> TrainConfig:
         norm=threat_model.norm,
         eps=threat_model.written,
         step_size=threat_model.eps / 4 if config.step_size is None else config.step_size,
+        monitor=config.monitor or ("loss" if config.objective == "natural" else "pgd"),
         output_dir=config.output_dir or Path("runs") / _run_name(config),
     )
     _check_output(config)
     return config
 
 
+def _check_names(config: TrainConfig) -> None:
+    if config.dataset not in DATASETS:
+        raise unknown("--dataset", config.dataset, DATASETS)
+    if not timm.is_model(config.model):
+        raise unknown("--model", config.model, timm.list_models())
+    make_objective(config.objective, beta=config.beta)
+    for name, allowed in {"schedule": SCHEDULES, "monitor": MONITORS, "cap_penalty": CAP_PENALTIES}.items():
+        if getattr(config, name) not in (None, *allowed):
+            raise unknown(flag(name), getattr(config, name), allowed)
+    Options(**model_options(config))
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name in ("epochs", "batch_size", "grad_accum_steps", "steps", "lr", "cap_lr"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"{flag(name)} {getattr(config, name)} must be above 0")
+    for name in ("beta", "cap_weight", "weight_decay", "awp_gamma", "workers", "save_every"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise InputError(f"{flag(name)} {getattr(config, name)} must be a number >= 0")
+    for name in ("generated_fraction", "ema_decay", "label_smoothing", "warmup"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"{flag(name)} {getattr(config, name)} must be in [0, 1)")
+    config.augmentation  # noqa: B018  (which checks its own)
+
+
+def _check_combinations(config: TrainConfig) -> None:
+    if config.preset is not None:
+        _check_preset(config, config.preset)
+    if bool(config.generated) != bool(config.generated_fraction):
+        given, missing = ("--generated", "--generated-fraction F (0.7 for CIFAR, 0.8 for TinyImageNet are common)")
+        if not config.generated:
+            given, missing = (
+                f"--generated-fraction {config.generated_fraction:g}",
+                "--generated FILE.npz [FILE.npz ...]",
+            )
+        raise InputError(f"{given} needs {missing} as well")
+    if config.cutmix and config.objective == "mart":
+        raise InputError("--cutmix mixes labels, and --objective mart needs one label an image; leave one of them out")
+
+
+def _check_preset(config: TrainConfig, name: str) -> None:
+    if name not in PRESETS:
+        raise unknown("--preset", name, PRESETS)
+    if config.dataset not in PRESETS[name].datasets:
+        raise InputError(
+            f"--preset {name} does not fit --dataset {config.dataset}; it is for {', '.join(PRESETS[name].datasets)}"
+        )
+    if name == "paper-at" and config.init_from is None:
+        raise InputError("--preset paper-at goes on from natural training; give that run by --init-from RUN")
+
+
+def flag(name: str) -> str:
+    """A field's name as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _run_name(config: TrainConfig) -> str:
     parts = [config.dataset, config.model, config.placement, config.activation, config.objective]
-    if config.objective == "trades":
+    if config.objective in ("trades", "mart"):
         parts.append(f"beta{config.beta:g}")
+    if config.awp_gamma:
+        parts.append(f"awp{config.awp_gamma:g}")
     if config.cap_weight:
-        parts.append(f"cap{config.cap_weight:g}")
+        parts.append(f"{'' if config.cap_penalty == 'squared' else config.cap_penalty + '-'}cap{config.cap_weight:g}")
+    if config.generated_fraction:
+        parts.append(f"generated{config.generated_fraction:g}")
     return "-".join([*filter(None, parts), f"seed{config.seed}"])
 
 
@@ -179,8 +271,14 @@ def _check_output(config: TrainConfig) -> None:
 
 def saved(config: TrainConfig) -> dict[str, Any]:
     """The config as config.json holds it: what makes the run, so not where from or whether it was resumed."""
-    fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    return {key: value for key, value in fields.items() if key not in ("resume", "output_dir")}
+    return {key: _plain(value) for key, value in asdict(config).items() if key not in RUNTIME}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def model_options(config: TrainConfig) -> dict[str, Any]:
@@ -188,6 +286,6 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
     options = {key: getattr(config, key) for key in ("placement", "activation", "width", "cap", "small_images")}
     options = {key: value for key, value in options.items() if value not in (None, False)}
     if options and not config.model.partition(".")[0].endswith("_drelu"):
-        given = ", ".join(f"--{key.replace('_', '-')}" for key in options)
+        given = ", ".join(flag(key) for key in options)
         raise InputError(f"{given} belongs to *_drelu models; --model {config.model}_drelu takes it")
     return options

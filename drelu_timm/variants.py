@@ -12,11 +12,12 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import _model_pretrained_cfgs, _model_to_module
 from torch import Tensor, nn
 
+from .activations import ACTIVATIONS
 from .errors import InputError, unknown
 from .head import add_head, classifier_names
 from .nets import height_and_width
 from .small_images import adapt_to_small_images, warn_of_small_images
-from .surgery import ACTIVATIONS, TimmModel, add_stem, paths, replace_activations
+from .surgery import TimmModel, add_stem, paths, replace_activations
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class Options:
     Attributes:
         placement: "head", a dense layer before the classifier (the paper's); "stem", a convolution behind the input;
             "all", in the place of every activation module (functional activations are out of reach).
-        activation: "drelu", or "srelu", "relu6", "relu" in the same place, so that controls differ in nothing else.
+        activation: "drelu", or "srelu", "relu", "relu6", "silu", "gelu", "prelu", "pssilu" in the same place, so that
+            controls differ in nothing else.
         width: Units of the dense layer, or channels of the convolution.
         cap: Initial cap of D-ReLU, fixed cap of S-ReLU.
         small_images: A first convolution for images of some 32 pixels; where the family has none, upsampling.

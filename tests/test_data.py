@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import functional as reference
 
-from drelu_timm.batches import TrainingBatches, crop
 from drelu_timm.data import DATASETS, Images, hold_out, load_images, to_float
 from drelu_timm.errors import InputError
 
@@ -104,10 +102,6 @@ def numbered(n: int, *, channels: int = 3, side: int = 6, num_classes: int = 5) 
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8, generator=generator)
     return Images(images, torch.arange(n) % num_classes, tuple("abcdefghij"[:num_classes]), "Random")
-
-
-def replicate(image: Images, n: int) -> Images:
-    return image[torch.zeros(n, dtype=torch.int64)]
 
 
 # Reading
@@ -422,126 +416,5 @@ def test_hold_out_that_leaves_nothing(fraction):
         hold_out(numbered(5), fraction, seed=0)
 
 
-# Batches
-
-
-def batches(images: Images, **options) -> TrainingBatches:
-    return TrainingBatches(images, **{"batch_size": 12, "seed": 0, "crop_padding": 2, "flip": True, **options})
-
-
-def test_number_of_processes_does_not_matter():
-    made = batches(numbered(50))
-    for step in range(made.steps_per_epoch):
-        images, labels = made.batch(3, step)
-        for num_processes in (2, 3, 4):
-            parts = [batches(numbered(50)).batch(3, step, index, num_processes) for index in range(num_processes)]
-            assert torch.equal(torch.cat([part[0] for part in parts]), images)
-            assert torch.equal(torch.cat([part[1] for part in parts]), labels)
-
-
-def test_a_batch_is_a_function_of_seed_epoch_and_step():
-    made = batches(numbered(50))
-    once = {(epoch, step): made.batch(epoch, step)[0] for epoch in (0, 1, 2) for step in range(4)}
-    for (epoch, step), images in reversed(once.items()):
-        assert torch.equal(made.batch(epoch, step)[0], images)
-    assert len({images.numpy().tobytes() for images in once.values()}) == 12
-
-
-def test_every_stream_is_its_own():
-    images = replicate(numbered(1), 36)  # the same image everywhere, so that only the augmentation differs
-    keys = [(seed, epoch, step) for seed in (0, 1, 2) for epoch in (0, 1, 2) for step in (0, 1, 2)]
-    made = {key: batches(images, seed=key[0]).batch(*key[1:])[0] for key in keys}
-    assert len({batch.numpy().tobytes() for batch in made.values()}) == len(keys)
-
-
-def test_an_epoch_shows_no_image_twice():
-    images = Images(torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1), torch.zeros(50).long(), ("a",), "Counted")
-    made = batches(images, crop_padding=0)
-    assert made.steps_per_epoch == 4
-    shown = [torch.cat([made.batch(epoch, step)[0] for step in range(4)]).flatten() * 255 for epoch in range(3)]
-    for epoch in shown:
-        assert len(epoch.round().unique()) == 48
-    assert not torch.equal(shown[0], shown[1])
-    assert len(torch.cat(shown).round().unique()) == 50  # what one epoch leaves out, another shows
-
-
-def test_labels_stay_with_their_images():
-    images = numbered(40, channels=1)
-    made = batches(images, crop_padding=0, flip=False)
-    batch, labels = made.batch(1, 2)
-    assert batch.dtype == torch.float32
-    for image, label in zip((batch * 255).round().to(torch.uint8), labels, strict=True):
-        (index,) = (images.images == image).flatten(1).all(1).nonzero().flatten()
-        assert images.labels[index] == label
-
-
-def test_augmentation_is_that_of_torchvision():
-    images = numbered(64, side=7)
-    made = batches(images, batch_size=64, crop_padding=2)
-    batch, _ = made.batch(0, 0)
-    seen = set()
-    plain = TrainingBatches(images, batch_size=64, seed=0).batch(0, 0)[0]
-    for image, augmented in zip(plain, batch, strict=True):
-        padded = reference.pad(image, [2])
-        candidates = {
-            (top, left, flip): reference.hflip(cropped) if flip else cropped
-            for top in range(5)
-            for left in range(5)
-            for flip in (False, True)
-            for cropped in [reference.crop(padded, top, left, 7, 7)]
-        }
-        (match,) = (key for key, value in candidates.items() if torch.equal(value, augmented))
-        seen.add(match)
-    assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(5))
-    assert {flip for *_, flip in seen} == {False, True}
-
-
-def test_crop_and_flip_are_uniform():
-    image = torch.zeros(1, 1, 5, 5, dtype=torch.uint8)
-    image[0, 0, 2, 2] = 255
-    image[0, 0, 2, 3] = 51
-    images = replicate(Images(image, torch.zeros(1).long(), ("a",), "Dot"), 4500)
-    batch = batches(images, batch_size=4500, crop_padding=1).batch(0, 0)[0]
-    places = (batch == 1).flatten(1).float()
-    assert (places.sum(1) == 1).all()
-    counts = places.sum(0).view(5, 5)[1:4, 1:4]
-    assert counts.sum() == 4500
-    assert ((counts - 500).abs() < 100).all()  # 4.7 standard deviations
-    dim = (batch - 0.2).abs() < 1e-6
-    mirrored = dim.flatten(1).float().argmax(1) < places.argmax(1)
-    assert abs(mirrored.float().mean() - 0.5) < 0.04
-
-
-def test_crop_keeps_the_type():
-    images = torch.rand(2, 3, 5, 6, dtype=torch.float64)
-    zero, last = torch.tensor([0, 1]), torch.tensor([2, 1])
-    cropped = crop(images, zero, last, padding=1)
-    assert torch.equal(cropped[1], images[1])
-    assert torch.equal(cropped[0, :, 1:, :-1], images[0, :, :-1, 1:])
-    assert (cropped[0, :, 0] == 0).all()
-    assert (cropped[0, :, :, -1] == 0).all()
-
-
 def test_to_float():
     assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == [0.0, pytest.approx(0.2), 1.0]
-
-
-@pytest.mark.parametrize("batch_size", [0, 51])
-def test_batch_size_that_does_not_fit(batch_size):
-    with pytest.raises(InputError, match=f"--batch-size {batch_size} is not possible with 50 training images; give 1"):
-        batches(numbered(50), batch_size=batch_size)
-
-
-def test_batch_size_that_does_not_divide():
-    with pytest.raises(InputError, match=r"--batch-size 12 .* cannot be shared by 5 processes; give a multiple of 5"):
-        batches(numbered(50)).batch(0, 0, 0, 5)
-
-
-def test_seed_below_zero():
-    with pytest.raises(InputError, match="--seed -1 is not possible; give an integer >= 0"):
-        batches(numbered(50), seed=-1)
-
-
-def test_step_past_the_epoch():
-    with pytest.raises(IndexError, match="step 4 of an epoch of 4 steps"):
-        batches(numbered(50)).batch(0, 4)

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from drelu_timm import DReLU, SReLU, cap_penalty
+from drelu_timm import DReLU, SReLU
 from drelu_timm.drelu import along_channels
 
 numbers = st.floats(-1e3, 1e3, allow_subnormal=False)
@@ -111,6 +111,83 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, cap: torch.func.functional_call(layer, {"cap": cap}, x), (x, layer.cap))
 
 
+def plain(x: torch.Tensor, cap: torch.Tensor) -> torch.Tensor:
+    """The formula, with the gradient of a negative cap, in operations that autograd knows."""
+    cap = cap + (cap.clamp(min=0) - cap).detach()
+    return torch.where(x > cap, cap, x.relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "channel_dim"),
+    [((64, 3), None), ((8, 3, 4, 4), None), ((8, 4, 4, 3), -1), ((1, 3), None), ((3,), None), ((0, 3), None)],
+)
+def test_values_and_gradients_are_those_of_the_plain_formula(shape, channel_dim, dtype):
+    generator = torch.Generator().manual_seed(0)
+    layer = DReLU(3, channel_dim=channel_dim).to(dtype)
+    with torch.no_grad():
+        layer.cap.copy_(torch.tensor([1.0, 0.0, -0.5]))
+    x = torch.randint(-8, 9, shape, generator=generator).to(dtype) / 4  # many at 0, at the cap and in between
+    x.requires_grad_()
+    dims = along_channels(layer.cap, x, channel_dim)
+    weights = torch.randint(-3, 4, shape, generator=generator).to(dtype)  # small integers: every order sums alike
+    out, expected = layer(x), plain(x, dims)
+    assert torch.equal(out, expected)
+    ours = torch.autograd.grad(out, (x, layer.cap), weights)
+    theirs = torch.autograd.grad(expected, (x, layer.cap), weights)
+    assert all(torch.equal(gradient, other) for gradient, other in zip(ours, theirs, strict=True))
+
+
+def kept_bytes(function, x: torch.Tensor) -> int:
+    """What a function keeps for its backward pass: bytes of the tensors, each storage once."""
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = function(x)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_keeps_no_more_for_its_backward_pass_than_relu6():
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+    caps = 8 * 4  # bytes
+    assert kept_bytes(nn.ReLU6(), x) == x.nbytes
+    assert kept_bytes(DReLU(8), x) == x.nbytes + caps
+    assert kept_bytes(lambda x: plain(x, torch.ones(8, 1, 1)), x) > 1.2 * x.nbytes
+
+
+def test_differentiates_twice():
+    layer = DReLU(3, 1.0).double()
+    x = torch.tensor([[-2.0, 0.5, 2.0], [0.3, -0.7, 1.7]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda x, cap: torch.func.functional_call(layer, {"cap": cap}, x), (x, layer.cap)
+    )
+
+
+@pytest.mark.parametrize(("shape", "channel_dim"), [((4, 3), None), ((4, 3, 2, 2), None), ((4, 2, 2, 3), -1)])
+def test_gradients_of_single_examples_by_torch_func(shape, channel_dim):
+    layer = DReLU(3, 0.5, channel_dim=channel_dim)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def loss(cap: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"cap": cap}, example[None]).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(layer.cap, x)
+    expected = [torch.func.grad(loss)(layer.cap, example) for example in x]
+    assert torch.equal(gradients, torch.stack(expected))
+    assert gradients.any()
+
+
+def test_forward_mode_is_refused_aloud():
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(DReLU(3), (torch.ones(2, 3),), (torch.ones(2, 3),))
+
+
 def test_gradients_go_to_the_input_below_the_cap_and_to_the_cap_above():
     layer = DReLU(4, 1.0)
     x = torch.tensor([[-1.0, 0.5, 1.0, 2.0]], requires_grad=True)
@@ -136,28 +213,6 @@ def test_a_cap_below_zero_passes_no_gradient_to_the_input():
     x = torch.tensor([[3.0]], requires_grad=True)
     DReLU(1, -1.0)(x).sum().backward()
     assert torch.equal(x.grad, torch.zeros(1, 1))
-
-
-def test_penalty_sums_the_squares_of_all_caps():
-    model = nn.Sequential(nn.Linear(2, 3), DReLU(3, 2.0), nn.Sequential(DReLU(2, 3.0)), SReLU(7.0))
-    penalty = cap_penalty(model)
-    assert penalty.item() == 3 * 4 + 2 * 9
-    penalty.backward()
-    assert torch.equal(model[1].cap.grad, torch.full((3,), 4.0))
-
-
-def test_penalty_counts_a_shared_layer_once_and_is_0_without_any():
-    shared = DReLU(2, 3.0)
-    assert cap_penalty(nn.Sequential(shared, shared)).item() == 18
-    assert cap_penalty(nn.Linear(2, 2)).item() == 0
-
-
-def test_penalty_shrinks_caps():
-    model = DReLU(3, 10.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    cap_penalty(model).backward()
-    optimizer.step()
-    assert torch.equal(model.cap, torch.full((3,), 8.0))
 
 
 def test_autocast_to_bf16_keeps_activations_in_bf16_and_caps_in_float32():

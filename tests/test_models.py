@@ -18,7 +18,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from drelu_timm import DReLU, DReLUWarning, InputError, load_folder, normalized, save_folder
+from drelu_timm.activations import ACTIVATIONS, PReLU, PSSiLU, make_activation
 from drelu_timm.drelu import drelu_layers
+from drelu_timm.robustbench import adapt
 
 NEWEST = tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 20)  # knows local-dir
 
@@ -115,6 +117,7 @@ ROUND = [  # linear; two heads; convolutional; token-wise; classifier that is Id
     "efficientnet_b0_drelu",
     "shallow_cnn_drelu",
     "dense_drelu",
+    "preact_resnet18_drelu",
 ]
 
 
@@ -229,15 +232,86 @@ def test_other_models_of_the_class_keep_their_methods():
 
 @pytest.mark.parametrize(
     ("activation", "expected"),
-    [("drelu", "DReLU(6, channel_dim=-1)"), ("srelu", "SReLU(cap=3.0)"), ("relu6", "ReLU6()"), ("relu", "ReLU()")],
+    [
+        ("drelu", "DReLU(6, channel_dim=-1)"),
+        ("srelu", "SReLU(cap=3.0)"),
+        ("relu", "ReLU()"),
+        ("relu6", "ReLU6()"),
+        ("silu", "SiLU()"),
+        ("gelu", "GELU(approximate='none')"),
+        ("prelu", "PReLU(num_parameters=6)"),
+        ("pssilu", "PSSiLU()"),
+    ],
 )
 def test_controls_differ_in_the_activation_only(activation, expected):
     model = create("resnet18_drelu", activation=activation, width=6, cap=3.0)
     reference = create("resnet18_drelu", width=6)
     assert repr(model.fc.activation) == expected
-    weights = {name for name, _ in reference.named_parameters()} - {"fc.activation.cap"}
-    assert {name for name, _ in model.named_parameters()} - {"fc.activation.cap"} == weights
+    weights = other_weights(reference)
+    assert other_weights(model) == weights
     assert all(torch.equal(model.get_parameter(name), reference.get_parameter(name)) for name in weights)
+
+
+def other_weights(model: nn.Module) -> set[str]:
+    """Names of the parameters that belong to no activation of the head."""
+    return {name for name, _ in model.named_parameters() if not name.startswith("fc.activation.")}
+
+
+@pytest.mark.parametrize("placement", ["head", "stem", "all"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_at_every_placement(activation, placement, tmp_path):
+    model = create("shallow_cnn_drelu", activation=activation, placement=placement, width=6)
+    made = type(make_activation(activation, 1, 1.0))
+    learned = [module for module in model.modules() if type(module) is made for _ in module.parameters()]
+    with torch.no_grad():
+        for module in learned:
+            for parameter in module.parameters():
+                assert parameter.ndim == 1  # so that weight decay spares it
+                parameter.copy_(torch.rand(parameter.shape) / 2 + 0.1)
+    x = torch.rand(3, 1, 28, 28)
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    save_folder(model, tmp_path / "model")
+    loaded = load_folder(tmp_path / "model")
+    assert same(loaded, model)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert bool(learned) == (activation in ("drelu", "prelu", "pssilu"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "channel_dim", "dim"),
+    [((2, 3), None, 1), ((2, 5, 3), None, 2), ((2, 3, 4, 5), None, 1), ((2, 4, 5, 3), -1, 3)],
+)
+def test_a_prelu_slope_for_each_channel(shape, channel_dim, dim):
+    layer = PReLU(3, channel_dim=channel_dim)
+    assert torch.equal(layer.weight, nn.PReLU(3).weight)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([0.5, 0.25, 2.0]))
+    values = layer(torch.full(shape, -4.0)).movedim(dim, 0).flatten(1)
+    assert torch.equal(values, torch.tensor([[-2.0], [-1.0], [-8.0]]).expand_as(values))
+    assert torch.equal(layer(torch.ones(shape)), torch.ones(shape))
+
+
+def test_pssilu_is_the_one_of_robustbench():
+    adapt()
+    from robustbench.model_zoo.architectures.paf_wide_resnet import PSSiLU as Theirs
+
+    ours, theirs, x = PSSiLU(), Theirs(), torch.linspace(-5, 5, 101)
+    assert dict(ours.named_parameters()) == dict(theirs.named_parameters())
+    for alpha, beta in ((1.0, 1e-8), (-2.0, -0.3)):
+        for layer in (ours, theirs):
+            nn.init.constant_(layer.alpha, alpha)
+            nn.init.constant_(layer.beta, beta)
+            layer.zero_grad()
+            layer(x).square().sum().backward()
+        assert torch.allclose(ours(x), theirs(x))
+        assert torch.allclose(ours.alpha.grad, theirs.alpha.grad)
+        assert torch.allclose(ours.beta.grad, theirs.beta.grad)
+
+
+@pytest.mark.parametrize("layer", [PReLU(3), PSSiLU()])
+def test_learned_activations_keep_bf16(layer):
+    assert layer(torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 # The other placements
@@ -691,6 +765,7 @@ def test_a_broken_folder_is_named(trained, what, message):
     [
         ({"placement": "haed"}, "placement 'haed' is unknown; did you mean head"),
         ({"activation": "dreul"}, "activation 'dreul' is unknown; did you mean drelu"),
+        ({"activation": "pslu"}, "activation 'pslu' is unknown; did you mean pssilu"),
         ({"width": 0}, "width 0 is no number of units; give a whole number of at least 1"),
         ({"cap": -1.0}, "cap -1.0 is no cap; give a number above 0"),
     ],

@@ -10,10 +10,11 @@ from torch import nn
 
 from drelu_timm import robustbench as our_robustbench
 from drelu_timm.errors import InputError
-from drelu_timm.models import save_folder
+from drelu_timm.models import load_folder, save_folder
 from drelu_timm.robust_models import register_robust_model
 from drelu_timm.runs import write_json
 from drelu_timm.subjects import find_subject
+from drelu_timm.train import TrainConfig, train
 
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -169,3 +170,13 @@ def test_without_robustbench_the_error_names_the_extra(monkeypatch, tmp_path):
     ):
         find_subject("RUN", "Carmon2019Unlabeled")
     our_robustbench.adapt.cache_clear()
+
+
+def test_the_last_epoch_of_a_run_is_a_subject_of_its_own(tmp_path):
+    train(TrainConfig("dense_drelu", "digits", output_dir=tmp_path / "x", epochs=2, n_train=100, batch_size=30))
+    best, last = (find_subject("RUN", str(tmp_path / name)) for name in ("x", "x/last"))
+    assert best.results_folder == tmp_path / "x" / "results"
+    assert last.results_folder == tmp_path / "x" / "last" / "results"
+    assert last.run == str(tmp_path / "x" / "last")
+    expected = load_folder(tmp_path / "x" / "last").state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in last.load().model.state_dict().items())

@@ -1,56 +1,25 @@
-"""Training on digits, by the command and by the function: learning, resuming, several processes, errors."""
+"""Training on digits, by the command and by the function: learning, objectives, several processes, errors."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate import Accelerator
+from launching import config, flags, launch, log, weights
 
 from drelu_timm.__main__ import main
+from drelu_timm.data import load_images
 from drelu_timm.errors import InputError
+from drelu_timm.presets import PRESETS
 from drelu_timm.runs import Run
-from drelu_timm.train import TrainConfig, train
-from drelu_timm.train_config import PRESETS
-
-SMALL = {"n_train": 256, "batch_size": 32, "epochs": 2, "steps": 2, "width": 16}
-
-
-def config(path: Path, **settings) -> TrainConfig:
-    return TrainConfig(**{"model": "dense_drelu", "dataset": "digits", "output_dir": path, **SMALL, **settings})
+from drelu_timm.train import create_model, train
+from drelu_timm.train_config import TrainConfig, resolve
+from drelu_timm.trainer import Trainer
 
 
-def log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path / "model" / "model.safetensors")
-
-
-def flags(settings: TrainConfig) -> list[str]:
-    names = ("model", "dataset", "output_dir", "n_train", "batch_size", "epochs", "steps", "width", "objective")
-    return [part for name in names for part in (f"--{name}", str(getattr(settings, name)))]
-
-
-def launch(*arguments: str, processes: int = 1) -> subprocess.Popen:
-    # On a machine without GPUs `accelerate launch` starts a single process, whatever it is told.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "drelu_timm", *arguments]
-    # As many threads as here, where weights are compared to the bit: sums depend on it.
-    threads = torch.get_num_threads() if processes == 1 else 1
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("objective", ["natural", "at", "trades"])
+@pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
 def test_every_objective_learns_and_logs(tmp_path, objective):
     settings = config(tmp_path / "run", objective=objective, n_train=None, epochs=4, cap_weight=1e-3, eps="0.03")
     run = Run.open(train(settings))
@@ -64,6 +33,8 @@ def test_every_objective_learns_and_logs(tmp_path, objective):
     assert run.config["train"]["objective"] == objective
     assert run.config["train"]["eps"] == "0.03"
     assert torch.__version__.startswith(run.config["versions"]["torch"])
+    assert entries[-1]["held_out"].keys() == {"loss", "clean", "pgd"}
+    assert 0 <= entries[-1]["waited_for_data"] <= 1
     assert run.load_model()(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
@@ -108,40 +79,16 @@ def test_init_from_a_run(tmp_path):
     assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
 
 
-def test_resume_after_the_end_changes_nothing(tmp_path):
-    train(config(tmp_path))
-    before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
-    train(config(tmp_path, resume=True))
-    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
+MIXED = {"optimizer": "sgd", "lr": 0.05, "schedule": "onecycle", "ema_decay": 0.9}
 
 
-def test_resume_starts_anew_where_there_is_nothing(tmp_path):
-    train(config(tmp_path / "new", resume=True))
-    assert len(log(tmp_path / "new")) == 2
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, schedule):
-    whole = config(tmp_path / "whole", objective="at", epochs=40, steps=5)
-    killed = replace(whole, output_dir=tmp_path / "killed", resume=True)
-    train(replace(whole, schedule=schedule))
-
-    process = launch("train", *flags(killed), "--schedule", schedule, "--resume")
-    while not list((tmp_path / "killed").glob("state/epoch-*")) and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "killed" / "model").exists()
-
-    train(replace(killed, schedule=schedule))
-    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(expected[key], actual[key]) for key in expected)
-    assert [entry["epoch"] for entry in log(tmp_path / "killed")] == list(range(1, 41))
-
-
-@pytest.mark.parametrize("objective", ["natural", "trades"])
-def test_two_processes_train_like_one(tmp_path, objective):
-    one = config(tmp_path / "one", objective=objective)
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [("natural", {}), ("trades", {}), ("at", {**MIXED, "awp_gamma": 0.01, "grad_accum_steps": 2})],
+    ids=["natural", "trades", "at with everything"],
+)
+def test_two_processes_train_like_one(tmp_path, objective, settings):
+    one = config(tmp_path / "one", objective=objective, **settings)
     two = replace(one, output_dir=tmp_path / "two")
     train(one)
     process = launch("train", *flags(two), processes=2)
@@ -152,6 +99,18 @@ def test_two_processes_train_like_one(tmp_path, objective):
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a["train"]["loss"] == pytest.approx(b["train"]["loss"], rel=1e-4)
         assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-3)
+
+
+def test_trades_with_batchnorm_runs_on_two_processes(tmp_path):
+    one = config(tmp_path / "one", objective="trades", model="resnet10t_drelu", small_images=True)
+    two = replace(one, output_dir=tmp_path / "two")
+    train(one)
+    process = launch("train", *flags(two), processes=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    losses = [log(tmp_path / name)[0]["train"]["loss"] for name in ("one", "two")]
+    assert losses[0] != losses[1]  # statistics of 16 images each, not of 32
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
 def test_presets_set_what_the_paper_says_and_flags_win(tmp_path, capsys):
@@ -166,8 +125,21 @@ def test_presets_set_what_the_paper_says_and_flags_win(tmp_path, capsys):
         "patience": 10,
     }
     assert settings["epochs"] == 1
-    assert PRESETS["paper-drelu"]["epochs"] == 2000
-    assert "next: drelu-timm evaluate" in capsys.readouterr().out
+    assert PRESETS["paper-drelu"].settings["epochs"] == 2000
+    printed = capsys.readouterr().out
+    assert "--preset paper-drelu (Sooksatra and Rivas 2024" in printed
+    assert "--optimizer adam --lr 0.001 --cap-lr 0.001 --schedule plateau --patience 10" in printed
+    assert "next: drelu-timm evaluate" in printed
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_resolved_where_it_belongs(tmp_path, name):
+    settings = PRESETS[name].settings
+    files = {"generated": (tmp_path / "1m.npz",)} if "generated_fraction" in settings else {}
+    for dataset in PRESETS[name].datasets:
+        size = {"img_size": 8} if dataset == "folder" else {}
+        given = TrainConfig("wide_resnet28_10", dataset, preset=name, init_from=tmp_path, **settings, **files, **size)
+        assert resolve(given).preset == name
 
 
 BAD = [
@@ -181,6 +153,21 @@ BAD = [
     ({"epochs": 0}, "--epochs 0 must be above 0"),
     ({"lr": -1.0}, "--lr -1.0 must be above 0"),
     ({"cap_weight": float("nan")}, "--cap-weight nan must be a number >= 0"),
+    ({"preset": "wang2023"}, "--preset wang2023 does not fit --dataset digits; it is for cifar10, cifar100"),
+    ({"monitor": "acc"}, "--monitor 'acc' is unknown; allowed: loss, pgd"),
+    ({"cap_penalty": "square"}, "--cap-penalty 'square' is unknown; did you mean squared?"),
+    ({"cap_penalty": "effective", "placement": "all"}, "--cap-penalty effective"),
+    ({"generated_fraction": 1.0}, "--generated-fraction 1.0 must be in [0, 1)"),
+    ({"generated_fraction": 0.7}, "--generated-fraction 0.7 needs --generated FILE.npz [FILE.npz ...] as well"),
+    ({"generated": (Path("a.npz"),)}, "--generated needs --generated-fraction F"),
+    ({"generated": (Path("a.npz"),), "generated_fraction": 0.5}, "a.npz"),
+    ({"ema_decay": 1.0}, "--ema-decay 1.0 must be in [0, 1)"),
+    ({"cutmix": 2.0}, "--cutmix 2.0"),
+    ({"cutmix": 0.5, "objective": "mart"}, "--objective mart needs one label an image"),
+    ({"rand_augment": "rand-q9"}, "--rand-augment 'rand-q9'"),
+    ({"grad_accum_steps": 3}, "--batch-size 32 is no multiple of 3 (1 processes times --grad-accum-steps 3)"),
+    ({"sync_bn": True}, "--sync-bn: torch has it for GPUs only; leave it out"),
+    ({"log_with": "tensorbored"}, "--log-with 'tensorbored' is unknown; did you mean tensorboard?"),
     ({"preset": "paper-at"}, "--preset paper-at goes on from natural training; give that run by --init-from RUN"),
     ({"model": "dense", "activation": "relu"}, "--activation, --width belongs to *_drelu models"),
     ({"optimizer": "adamm"}, "--optimizer 'adamm' is no optimiser of timm"),
@@ -211,18 +198,6 @@ def test_a_directory_in_use_is_left_alone(tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "progress.json"])
-def test_a_state_cut_short_is_named_and_left_alone(tmp_path, file):
-    train(config(tmp_path))
-    shutil.rmtree(tmp_path / "model")  # as if the run had been killed before its end
-    (state,) = (tmp_path / "state").iterdir()
-    (state / file).write_bytes((state / file).read_bytes()[:50])
-    with pytest.raises(InputError, match=rf"{state}.*(delete it to start anew|make it anew)") as error:
-        train(config(tmp_path, resume=True))
-    assert "\n" not in str(error.value)
-    assert (state / file).stat().st_size == 50
-
-
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="is not empty and holds no run"):
@@ -233,6 +208,11 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_state(tmp_path):
     train(config(tmp_path / "good"))
     with pytest.raises(InputError, match=r"the loss is (nan|inf) in epoch 1, step \d+; lower --lr"):
         train(config(tmp_path / "bad", lr=1e30))
+    named = json.loads((tmp_path / "bad" / "no-number.json").read_text())
+    step = (named["epoch"] - 1) * 7 + named["step"] - 1
+    batches = trainer(tmp_path / "same").batches
+    assert named["real"] == batches.indices(*divmod(step, 7))["real"]
+    assert len(named["real"]) == 32
     assert not (tmp_path / "bad" / "model").exists()
     with pytest.raises(InputError, match="has no trained model yet"):
         Run.open(tmp_path / "bad").load_model()
@@ -245,3 +225,144 @@ def test_the_command_line_prints_errors_in_one_line(capsys):
     assert "did you mean train" in capsys.readouterr().err
     assert main([]) == 0
     assert "usage: drelu-timm VERB" in capsys.readouterr().out
+
+
+# Recipes
+
+
+def trainer(path: Path, **settings) -> Trainer:
+    resolved = resolve(config(path, **settings))
+    data = load_images("digits", None, "train")[: resolved.n_train]
+    torch.manual_seed(0)
+    return Trainer(resolved, data, None, create_model(resolved, data), Accelerator())
+
+
+ROBUST = {"objective": "trades", "optimizer": "sgd", "lr": 0.05, "awp_gamma": 0.01, "ema_decay": 0.9}
+
+
+def test_accumulated_gradients_give_the_update_of_the_whole_batch(tmp_path):
+    whole, parts = (trainer(tmp_path / str(n), grad_accum_steps=n, **ROBUST) for n in (1, 4))
+    for step in range(4):
+        for one in (whole, parts):
+            one._update(*one.batches.batch(0, step))
+            one.progress.step += 1
+    for expected, actual in zip(whole.bare.parameters(), parts.bare.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_average_holds_weights_and_batch_statistics(tmp_path):
+    one = trainer(tmp_path, model="resnet10t_drelu", small_images=True, objective="at", ema_decay=0.6)
+    expected = {key: value.clone() for key, value in one.bare.state_dict().items()}
+    for step in range(4):
+        one._update(*one.batches.batch(0, step))
+        one.progress.step += 1
+        decay = min(0.6, 1 - (1 + step) ** (-2 / 3))  # timm's warm-up: the first step is copied
+        for key, value in one.bare.state_dict().items():
+            if value.is_floating_point():
+                expected[key] = decay * expected[key] + (1 - decay) * value
+            else:
+                expected[key] = value.clone()
+    assert 0.5 < decay <= 0.6
+    actual = one.ema.module.state_dict()
+    assert any("running_mean" in key for key in expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_the_averaged_model_is_measured_beside_the_raw_one_and_saved(tmp_path):
+    train(config(tmp_path, ema_decay=0.99, epochs=1))
+    (entry,) = log(tmp_path)
+    assert entry["held_out_ema"].keys() == entry["held_out"].keys()
+    assert entry["held_out_ema"]["loss"] > entry["held_out"]["loss"]  # after 7 steps it lags behind
+    again = trainer(tmp_path / "again", ema_decay=0.99, epochs=1)
+    for step in range(again.batches.steps_per_epoch):
+        again._update(*again.batches.batch(0, step))
+        again.progress.step += 1
+    expected = again.ema.module.model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path).items())
+
+
+def test_the_best_epoch_and_the_last_are_kept(tmp_path):
+    settings = config(tmp_path / "run", epochs=6, lr=0.03, monitor="pgd", objective="at", eps="0.1")
+    train(settings)
+    entries = log(tmp_path / "run")
+    robust = [entry["held_out"]["pgd"] for entry in entries]
+    best = robust.index(max(robust)) + 1
+    assert best < 6, "the seed no longer shows a difference"
+    assert [entry["best_epoch"] for entry in entries][-1] == best
+    train(replace(settings, output_dir=tmp_path / "shorter", epochs=best))
+    kept, expected = weights(tmp_path / "run"), weights(tmp_path / "shorter", "last")
+    assert all(torch.equal(kept[key], expected[key]) for key in expected)
+    last = weights(tmp_path / "run", "last")
+    assert any(not torch.equal(kept[key], last[key]) for key in last)
+
+
+@pytest.mark.parametrize("monitor", ["loss", "pgd"])
+def test_patience_ends_a_training_that_gets_no_better(tmp_path, monitor):
+    train(config(tmp_path, epochs=9, lr=1e-20, cap_lr=1e-20, patience=2, monitor=monitor))
+    assert len(log(tmp_path)) == 3
+
+
+def test_choices_are_robust_for_robust_objectives(tmp_path):
+    assert resolve(config(tmp_path / "a")).monitor == "loss"
+    assert resolve(config(tmp_path / "a", objective="mart")).monitor == "pgd"
+
+
+@pytest.mark.parametrize(("schedule", "first", "last"), [("constant", 1, 1), ("cosine", 1, 0), ("onecycle", 1 / 25, 0)])
+def test_schedules_move_both_learning_rates(tmp_path, schedule, first, last):
+    train(config(tmp_path, schedule=schedule, lr=1e-2, cap_lr=1.0, epochs=20, warmup=0.25))
+    entries = log(tmp_path)
+    assert [entry["cap_lr"] / entry["lr"] for entry in entries] == pytest.approx([100] * 20, rel=1e-3)
+    assert entries[0]["lr"] == pytest.approx(1e-2 * first, rel=0.2) or schedule == "onecycle"
+    assert entries[-1]["lr"] < 1e-2 * (last + 0.02)
+    if schedule == "onecycle":
+        rates = [entry["lr"] for entry in entries]
+        assert 4 <= rates.index(max(rates)) <= 6
+
+
+def test_weight_decay_spares_norms_biases_and_caps(tmp_path):
+    one = trainer(tmp_path, model="resnet10t_drelu", small_images=True, optimizer="sgd", weight_decay=0.1)
+    for group in one.optimizer.param_groups:
+        decayed = {parameter.ndim > 1 for parameter in group["params"]}
+        assert decayed == {group["weight_decay"] > 0}
+    assert all(group["nesterov"] for group in one.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "gelu", "prelu", "pssilu", "srelu", "drelu"])
+def test_every_activation_trains_by_the_same_recipe(tmp_path, activation):
+    train(config(tmp_path, activation=activation, objective="at", weight_decay=1e-3, n_train=None, lr=3e-3, eps="0.03"))
+    assert log(tmp_path)[-1]["held_out"]["clean"] > 0.6
+    assert Run.open(tmp_path).load_model()(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_bf16_trains_nearly_as_float32_does(tmp_path):
+    settings = config(tmp_path / "float32", objective="at")
+    train(settings)
+    half = replace(settings, output_dir=tmp_path / "bf16")
+    process = launch("train", *flags(half), environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    losses = [log(tmp_path / name)[-1]["train"]["loss"] for name in ("float32", "bf16")]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert {value.dtype for value in weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_eager_one_does(tmp_path):
+    settings = config(tmp_path / "eager", objective="trades", ema_decay=0.9)
+    train(settings)
+    train(replace(settings, output_dir=tmp_path / "compiled", compile=True))
+    expected, actual = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    assert all(torch.allclose(expected[key], actual[key], atol=1e-4) for key in expected)
+
+
+def test_trackers_get_every_figure(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config(tmp_path, log_with="tensorboard", cap_weight=1e-3))
+    events = EventAccumulator(str(tmp_path / "tracker")).Reload()
+    assert {"held_out/clean", "caps/mean", "units/active", "train/loss"} <= set(events.Tags()["scalars"])
+    values = [event.value for event in events.Scalars("held_out/clean")]
+    assert values == pytest.approx([entry["held_out"]["clean"] for entry in log(tmp_path)])

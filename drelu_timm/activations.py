@@ -1,0 +1,67 @@
+"""Every activation that a `_drelu` model can have in the place of its D-ReLU, by name."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .drelu import DReLU, SReLU, where_channels_lie
+
+
+class PReLU(nn.PReLU):
+    """A ReLU with a learnable slope below zero for every channel, wherever the channels lie.
+
+    Source: He et al. 2015, "Delving Deep into Rectifiers", https://arxiv.org/abs/1502.01852.
+
+    Args:
+        num_features: Number of slopes; 1 shares one among all units.
+        channel_dim: See `DReLU`.
+    """
+
+    def __init__(self, num_features: int, *, channel_dim: int | None = None):
+        super().__init__(num_features)
+        self.channel_dim = channel_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Scale what is below 0; the shape stays."""
+        channel_dim = where_channels_lie(input, self.channel_dim)
+        return F.prelu(input.movedim(channel_dim, 1), self.weight.to(input.dtype)).movedim(1, channel_dim)
+
+
+class PSSiLU(nn.Module):
+    """``x * (sigmoid(|alpha| * x) - |beta|) / (1 - |beta|)`` with learnable ``alpha`` and ``beta``, from SiLU on.
+
+    Each layer has an alpha and a beta of its own; the authors share one pair in the whole net.
+
+    Source: Dai et al. 2021, "Parameterizing Activation Functions for Adversarial Robustness",
+    https://arxiv.org/abs/2110.05626.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([1.0]))
+        self.beta = nn.Parameter(torch.tensor([1e-8]))  # as the authors begin: at 0, |beta| has no gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every unit; the shape stays."""
+        alpha, beta = self.alpha.abs().to(x.dtype), self.beta.abs().to(x.dtype)
+        return x * (torch.sigmoid(alpha * x) - beta) / (1 - beta)
+
+
+_WITHOUT_ARGUMENTS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU, "pssilu": PSSiLU}
+ACTIVATIONS = ("drelu", "srelu", "prelu", *_WITHOUT_ARGUMENTS)
+
+
+def make_activation(activation: str, num_features: int, cap: float, channel_dim: int | None = None) -> nn.Module:
+    """The module for a name of `ACTIVATIONS`.
+
+    Args:
+        activation: The name.
+        num_features: Number of caps of D-ReLU, of slopes of PReLU.
+        cap: Initial cap of D-ReLU, fixed cap of S-ReLU.
+        channel_dim: See `DReLU`.
+    """
+    if activation == "drelu":
+        return DReLU(num_features, cap, channel_dim=channel_dim)
+    if activation == "prelu":
+        return PReLU(num_features, channel_dim=channel_dim)
+    return SReLU(cap) if activation == "srelu" else _WITHOUT_ARGUMENTS[activation]()

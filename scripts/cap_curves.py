@@ -1,0 +1,86 @@
+"""How fast the caps come down: with the paper's learning rate for everything, and with one of their own.
+
+Prints a row a run (its end state, and what the evaluation says of it) and draws the mean cap against the step:
+
+    python scripts/cap_curves.py runs/caps/paper runs/caps/own-rate
+
+The runs that the README shows are those of scripts/caps.sh.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from matplotlib.figure import Figure
+
+from drelu_timm.runs import Run, read_json, written_whole
+
+COLUMNS = (
+    "learning rates",
+    "steps",
+    "mean cap",
+    "largest",
+    "zero",
+    "active",
+    "capped",
+    "clean",
+    "PGD",
+    "worst",
+    "verdict",
+)
+
+
+def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], picture: Path = Path("model_cards/caps.png")) -> None:
+    """Print a table of runs on the caps, and draw their curves.
+
+    Args:
+        runs: Run directories, trained and evaluated.
+        picture: Where the curves go.
+    """
+    curves = {str(path): _curve(Run.open(path)) for path in runs}
+    print(f"| run | {' | '.join(COLUMNS)} |")
+    print(f"| --- |{' ---: |' * (len(COLUMNS) - 1)} --- |")
+    for path, curve in curves.items():
+        print(_row(Run.open(path), curve))
+    _draw(curves, picture)
+    print(f"\nwrote {picture}")
+
+
+def _curve(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+
+
+def _row(run: Run, curve: list[dict[str, Any]]) -> str:
+    (path,) = run.results_folder.glob("*.json")
+    result, last = read_json(path), curve[-1]
+    shares = [f"{100 * last['units'][name]:.1f}" for name in ("zero", "active", "capped")]
+    figures = [f"{100 * value:.1f}" for value in (result["clean"], result["accuracy"]["pgd"], result["worst"])]
+    caps = [f"{last['caps'][name]:.2g}" for name in ("mean", "max")]
+    train = run.config["train"]
+    cells = [
+        run.path.name,
+        f"{train['lr']:g}, caps {train['cap_lr']:g}",
+        f"{last['steps']:,}",
+        *caps,
+        *shares,
+        *figures,
+    ]
+    return f"| {' | '.join(cells)} | {result['verdict']['verdict']} |"
+
+
+def _draw(curves: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for (path, curve), style in zip(curves.items(), ("-", "--", ":", "-."), strict=False):
+        label = f"{Path(path).name} (caps' learning rate {curve[0]['cap_lr']:g})"
+        axes.plot([entry["steps"] for entry in curve], [entry["caps"]["mean"] for entry in curve], style, label=label)
+    axes.set(xscale="log", xlabel="steps of the optimiser", ylabel="mean cap", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    with written_whole(picture) as beside:
+        figure.savefig(beside, dpi=150)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,96 @@
+"""What the paper's penalty on the caps does, and what a scale-free one does, with three ways of training.
+
+    python scripts/cap_penalties.py --data-dir data --output-dir runs/cap-penalties
+
+trains the dense net on MNIST (first 20,000 images, 10 epochs, 5 steps of the inner attack, Linf 0.1) once a row,
+evaluates it (quick suite, first 1,000 test images), and prints a Markdown table. What is there
+already is not done again.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from drelu_timm.evaluate import EvaluateConfig, evaluate
+from drelu_timm.runs import Run, environment, read_json
+from drelu_timm.train import TrainConfig, train
+
+PENALTIES = [
+    ("squared", 0.0),
+    ("squared", 1e-2),
+    ("squared", 1e-1),
+    ("effective", 1e-3),
+    ("effective", 1e-2),
+    ("effective", 1e-1),
+]
+COLUMNS = (
+    "mean cap",
+    "largest",
+    "mean effective",
+    "active",
+    "zero gradients",
+    "clean",
+    "APGD",
+    "BPDA",
+    "worst",
+    "verdict",
+)
+
+
+def main(data_dir: Path = Path("data"), output_dir: Path = Path("runs/cap-penalties"), seed: int = 0) -> None:
+    """Train, evaluate and print a table.
+
+    Args:
+        data_dir: Folder that holds MNIST, or that it is downloaded to.
+        output_dir: A run directory a row is written here.
+        seed: Of training and attacks.
+    """
+    print(f"| trained | penalty | weight | {' | '.join(COLUMNS)} |")
+    print(f"| --- | --- | ---: |{' ---: |' * (len(COLUMNS) - 1)} --- |")
+    for objective, (penalty, weight) in product(("natural", "at", "trades"), PENALTIES):
+        run = _trained(objective, penalty, weight, data_dir, output_dir, seed)
+        name = penalty if weight else "none"
+        print(f"| {objective} | {name} | {weight:g} | {' | '.join(_cells(run))} |", flush=True)
+    facts = environment()
+    print(f"\n{facts['hardware']}, torch {facts['versions']['torch']}, timm {facts['versions']['timm']}, seed {seed}")
+
+
+def _trained(objective: str, penalty: str, weight: float, data_dir: Path, output_dir: Path, seed: int) -> Run:
+    config = TrainConfig(
+        "dense_drelu",
+        "mnist",
+        data_dir,
+        output_dir=output_dir / f"{objective}-{penalty}-{weight:g}-seed{seed}",
+        resume=True,
+        objective=objective,
+        cap_penalty=penalty,
+        cap_weight=weight,
+        cap_lr=1.0,
+        steps=5,
+        n_train=20000,
+        seed=seed,
+    )
+    run = Run.open(train(config))
+    if not run.results_folder.exists():
+        evaluate(EvaluateConfig(run=str(run.path), n_examples=1000, seed=seed))
+    return run
+
+
+def _cells(run: Run) -> list[str]:
+    entries = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    best = entries[entries[-1]["best_epoch"] - 1]
+    (path,) = run.results_folder.glob("*.json")
+    result: dict[str, Any] = read_json(path)
+    head: Any = run.load_model().model.fc
+    effective = (head.activation.cap * head.output.weight.norm(dim=0)).mean().item()
+    shares = [best["units"]["active"], result["zero_gradient_share"], result["clean"]]
+    shares += [result["accuracy"]["apgd"], result["accuracy"]["bpda"], result["worst"]]
+    caps = [best["caps"]["mean"], best["caps"]["max"], effective]
+    return [*(f"{cap:.3g}" for cap in caps), *(f"{100 * share:.1f}" for share in shares), result["verdict"]["verdict"]]
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

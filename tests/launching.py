@@ -1,0 +1,50 @@
+"""Training as users start it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from drelu_timm.train import TrainConfig
+
+SMALL = {"n_train": 256, "batch_size": 32, "epochs": 2, "steps": 2, "width": 16}
+
+
+def config(path: Path, **settings) -> TrainConfig:
+    """A training on digits that takes a second."""
+    return TrainConfig(**{"model": "dense_drelu", "dataset": "digits", "output_dir": path, **SMALL, **settings})
+
+
+def log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+
+def weights(path: Path, folder: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(path / folder / "model.safetensors")
+
+
+def flags(settings: TrainConfig) -> list[str]:
+    """The command line of a config."""
+    parts = []
+    for name, value in vars(settings).items():
+        if value is True:
+            parts.append(f"--{name}")
+        elif value not in (None, False, "", ()):
+            parts += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return parts
+
+
+def launch(*arguments: str, processes: int = 1, **options) -> subprocess.Popen:
+    """Start `drelu-timm`; several processes by torch.distributed.run, which `accelerate launch` calls too."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "drelu_timm", *arguments]
+    # As many threads as here, where weights are compared to the bit: sums depend on it.
+    threads = torch.get_num_threads() if processes == 1 else 1
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **options.pop("environment", {})}
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
+    )

@@ -1,0 +1,223 @@
+"""What is left of a training that was stopped, and that it goes on from there to the same end."""
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from launching import config, flags, launch, log, weights
+from PIL import Image
+
+from drelu_timm.errors import InputError
+from drelu_timm.preemption import EXIT_CODE
+from drelu_timm.train import TrainConfig, train
+
+# Everything that has a state: the average of the weights, a schedule by the step, momentum, dropout-free BatchNorm.
+FULL = {
+    "objective": "trades",
+    "ema_decay": 0.9,
+    "schedule": "onecycle",
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "awp_gamma": 0.01,
+}
+TIMES = ("images_per_second", "waited_for_data", "seconds")
+
+
+def without_times(path: Path) -> list[dict]:
+    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in log(path)]
+
+
+def states(path: Path) -> list[str]:
+    return sorted(state.name for state in path.glob("state/epoch-*"))
+
+
+def kill_until_done(settings: TrainConfig, *, kills: int, processes: int) -> int:
+    """Start a training again and again, and kill it, mostly soon after a new state; the number of different states."""
+    path, seen, moments = settings.output_dir, set(), random.Random(0)
+    for _ in range(kills):
+        before = states(path)
+        process = launch("train", *flags(settings), processes=processes, start_new_session=True)
+        while states(path) == before and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert states(path), "a state that was whole is gone"
+        seen.update(states(path))
+    return len(seen)
+
+
+def assert_same_end(one: Path, other: Path, processes: int = 1) -> None:
+    for folder in ("model", "last"):
+        expected, actual = weights(one, folder), weights(other, folder)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    if processes == 1:
+        assert without_times(one) == without_times(other)
+        return
+    for a, b in zip(without_times(one), without_times(other), strict=True):  # a state holds the processes' mean
+        assert a.pop("train") == pytest.approx(b.pop("train"), rel=1e-5)
+        assert a == b
+
+
+def run_to_the_end(settings: TrainConfig, processes: int) -> None:
+    process = launch("train", *flags(settings), processes=processes)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def test_a_run_killed_within_epochs_ends_as_if_it_had_not_been(tmp_path):
+    whole = config(tmp_path / "whole", epochs=4, save_every=2, resume=True, **FULL)
+    killed = replace(whole, output_dir=tmp_path / "killed")
+    train(whole)
+    assert kill_until_done(killed, kills=3, processes=1) == 3
+    train(killed)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "processes"), [("dense_drelu", 1), ("shallow_cnn_drelu", 1), ("dense_drelu", 2)])
+def test_twenty_kills(tmp_path, model, processes):
+    whole = config(tmp_path / "whole", model=model, epochs=10, save_every=1, resume=True, **FULL)
+    killed = replace(whole, output_dir=tmp_path / "killed")
+    run_to_the_end(whole, processes)
+    assert kill_until_done(killed, kills=20, processes=processes) > 10
+    run_to_the_end(killed, processes)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed", processes)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_ends_with_its_own_code(tmp_path, processes):
+    whole = config(tmp_path / "whole", epochs=30, resume=True, **FULL)
+    stopped = replace(whole, output_dir=tmp_path / "stopped")
+    process = launch("train", *flags(stopped), processes=processes)
+    while len(log(tmp_path / "stopped") if (tmp_path / "stopped" / "log.jsonl").exists() else []) < 2:
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[1]
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert "SIGTERM came: saved after epoch" in errors
+    assert process.returncode == EXIT_CODE if processes == 1 else process.returncode != 0
+    assert states(tmp_path / "stopped") and not (tmp_path / "stopped" / "model").exists()
+
+    run_to_the_end(stopped, processes)
+    run_to_the_end(whole, processes)
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped", processes)
+
+
+def test_a_run_on_one_process_goes_on_with_two(tmp_path):
+    whole = config(tmp_path / "whole", epochs=4, objective="at", ema_decay=0.9, optimizer="sgd", lr=0.05)
+    train(whole)
+    first = replace(whole, output_dir=tmp_path / "changed", save_every=3, resume=True)
+    kill_until_done(first, kills=1, processes=1)
+    process = launch("train", *flags(first), processes=2)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "goes on with 2 processes, 1 before" in printed
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "changed")
+    assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
+
+
+def interrupted(path: Path, monkeypatch, after: int = 3, **settings) -> TrainConfig:
+    """A run that stopped after some states."""
+    settings = config(path, save_every=1, resume=True, **settings)
+    save_state, saved = Accelerator.save_state, []
+
+    def stop(self, folder, **options):
+        if len(saved) == after:
+            raise KeyboardInterrupt
+        saved.append(folder)
+        return save_state(self, folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    return settings
+
+
+def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
+    settings = interrupted(tmp_path / "run", monkeypatch)
+    before = states(tmp_path / "run")
+
+    def full(self, folder, **options):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", full)
+        with pytest.raises(
+            InputError, match=r"no state could be written to .*No space left.*--resume goes on"
+        ) as error:
+            train(settings)
+    assert "\n" not in str(error.value)
+    assert states(tmp_path / "run") == before
+    assert not (tmp_path / "run" / "state" / ".writing").exists()
+    train(settings)
+    train(replace(settings, output_dir=tmp_path / "whole"))
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_file_that_may_not_grow_leaves_the_old_state(tmp_path, monkeypatch):
+    settings = interrupted(tmp_path / "run", monkeypatch)
+    before = states(tmp_path / "run")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # noqa: E731
+    process = launch("train", *flags(settings), preexec_fn=limit)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: no state could be written to" in errors
+    assert states(tmp_path / "run") == before
+
+
+def test_other_precision_is_refused(tmp_path, monkeypatch):
+    settings = interrupted(tmp_path / "run", monkeypatch)
+    process = launch("train", *flags(settings), environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "with other mixed precision (no before, bf16 now); give what it was begun with" in errors
+
+
+def test_other_data_is_refused(tmp_path, monkeypatch):
+    for split, name, shade in ((s, n, i) for s in ("train", "test") for i, n in enumerate("ab")):
+        folder = tmp_path / "images" / split / name
+        folder.mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (100 * shade, i, 10 * i)).save(folder / f"{i}.png")
+    data = {"dataset": "folder", "data_dir": tmp_path / "images", "img_size": 8, "batch_size": 8, "n_train": None}
+    settings = interrupted(tmp_path / "run", monkeypatch, **data)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "images" / "train" / "a" / "0.png")
+    with pytest.raises(InputError, match=r"with other data \(\w+ before, \w+ now\); give what it was begun with"):
+        train(settings)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "progress.json", "custom_checkpoint_0.pkl"])
+def test_a_state_cut_short_is_named_and_left_alone(tmp_path, file):
+    train(config(tmp_path, ema_decay=0.9))
+    shutil.rmtree(tmp_path / "model")  # as if the run had been killed before its end
+    (state,) = (tmp_path / "state").glob("epoch-*")
+    (state / file).write_bytes((state / file).read_bytes()[:50])
+    with pytest.raises(InputError, match=rf"{state}.*(delete it to start anew|make it anew)") as error:
+        train(config(tmp_path, ema_decay=0.9, resume=True))
+    assert "\n" not in str(error.value)
+    assert (state / file).stat().st_size == 50
+
+
+def test_resume_after_the_end_changes_nothing(tmp_path):
+    train(config(tmp_path))
+    before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    train(config(tmp_path, resume=True))
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_resume_starts_anew_where_there_is_nothing(tmp_path):
+    train(config(tmp_path / "new", resume=True))
+    assert len(log(tmp_path / "new")) == 2
