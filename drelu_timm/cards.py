@@ -181,11 +181,18 @@ def _training(measured: Measured) -> str:
 def _command(train: dict[str, Any]) -> str:
     """The command that repeats a training, every setting of it spelled out."""
     flags = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
+        shlex.join([f"--{name.replace('_', '-')}", *_arguments(value)])
         for name, value in train.items()
-        if value is not None and value is not False
+        if value is not None and value is not False and value != []
     ]
     return " \\\n    ".join(["drelu-timm train", *flags])
+
+
+def _arguments(value: Any) -> list[str]:
+    """What follows a flag: nothing, a value, or several."""
+    if value is True:
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def _made_with(environment: dict[str, Any]) -> str:

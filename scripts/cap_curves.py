@@ -15,6 +15,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from drelu_timm.runs import Run, read_json, written_whole
+from drelu_timm.variants import Options
 
 COLUMNS = (
     "learning rates",
@@ -70,13 +71,15 @@ def _row(run: Run, curve: list[dict[str, Any]]) -> str:
 
 
 def _draw(curves: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for (path, curve), style in zip(curves.items(), ("-", "--", ":", "-."), strict=False):
-        label = f"{Path(path).name} (caps' learning rate {curve[0]['cap_lr']:g})"
-        axes.plot([entry["steps"] for entry in curve], [entry["caps"]["mean"] for entry in curve], style, label=label)
-    axes.set(xscale="log", xlabel="steps of the optimiser", ylabel="mean cap", ylim=(0, None))
-    axes.legend(frameon=False)
+    for (path, curve), style in zip(curves.items(), ("o-", "s--", "^:"), strict=False):
+        train = Run.open(path).config["train"]
+        steps, caps = zip(*((entry["steps"], entry["caps"]["mean"]) for entry in curve), strict=True)
+        label = f"{Path(path).name}: caps from {train['cap'] or Options.cap:g}, at learning rate {train['cap_lr']:g}"
+        axes.plot(steps, caps, style, markersize=4, markevery=max(1, len(steps) // 20), label=label)
+    axes.set(xscale="log", yscale="log", xlabel="steps of the optimiser", ylabel="mean cap after each epoch")
+    figure.legend(loc="outside upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     with written_whole(picture) as beside:
         figure.savefig(beside, dpi=150)

@@ -48,13 +48,14 @@ def main(data_dir: Path = Path("data"), output_dir: Path = Path("runs/cap-penalt
         output_dir: A run directory a row is written here.
         seed: Of training and attacks.
     """
-    print(f"| trained | penalty | weight | {' | '.join(COLUMNS)} |")
-    print(f"| --- | --- | ---: |{' ---: |' * (len(COLUMNS) - 1)} --- |")
+    rows = [f"| trained | penalty | weight | {' | '.join(COLUMNS)} |"]
+    rows.append(f"| --- | --- | ---: |{' ---: |' * (len(COLUMNS) - 1)} --- |")
     for objective, (penalty, weight) in product(("natural", "at", "trades"), PENALTIES):
         run = _trained(objective, penalty, weight, data_dir, output_dir, seed)
         name = penalty if weight else "none"
-        print(f"| {objective} | {name} | {weight:g} | {' | '.join(_cells(run))} |", flush=True)
+        rows.append(f"| {objective} | {name} | {weight:g} | {' | '.join(_cells(run))} |")
     facts = environment()
+    print("\n".join(rows))
     print(f"\n{facts['hardware']}, torch {facts['versions']['torch']}, timm {facts['versions']['timm']}, seed {seed}")
 
 

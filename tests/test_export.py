@@ -237,7 +237,8 @@ def test_the_command_in_the_card_repeats_the_training(exported, evaluated):
     flags = shlex.split(command.replace("\\\n", " "))[2:]
     repeated = asdict(tyro.cli(TrainConfig, args=flags))
     trained = Run.open(evaluated).config["train"]
-    assert {name: repeated[name] for name in trained} == {**trained, "data_dir": Path(trained["data_dir"])}
+    read = {"data_dir": Path(trained["data_dir"]), "generated": tuple(map(Path, trained["generated"]))}
+    assert {name: repeated[name] for name in trained} == {**trained, **read}
 
 
 def _edit(path: Path, **changes):
