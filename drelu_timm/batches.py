@@ -1,5 +1,6 @@
 """Training batches, of real and of generated images, each a function of (seed, epoch, step) alone."""
 
+import signal
 from collections.abc import Iterable
 from functools import partial
 
@@ -135,6 +136,7 @@ class TrainingBatches:
             ),
             num_workers=workers,
             pin_memory=pin_memory,
+            worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),  # or every epoch would draw from the global one
         )
 
@@ -204,6 +206,12 @@ class TrainingBatches:
         if number != self._pass:
             self._pass, self._order = number, permutation(len(self.images), self.seed, number)
         return self._order
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Leave SIGTERM, which often comes to all processes of a group, to the training process; it ends its workers."""
+    del worker
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _n_generated(generated: GeneratedImages | None, fraction: float, batch_size: int) -> int:

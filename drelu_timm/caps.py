@@ -90,7 +90,7 @@ def unit_shares(model: nn.Module, images: Tensor) -> dict[str, float]:
 
     hooks = [layer.register_forward_pre_hook(count) for layer in drelu_layers(model)]
     try:
-        model(images)
+        model.forward(images)  # not through __call__, where a compiled model would pass over the hooks
     finally:
         for hook in hooks:
             hook.remove()

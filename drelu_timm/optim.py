@@ -31,11 +31,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     try:
-        return create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr)
+        optimizer = create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr)
     except (AssertionError, ValueError) as error:
         raise InputError(
             f"--optimizer {config.optimizer!r} is no optimiser of timm; adam, adamw and sgd are"
         ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"--optimizer {config.optimizer} needs second derivatives, which training does not give it")
+    return optimizer
 
 
 def make_scheduler(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: int) -> Scheduler | None:
@@ -49,11 +52,13 @@ def make_scheduler(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: i
     if config.schedule == "onecycle":
         highest = [group["lr"] for group in optimizer.param_groups]
         cycled = "momentum" in optimizer.defaults or "betas" in optimizer.defaults
+        warmup = config.warmup if config.warmup * steps > 1.5 else 0.0  # torch divides by the steps after the first
         return lr_scheduler.OneCycleLR(
-            optimizer, highest, total_steps=max(steps, 2), pct_start=config.warmup, cycle_momentum=cycled
+            optimizer, highest, total_steps=max(steps, 2), pct_start=warmup, cycle_momentum=cycled
         )
     if config.schedule == "plateau":
-        return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=5)
+        # As Keras has it, where the paper's come from: 5 epochs that are not lower by 1e-4; torch waits for one more.
+        return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=4, threshold=1e-4, threshold_mode="abs")
     return None
 
 

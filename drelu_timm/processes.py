@@ -29,7 +29,7 @@ def launched_on_cpu() -> bool:
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         raise InputError(
             "accelerate launch --num_processes starts one process only on a machine without GPUs; "
-            "use torchrun --nproc_per_node N -m drelu_timm"
+            "add --multi_gpu, which starts all of them there too"
         )
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 

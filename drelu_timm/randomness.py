@@ -80,7 +80,7 @@ def _hashed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def random_generator(seed: int, *key: int) -> torch.Generator:
-    """A generator on the CPU, seeded by (seed, key)."""
+def random_generator(seed: int, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by (seed, key); another kind of device draws other numbers."""
     (state,) = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))

@@ -10,18 +10,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .errors import InputError, one_line
 from .runs import read_json, write_json
 
+_AVERAGE = "average.safetensors"
 
-def save_state(accelerator: Accelerator, folder: Path, progress: dict[str, Any]) -> None:
-    """Save what the accelerator holds (model, optimiser, average, random states) and ``progress``.
+
+def save_state(accelerator: Accelerator, folder: Path, progress: dict[str, Any], average: nn.Module | None) -> None:
+    """Save what the accelerator holds (model, optimiser, random states), the average of the weights, and ``progress``.
 
     Args:
-        accelerator: Holds what was prepared or registered; every process calls this.
+        accelerator: Holds what was prepared; every process calls this.
         folder: The run's state folder.
         progress: JSON values that the caller goes on from; its ``epoch`` and ``step`` name the state.
+        average: The model with averaged weights, if there is one.
 
     Raises:
         InputError: The disk is full, or the state cannot be written for another reason; the last one is kept.
@@ -36,6 +41,9 @@ def save_state(accelerator: Accelerator, folder: Path, progress: dict[str, Any])
     def write() -> None:
         accelerator.save_state(str(beside))
         if accelerator.is_main_process:
+            if average is not None:
+                weights = {name: tensor.cpu().contiguous() for name, tensor in average.state_dict().items()}
+                save_file(weights, beside / _AVERAGE)
             write_json(beside / "progress.json", progress)
 
     def put_in_place() -> None:
@@ -47,12 +55,24 @@ def save_state(accelerator: Accelerator, folder: Path, progress: dict[str, Any])
 
     try:
         for action in (prepare, write, put_in_place):
-            _together(accelerator, action)
-    except Exception as error:  # each writer has its own: OSError, SafetensorError, RuntimeError of torch.save
+            write_together(accelerator, folder, action)
+    except InputError:
         if accelerator.is_main_process:
             shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def write_together(accelerator: Accelerator, path: Path, action: Callable[[], None]) -> None:
+    """Write something in every process, or in the main one; all wait for each other.
+
+    Raises:
+        InputError: It failed in one of them: the disk is full, or ``path`` cannot be written for another reason.
+    """
+    try:
+        _together(accelerator, action)
+    except Exception as error:  # each writer has its own: OSError, SafetensorError, RuntimeError of torch.save
         raise InputError(
-            f"no state could be written to {folder} ({one_line(error)}); make room, then --resume goes on from the last"
+            f"{path} could not be written ({one_line(error)}); make room, then --resume goes on from the last state"
         ) from error
 
 
@@ -76,8 +96,8 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     return read_json(states[-1] / "progress.json") if states else None
 
 
-def load_state(accelerator: Accelerator, folder: Path) -> None:
-    """Load the newest whole state into what the accelerator holds.
+def load_state(accelerator: Accelerator, folder: Path, average: nn.Module | None) -> None:
+    """Load the newest whole state into what the accelerator holds, and into the model with averaged weights.
 
     Raises:
         InputError: A state that does not fit the model, or is broken.
@@ -85,6 +105,8 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
     state = _states(folder)[-1]
     try:
         accelerator.load_state(str(state))
+        if average is not None:
+            average.load_state_dict(load_file(state / _AVERAGE))
     except Exception as error:  # each reader and each kind of damage has its own
         raise InputError(f"{state} does not fit this run ({one_line(error)}); delete it to start anew") from error
 

@@ -93,6 +93,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             # needs; they are averaged after every step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"accelerate cannot be started as it was launched ({one_line(error)})") from error
     if accelerator.mixed_precision not in ("no", "bf16"):
@@ -100,6 +102,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"--mixed_precision {accelerator.mixed_precision}: the gradients of the inner attack would vanish in it "
             "unscaled; launch with bf16 or no"
         )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError("gradient_accumulation_steps of accelerate must be 1; give --grad-accum-steps instead")
     shares = accelerator.num_processes * config.grad_accum_steps
     if config.batch_size % shares:
         raise InputError(

@@ -21,8 +21,9 @@ from .variants import Options
 
 SCHEDULES = ("constant", "cosine", "onecycle", "plateau")
 MONITORS = ("loss", "pgd")
-# What does not change the result of a run, and may change when it is resumed.
-RUNTIME = ("resume", "output_dir", "save_every", "workers", "log_with")
+# What does not change the result of a run, so that it may change when it is resumed.
+_NOT_SAVED = ("resume", "output_dir", "save_every", "workers", "log_with")
+_MAY_MOVE = ("data_dir", "generated", "init_from")  # what lies there is compared instead, or was read at the start
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,17 @@ class TrainConfig:
     log_with: str | None = None
     """Tracker of accelerate for the figures of every epoch, beside log.jsonl: tensorboard, wandb, ..."""
 
+    @classmethod
+    def from_preset(cls, name: str, **settings: Any) -> "TrainConfig":
+        """The config that ``--preset name`` and flags for ``settings`` give.
+
+        Raises:
+            InputError: No such preset.
+        """
+        if name not in PRESETS:
+            raise unknown("--preset", name, PRESETS)
+        return cls(**{**PRESETS[name].settings, "preset": name, **settings})
+
     @property
     def threat_model(self) -> ThreatModel:
         """Norm and radius of the inner attack, of a resolved config."""
@@ -153,13 +165,12 @@ def preset_in(argv: Sequence[str]) -> TrainConfig:
     Raises:
         InputError: No such preset.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ArgumentParser("drelu-timm train", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     name = parser.parse_known_args(argv)[0].preset
-    if name is not None and name not in PRESETS:
-        raise unknown("--preset", name, PRESETS)
-    settings = PRESETS[name].settings if name else {}
-    return TrainConfig(model=tyro.MISSING, dataset=tyro.MISSING, **settings)
+    if name is None:
+        return TrainConfig(model=tyro.MISSING, dataset=tyro.MISSING)
+    return TrainConfig.from_preset(name, model=tyro.MISSING, dataset=tyro.MISSING)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -198,12 +209,25 @@ def _check_names(config: TrainConfig) -> None:
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    for name in ("epochs", "batch_size", "grad_accum_steps", "steps", "lr", "cap_lr"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"{flag(name)} {getattr(config, name)} must be above 0")
+    for name in (
+        "epochs",
+        "batch_size",
+        "grad_accum_steps",
+        "steps",
+        "step_size",
+        "lr",
+        "cap_lr",
+        "n_train",
+        "patience",
+    ):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{flag(name)} {value} must be a number above 0")
     for name in ("beta", "cap_weight", "weight_decay", "awp_gamma", "workers", "save_every"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise InputError(f"{flag(name)} {getattr(config, name)} must be a number >= 0")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"--seed {config.seed} must be an integer from 0 to {2**32 - 1}")
     for name in ("generated_fraction", "ema_decay", "label_smoothing", "warmup"):
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"{flag(name)} {getattr(config, name)} must be in [0, 1)")
@@ -257,21 +281,25 @@ def _run_name(config: TrainConfig) -> str:
 def _check_output(config: TrainConfig) -> None:
     """Refuse a directory that is in use, and a --resume whose flags are not those the run began with."""
     assert config.output_dir is not None
+    if config.output_dir.exists() and not config.output_dir.is_dir():
+        raise InputError(f"--output-dir {config.output_dir} is a file; name a folder")
     if not (config.output_dir / "config.json").exists():
-        if config.output_dir.is_dir() and any(config.output_dir.iterdir()):
+        held = config.output_dir.iterdir() if config.output_dir.is_dir() else ()
+        if any(not path.name.startswith(".") for path in held):  # those may be of a killed process
             raise InputError(f"--output-dir {config.output_dir} is not empty and holds no run; name another folder")
         return
     if not config.resume:
         raise InputError(f"--output-dir {config.output_dir} is in use; add --resume to go on, or name another folder")
     before, now = read_json(config.output_dir / "config.json")["train"], saved(config)
-    differing = [f"{key} ({before.get(key)} before, {now[key]} now)" for key in now if before.get(key) != now[key]]
+    compared = [key for key in now if key not in _MAY_MOVE]
+    differing = [f"{key} ({before.get(key)} before, {now[key]} now)" for key in compared if before.get(key) != now[key]]
     if differing:
         raise InputError(f"--resume of {config.output_dir} with other settings: {', '.join(differing)}")
 
 
 def saved(config: TrainConfig) -> dict[str, Any]:
     """The config as config.json holds it: what makes the run, so not where from or whether it was resumed."""
-    return {key: _plain(value) for key, value in asdict(config).items() if key not in RUNTIME}
+    return {key: _plain(value) for key, value in asdict(config).items() if key not in _NOT_SAVED}
 
 
 def _plain(value: Any) -> Any:
@@ -284,7 +312,7 @@ def _plain(value: Any) -> Any:
 def model_options(config: TrainConfig) -> dict[str, Any]:
     """The arguments of a *_drelu model that the config gives."""
     options = {key: getattr(config, key) for key in ("placement", "activation", "width", "cap", "small_images")}
-    options = {key: value for key, value in options.items() if value not in (None, False)}
+    options = {key: value for key, value in options.items() if value is not None and value is not False}
     if options and not config.model.partition(".")[0].endswith("_drelu"):
         given = ", ".join(flag(key) for key in options)
         raise InputError(f"{given} belongs to *_drelu models; --model {config.model}_drelu takes it")

@@ -23,7 +23,7 @@ class TrainLog:
         if accelerator.is_main_process and self._path.exists():
             lines = self._path.read_text().splitlines()
             write_text(self._path, "".join(line + "\n" for line in lines[:keep]))
-        accelerator.init_trackers("tracker")
+        accelerator.init_trackers("drelu-timm")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add an epoch's figures; nested ones go to the trackers as ``held_out/clean``."""

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from drelu_timm.train import TrainConfig
@@ -25,6 +27,17 @@ def log(path: Path) -> list[dict]:
 
 def weights(path: Path, folder: str = "model") -> dict[str, torch.Tensor]:
     return load_file(path / folder / "model.safetensors")
+
+
+def image_folder(path: Path) -> dict:
+    """Settings for two classes of coloured images, written as files, 40 to train on and 40 to test on."""
+    colours = np.random.default_rng(0).integers(0, 156, (2, 2, 20, 8, 8, 3), dtype=np.uint8)
+    for split, classes in zip(("train", "test"), colours, strict=True):
+        for shade, (name, images) in enumerate(zip("ab", classes, strict=True)):
+            (path / split / name).mkdir(parents=True)
+            for i, image in enumerate(images):
+                Image.fromarray(image + np.uint8(100 * shade)).save(path / split / name / f"{i}.png")
+    return {"dataset": "folder", "data_dir": path, "img_size": 8, "batch_size": 8, "n_train": None}
 
 
 def flags(settings: TrainConfig) -> list[str]:

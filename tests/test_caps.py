@@ -122,3 +122,12 @@ def test_shares_of_units():
     assert unit_shares(model, torch.tensor([[-1.0, 0.5, 1.0, 2.0]])) == {"zero": 0.25, "active": 0.5, "capped": 0.25}
     assert not model[0]._forward_pre_hooks
     assert unit_shares(nn.Linear(4, 4), torch.ones(1, 4)) == {}
+
+
+def test_units_of_a_compiled_model_are_counted(toy_model):
+    images = torch.rand(4, 1, 8, 8)
+    expected = unit_shares(toy_model, images)
+    toy_model.compile(backend="eager")
+    with torch.no_grad():
+        toy_model(images)
+    assert unit_shares(toy_model, images) == expected != {}

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import config, flags, launch, log, weights
+from launching import config, flags, image_folder, launch, log, weights
 from PIL import Image
 
+from drelu_timm import trainer
 from drelu_timm.errors import InputError
 from drelu_timm.preemption import EXIT_CODE
 from drelu_timm.train import TrainConfig, train
@@ -155,9 +157,7 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", full)
-        with pytest.raises(
-            InputError, match=r"no state could be written to .*No space left.*--resume goes on"
-        ) as error:
+        with pytest.raises(InputError, match=r"state could not be written .*No space left.*--resume goes on") as error:
             train(settings)
     assert "\n" not in str(error.value)
     assert states(tmp_path / "run") == before
@@ -174,8 +174,74 @@ def test_a_file_that_may_not_grow_leaves_the_old_state(tmp_path, monkeypatch):
     process = launch("train", *flags(settings), preexec_fn=limit)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "error: no state could be written to" in errors
+    assert re.search(r"error: \S+state could not be written \(", errors)
     assert states(tmp_path / "run") == before
+
+
+def test_a_full_disk_at_the_best_model_leaves_the_state(tmp_path, monkeypatch):
+    settings = interrupted(tmp_path / "run", monkeypatch)
+
+    def full(model, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_folder", full)
+        with pytest.raises(InputError, match=r"best-00001 could not be written \(.*No space"):
+            train(settings)
+    assert len(states(tmp_path / "run")) == 1
+    train(settings)
+
+
+def test_the_state_is_safe_before_the_validation(tmp_path, monkeypatch):
+    settings = config(tmp_path / "run", resume=True, epochs=1, ema_decay=0.9, objective="at")
+
+    def stop(self, model):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Validation, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    assert states(tmp_path / "run") == ["epoch-00000-step-0000007"]
+    train(settings)
+    train(replace(settings, output_dir=tmp_path / "whole"))
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
+    settings = config(tmp_path / "run", resume=True, save_every=5)
+    update = trainer.Update.__call__
+
+    def poisoned(self, images, labels, epoch, step):
+        losses = update(self, images, labels, epoch, step)
+        if step == 6:
+            next(self.bare.parameters()).data.fill_(float("nan"))
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Update, "__call__", poisoned)
+        with pytest.raises(
+            InputError, match="the weights are no numbers after the step in epoch 1, step 7; lower --lr"
+        ):
+            train(settings)
+    assert states(tmp_path / "run") == ["epoch-00000-step-0000005"]
+    train(settings)
+
+
+def test_sigterm_to_all_processes_of_the_group_saves_with_workers_too(tmp_path):
+    settings = config(tmp_path / "run", epochs=60, resume=True, workers=2)
+    process = launch("train", *flags(settings), start_new_session=True)
+    while not states(tmp_path / "run"):
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[1]
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_CODE, errors
+
+
+def test_a_process_killed_while_it_wrote_the_config_is_no_hindrance(tmp_path):
+    (tmp_path / ".4711.config.json").write_text("{")
+    train(config(tmp_path, resume=True, epochs=1))
 
 
 def test_other_precision_is_refused(tmp_path, monkeypatch):
@@ -187,19 +253,14 @@ def test_other_precision_is_refused(tmp_path, monkeypatch):
 
 
 def test_other_data_is_refused(tmp_path, monkeypatch):
-    for split, name, shade in ((s, n, i) for s in ("train", "test") for i, n in enumerate("ab")):
-        folder = tmp_path / "images" / split / name
-        folder.mkdir(parents=True)
-        for i in range(20):
-            Image.new("RGB", (8, 8), (100 * shade, i, 10 * i)).save(folder / f"{i}.png")
-    data = {"dataset": "folder", "data_dir": tmp_path / "images", "img_size": 8, "batch_size": 8, "n_train": None}
+    data = image_folder(tmp_path / "images")
     settings = interrupted(tmp_path / "run", monkeypatch, **data)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "images" / "train" / "a" / "0.png")
     with pytest.raises(InputError, match=r"with other data \(\w+ before, \w+ now\); give what it was begun with"):
         train(settings)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "progress.json", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "progress.json", "average.safetensors"])
 def test_a_state_cut_short_is_named_and_left_alone(tmp_path, file):
     train(config(tmp_path, ema_decay=0.9))
     shutil.rmtree(tmp_path / "model")  # as if the run had been killed before its end

@@ -14,17 +14,20 @@ from launching import config, flags, log
 from drelu_timm.train import train
 
 ROOT = Path(__file__).parents[1]
-# What SLURM does, on one machine: a task a node, and signals passed on to all of them.
+# What SLURM does, on one machine: a task a node, which scancel can signal, and srun kills on SIGTERM.
 SRUN = """#!/usr/bin/env bash
-trap 'kill -TERM "${tasks[@]}"' TERM
+trap 'kill -KILL "${tasks[@]}"' TERM
 while [[ $1 == --* ]]; do shift; done
-for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
-status=0
-for task in "${tasks[@]}"; do
-    wait "$task" || status=$?
-    while kill -0 "$task" 2>/dev/null; do wait "$task" || status=$?; done
+for node in 0 1; do
+    SLURM_NODEID=$node "$@" & tasks+=($!)
+    echo $! >> "$TASKS"
 done
+status=0
+for task in "${tasks[@]}"; do wait "$task" || status=$?; done
 exit $status
+"""
+SCANCEL = """#!/usr/bin/env bash
+[[ "$*" == "--signal=TERM $SLURM_JOB_ID.0" ]] && kill -TERM $(cat "$TASKS")
 """
 SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" > "$REQUEUED"; fi
@@ -34,7 +37,7 @@ if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" > "$REQUEUED"; fi
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """Starts scripts/train.slurm as a job of two nodes with one process each."""
-    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
+    for name, script in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     environment = {
@@ -45,10 +48,12 @@ def slurm(tmp_path, monkeypatch):
         "SLURM_GPUS_PER_NODE": "h200:1",
         "SLURM_JOB_ID": str(os.getpid()),
         "REQUEUED": str(tmp_path / "requeued"),
+        "TASKS": str(tmp_path / "tasks"),
         "OMP_NUM_THREADS": "1",
     }
 
     def start(arguments):
+        (tmp_path / "tasks").unlink(missing_ok=True)
         return subprocess.Popen(
             ["bash", "scripts/train.slurm", *arguments],
             cwd=ROOT,

@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import config, flags, launch, log, weights
+from launching import config, flags, image_folder, launch, log, weights
+from torch import nn
 
 from drelu_timm.__main__ import main
 from drelu_timm.data import load_images
@@ -77,6 +79,23 @@ def test_init_from_a_run(tmp_path):
     train(config(tmp_path / "second", init_from=tmp_path / "first", objective="at", lr=1e-9, cap_lr=1e-9, epochs=1))
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+
+
+def test_generated_images_are_mixed_in_the_same_way_by_two_processes(tmp_path):
+    data = image_folder(tmp_path / "images")
+    images = np.random.default_rng(1).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "part1.npz", image=images[:30], label=np.repeat([0, 1], 15))
+    np.savez_compressed(tmp_path / "part2.npz", image=images[30:], label=np.repeat([0, 1], 15))
+    mixed = {"generated": (tmp_path / "part1.npz", tmp_path / "part2.npz"), "generated_fraction": 0.7}
+    one = config(tmp_path / "one", objective="trades", cutmix=0.5, cutout=3, ema_decay=0.9, workers=1, **data, **mixed)
+    train(one)
+    process = launch("train", *flags(replace(one, output_dir=tmp_path / "two", workers=0)), processes=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert (tmp_path / "part2.stored.npz").exists()
+    for folder in ("model", "last"):
+        expected, actual = weights(tmp_path / "one", folder), weights(tmp_path / "two", folder)
+        assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
 
 
 MIXED = {"optimizer": "sgd", "lr": 0.05, "schedule": "onecycle", "ema_decay": 0.9}
@@ -150,8 +169,18 @@ BAD = [
     ({"activation": "drelu6"}, "activation 'drelu6' is unknown; did you mean relu6 or drelu"),
     ({"norm": "L0"}, "--norm 'L0' is unknown; allowed: L2, Linf"),
     ({"eps": "eight"}, "--eps 'eight' is no radius; give a number >= 0 such as 8/255 or 0.1"),
-    ({"epochs": 0}, "--epochs 0 must be above 0"),
-    ({"lr": -1.0}, "--lr -1.0 must be above 0"),
+    ({"epochs": 0}, "--epochs 0 must be a number above 0"),
+    ({"lr": -1.0}, "--lr -1.0 must be a number above 0"),
+    ({"lr": float("inf")}, "--lr inf must be a number above 0"),
+    ({"patience": 0}, "--patience 0 must be a number above 0"),
+    ({"step_size": -1.0}, "--step-size -1.0 must be a number above 0"),
+    ({"n_train": -5}, "--n-train -5 must be a number above 0"),
+    ({"seed": 2**40}, "--seed 1099511627776 must be an integer from 0 to 4294967295"),
+    ({"width": 0}, "width 0 is no number of units"),
+    ({"cap": 0.0}, "cap 0.0 is no cap"),
+    ({"cap_weight": 0.1, "activation": "relu"}, "--cap-weight 0.1: the model has no D-ReLU"),
+    ({"optimizer": "adahessian"}, "--optimizer adahessian needs second derivatives"),
+    ({"batch_size": 1, "model": "preact_resnet18", "width": None}, "leaves one image at once, of which BatchNorm"),
     ({"cap_weight": float("nan")}, "--cap-weight nan must be a number >= 0"),
     ({"preset": "wang2023"}, "--preset wang2023 does not fit --dataset digits; it is for cifar10, cifar100"),
     ({"monitor": "acc"}, "--monitor 'acc' is unknown; allowed: loss, pgd"),
@@ -240,30 +269,33 @@ def trainer(path: Path, **settings) -> Trainer:
 ROBUST = {"objective": "trades", "optimizer": "sgd", "lr": 0.05, "awp_gamma": 0.01, "ema_decay": 0.9}
 
 
+def step(one: Trainer) -> None:
+    one.update(*one.batches.batch(0, one.progress.step), 0, one.progress.step)
+    one.progress.step += 1
+
+
 def test_accumulated_gradients_give_the_update_of_the_whole_batch(tmp_path):
     whole, parts = (trainer(tmp_path / str(n), grad_accum_steps=n, **ROBUST) for n in (1, 4))
-    for step in range(4):
-        for one in (whole, parts):
-            one._update(*one.batches.batch(0, step))
-            one.progress.step += 1
-    for expected, actual in zip(whole.bare.parameters(), parts.bare.parameters(), strict=True):
+    for _ in range(4):
+        step(whole)
+        step(parts)
+    for expected, actual in zip(whole.update.bare.parameters(), parts.update.bare.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_average_holds_weights_and_batch_statistics(tmp_path):
     one = trainer(tmp_path, model="resnet10t_drelu", small_images=True, objective="at", ema_decay=0.6)
-    expected = {key: value.clone() for key, value in one.bare.state_dict().items()}
-    for step in range(4):
-        one._update(*one.batches.batch(0, step))
-        one.progress.step += 1
-        decay = min(0.6, 1 - (1 + step) ** (-2 / 3))  # timm's warm-up: the first step is copied
-        for key, value in one.bare.state_dict().items():
+    expected = {key: value.clone() for key, value in one.update.bare.state_dict().items()}
+    for done in range(4):
+        step(one)
+        decay = min(0.6, 1 - (1 + done) ** (-2 / 3))  # timm's warm-up: the first step is copied
+        for key, value in one.update.bare.state_dict().items():
             if value.is_floating_point():
                 expected[key] = decay * expected[key] + (1 - decay) * value
             else:
                 expected[key] = value.clone()
     assert 0.5 < decay <= 0.6
-    actual = one.ema.module.state_dict()
+    actual = one.update.average.state_dict()
     assert any("running_mean" in key for key in expected)
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, atol=1e-5, rtol=1e-4)
@@ -275,10 +307,9 @@ def test_the_averaged_model_is_measured_beside_the_raw_one_and_saved(tmp_path):
     assert entry["held_out_ema"].keys() == entry["held_out"].keys()
     assert entry["held_out_ema"]["loss"] > entry["held_out"]["loss"]  # after 7 steps it lags behind
     again = trainer(tmp_path / "again", ema_decay=0.99, epochs=1)
-    for step in range(again.batches.steps_per_epoch):
-        again._update(*again.batches.batch(0, step))
-        again.progress.step += 1
-    expected = again.ema.module.model.state_dict()
+    for _ in range(again.batches.steps_per_epoch):
+        step(again)
+    expected = again.update.average.model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path).items())
 
 
@@ -322,10 +353,46 @@ def test_schedules_move_both_learning_rates(tmp_path, schedule, first, last):
 
 def test_weight_decay_spares_norms_biases_and_caps(tmp_path):
     one = trainer(tmp_path, model="resnet10t_drelu", small_images=True, optimizer="sgd", weight_decay=0.1)
-    for group in one.optimizer.param_groups:
+    for group in one.update.optimizer.param_groups:
         decayed = {parameter.ndim > 1 for parameter in group["params"]}
         assert decayed == {group["weight_decay"] > 0}
-    assert all(group["nesterov"] for group in one.optimizer.param_groups)
+    assert all(group["nesterov"] for group in one.update.optimizer.param_groups)
+
+
+def test_synchronised_batchnorm_keeps_the_activations_that_timm_puts_into_it(tmp_path):
+    settings = {"model": "mobilenetv3_small_050", "width": None}
+    plain, synchronised = (trainer(tmp_path, sync_bn=given, **settings).update.bare.eval() for given in (False, True))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+    images = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(synchronised(images), plain(images))
+
+
+def test_plateau_halves_after_five_epochs_that_are_not_lower(tmp_path):
+    one = trainer(tmp_path, schedule="plateau")
+    rates = []
+    for loss in [1.0, *[0.99995] * 6]:
+        one.update.scheduler.step(loss)
+        rates.append(one.update.rates[0])
+    assert rates == pytest.approx([1e-3] * 5 + [5e-4] * 2)
+
+
+def test_onecycle_over_as_many_steps_as_the_warmup_has_none_of(tmp_path):
+    train(config(tmp_path, schedule="onecycle", epochs=10, n_train=145, batch_size=32))  # 40 steps, one of warm-up
+    assert log(tmp_path)[-1]["steps"] == 40
+
+
+def test_a_preset_from_python_is_the_one_of_the_command_line(tmp_path):
+    config = TrainConfig.from_preset("paper-trades", model="dense_drelu", dataset="digits", epochs=3)
+    assert (config.objective, config.schedule, config.epochs, config.preset) == ("trades", "plateau", 3, "paper-trades")
+    with pytest.raises(InputError, match="--preset 'paper' is unknown; did you mean paper-"):
+        TrainConfig.from_preset("paper", model="dense_drelu", dataset="digits")
+
+
+def test_accelerate_accumulating_gradients_too_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(InputError, match="must be 1; give --grad-accum-steps instead"):
+        train(config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "gelu", "prelu", "pssilu", "srelu", "drelu"])
@@ -362,7 +429,7 @@ def test_trackers_get_every_figure(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(config(tmp_path, log_with="tensorboard", cap_weight=1e-3))
-    events = EventAccumulator(str(tmp_path / "tracker")).Reload()
+    events = EventAccumulator(str(tmp_path / "drelu-timm")).Reload()
     assert {"held_out/clean", "caps/mean", "units/active", "train/loss"} <= set(events.Tags()["scalars"])
     values = [event.value for event in events.Scalars("held_out/clean")]
     assert values == pytest.approx([entry["held_out"]["clean"] for entry in log(tmp_path)])
