@@ -12,7 +12,7 @@ from .head import DReLUHead
 
 def cap_penalty(model: nn.Module) -> Tensor:
     """Sum of the squared caps over all D-ReLUs of a model (the second term of the paper's eq. 1), a scalar >= 0."""
-    return _total([layer.cap.square().sum() for layer in drelu_layers(model)])
+    return _total([_whole(layer.cap).square().sum() for layer in drelu_layers(model)])
 
 
 def effective_cap_penalty(model: nn.Module) -> Tensor:
@@ -49,10 +49,17 @@ def _with_output(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The caps of each D-ReLU head, and the weights [K, caps, ...] of the output layer behind them."""
     heads = [module for module in model.modules() if isinstance(module, DReLUHead)]
     return [
-        (head.activation.cap, head.output.weight)
+        (_whole(head.activation.cap), _whole(head.output.weight))
         for head in heads
         if isinstance(head.activation, DReLU) and isinstance(head.output, nn.Linear | nn.Conv2d)
     ]
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter that FSDP has shared out over the processes, gathered; any other as it is."""
+    from torch.distributed.tensor import DTensor  # not with `import drelu_timm`, which it would slow down
+
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _total(penalties: list[Tensor]) -> Tensor:
@@ -61,7 +68,7 @@ def _total(penalties: list[Tensor]) -> Tensor:
 
 def cap_statistics(model: nn.Module) -> dict[str, float]:
     """Mean, smallest and largest cap of a model, and the share of caps at or below 0; empty without a D-ReLU."""
-    caps = [layer.cap.detach().flatten() for layer in drelu_layers(model)]
+    caps = [_whole(layer.cap.detach()).flatten() for layer in drelu_layers(model)]
     if not caps:
         return {}
     values = torch.cat(caps).float()

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,13 @@ def _spread(values: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == count else (sum(values) / len(values),) * count
 
 
-def save_folder(model: TimmModel, folder: str | Path, *, model_args: dict[str, Any] | None = None) -> None:
+def save_folder(
+    model: TimmModel,
+    folder: str | Path,
+    *,
+    model_args: dict[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a model as a timm / Hugging Face folder: ``model.safetensors`` and ``config.json``.
 
     ``load_folder`` reads it with any timm, ``timm.create_model("local-dir:...")`` with the newest.
@@ -83,6 +89,7 @@ def save_folder(model: TimmModel, folder: str | Path, *, model_args: dict[str, A
         model: A model from ``timm.create_model``.
         folder: Made here, whole or not at all.
         model_args: Arguments of ``timm.create_model`` that the model was made with; `_drelu` variants know theirs.
+        weights: By default the model's own, ``model.state_dict()``; of a sharded model they have to be gathered.
 
     Raises:
         InputError: The folder holds something already.
@@ -91,12 +98,13 @@ def save_folder(model: TimmModel, folder: str | Path, *, model_args: dict[str, A
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already; give a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    given = model.state_dict() if weights is None else weights
+    saved = {name: tensor.detach().cpu().contiguous() for name, tensor in given.items()}
     config = _config(model, {**getattr(model, "_model_args", {}), **(model_args or {})})
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
         beside = Path(parent) / folder.name  # a level down, so that the rename takes it away from the clean-up
         beside.mkdir()
-        safetensors.torch.save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
+        safetensors.torch.save_file(saved, beside / WEIGHTS, metadata={"format": "pt"})
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         beside.replace(folder)
 

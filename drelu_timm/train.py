@@ -25,6 +25,7 @@ from .models import load_folder, normalized
 from .presets import PRESETS
 from .processes import launched_on_cpu
 from .runs import Run, environment, write_json
+from .sharding import check_sharding, sharding
 from .train_config import TrainConfig, flag, model_options, preset_in, resolve, saved
 from .trainer import Trainer
 
@@ -84,11 +85,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     if config.log_with is not None:
         _check_tracker(config.log_with)
+    plugin = sharding()
     try:
         accelerator = Accelerator(
             cpu=launched_on_cpu(),
             log_with=config.log_with,
             project_dir=config.output_dir,
+            fsdp_plugin=plugin,
             # A broadcast of buffers between TRADES' two forwards would change, in place, what the first one's backward
             # needs; they are averaged after every step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -97,6 +100,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise
     except ValueError as error:
         raise InputError(f"accelerate cannot be started as it was launched ({one_line(error)})") from error
+    if plugin is not None:
+        check_sharding(config, accelerator, plugin)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise InputError(
             f"--mixed_precision {accelerator.mixed_precision}: the gradients of the inner attack would vanish in it "

@@ -30,6 +30,7 @@ from .models import save_folder
 from .preemption import Preempted, noticed_sigterm
 from .rows import digest
 from .runs import write_json
+from .sharding import is_sharded
 from .state import load_state, read_progress, save_state, write_together
 from .train_config import TrainConfig
 from .train_log import TrainLog
@@ -290,11 +291,14 @@ class Trainer:
     def _save_model(self, folder: Path) -> None:
         """Write the averaged model, or the only one, over what a killed process has left there."""
         model: Any = self.update.bare if self.update.average is None else self.update.average
+        # In every process, since each has a part of the weights under FSDP.
+        whole: dict[str, Tensor] = self.accelerator.get_state_dict(model)
 
         def write() -> None:
             if self.accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
-                save_folder(model.model, folder)
+                weights = {name.removeprefix("model."): w for name, w in whole.items() if name.startswith("model.")}
+                save_folder(model.model, folder, weights=weights)
 
         write_together(self.accelerator, folder, write)
 
@@ -318,7 +322,11 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same when a run goes on, beside its flags."""
-        return {"data": self.data_digest, "mixed_precision": self.accelerator.mixed_precision}
+        return {
+            "data": self.data_digest,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "sharding": "FSDP" if is_sharded(self.accelerator) else "none",
+        }
 
     def _save(self) -> None:
         """Save a state, unless the last step has left weights that are no numbers."""

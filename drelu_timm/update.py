@@ -14,6 +14,7 @@ from .caps import CAP_PENALTIES
 from .objectives import InnerAttack, Losses, make_objective
 from .optim import BY_STEP, average_gradients, average_statistics, make_optimizer, make_scheduler
 from .randomness import random_generator
+from .sharding import is_sharded
 from .train_config import TrainConfig
 
 _Piece = tuple[Tensor, Tensor, Tensor]  # images, adversarial images, labels
@@ -39,11 +40,15 @@ class Update:
         self.config, self.accelerator = config, accelerator
         if config.sync_bn:
             model = convert_sync_batchnorm(model)  # timm's: torch's would drop the activations of BatchNormAct2d
-        model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # FSDP takes contiguous weights only.
+        memory_format = torch.contiguous_format if is_sharded(accelerator) else torch.channels_last
+        model.to(accelerator.device, memory_format=memory_format)  # pyright: ignore[reportCallIssue]
         # Before Accelerate wraps the forward pass: a copy of the wrapped one would run the model it was copied from.
         self._ema = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay else None
         optimizer = make_optimizer(model, config)
         self.scheduler = make_scheduler(optimizer, config, steps_per_epoch)
+        if is_sharded(accelerator):  # Accelerate wraps the forward passes of other models only
+            model.forward = accelerator.autocast()(model.forward)  # pyright: ignore[reportAttributeAccessIssue]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.bare = accelerator.unwrap_model(self.model)
         if config.compile:
@@ -113,7 +118,8 @@ class Update:
         with kept_statistics(self.bare):
             for piece in pieces:
                 (self.objective.losses(self.bare, *piece).loss / len(pieces)).backward()
-        average_gradients(self.bare, self.accelerator)
+        if not is_sharded(self.accelerator):
+            average_gradients(self.bare, self.accelerator)
         return perturbed_weights(self.bare, self.config.awp_gamma)
 
     def _backward(self, pieces: list[_Piece]) -> Losses:

@@ -1,5 +1,6 @@
 """What a training sees of its held-out images: the only figures that choices during training are made on."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,15 +45,26 @@ class Validation:
         """
         model.eval()
         attack = replace(self.attack, model=model)
-        starts = range(0, len(self.held_out), BATCH)
         sums = torch.zeros(5)
         with self.accelerator.autocast():
-            for start in starts[self.accelerator.process_index :: self.accelerator.num_processes]:
-                sums += self._sums(model, attack, start)
+            for start, counts in self._mine():
+                sums += counts * self._sums(model, attack, start)
         reduced = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
         assert isinstance(reduced, Tensor)
         loss, lossy, clean, robust, attacked = reduced.tolist()
         return {"loss": loss / lossy, "clean": clean / len(self.held_out), "pgd": robust / attacked}
+
+    def _mine(self) -> Iterator[tuple[int, bool]]:
+        """Where each batch of this process starts, and whether it counts.
+
+        Every process gets as many batches, attacked and not, since under FSDP a forward pass of one waits for all: in
+        the last round some repeat a batch of another, which then does not count.
+        """
+        images, count = len(self.held_out), self.accelerator.num_processes
+        for starts in (range(0, min(images, ATTACKED), BATCH), range(ATTACKED, images, BATCH)):
+            rounds = -(-len(starts) // count)
+            for i in range(self.accelerator.process_index, rounds * count, count):
+                yield starts[min(i, len(starts) - 1)], i < len(starts)
 
     def _sums(self, model: nn.Module, attack: InnerAttack, start: int) -> Tensor:
         """Over a batch: loss, images it was taken of, correct ones, correct under attack, attacked."""

@@ -1,5 +1,6 @@
 """What is left of a training that was stopped, and that it goes on from there to the same end."""
 
+import contextlib
 import errno
 import os
 import random
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -42,16 +44,23 @@ def states(path: Path) -> list[str]:
     return sorted(state.name for state in path.glob("state/epoch-*"))
 
 
+def kill_with_workers(pid: int) -> None:
+    """SIGKILL to a process and all that it has started; a launcher's workers have sessions of their own."""
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def kill_until_done(settings: TrainConfig, *, kills: int, processes: int) -> int:
     """Start a training again and again, and kill it, mostly soon after a new state; the number of different states."""
     path, seen, moments = settings.output_dir, set(), random.Random(0)
     for _ in range(kills):
         before = states(path)
-        process = launch("train", *flags(settings), processes=processes, start_new_session=True)
+        process = launch("train", *flags(settings), processes=processes)
         while states(path) == before and process.poll() is None:
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.05))
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_with_workers(process.pid)
         process.communicate()
         assert states(path), "a state that was whole is gone"
         seen.update(states(path))

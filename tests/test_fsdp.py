@@ -1,0 +1,151 @@
+"""FSDP on two processes: the weights of one process, the same end after a kill, and what is refused."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from accelerate import DistributedType
+from launching import config, flags, log, weights
+
+from drelu_timm.errors import InputError
+from drelu_timm.models import load_folder
+from drelu_timm.sharding import check_sharding, sharding
+from drelu_timm.train import TrainConfig, train
+
+PROGRAM = Path(__file__).parent / "fsdp_on_cpu.py"
+# What `accelerate launch` makes of scripts/fsdp.yaml, but for a small model: layers of more than 1,000 weights are
+# gathered one by one, the others together.
+LAUNCH = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
+    "FSDP_MIN_NUM_PARAMS": "1000",
+}
+TRADES = {"objective": "trades", "cap_weight": 1e-2, "cap_lr": 0.1, "save_every": 2, "resume": True}
+# The penalty's gradient reaches the weights by another way than the loss's.
+EVERYTHING = {
+    "objective": "at",
+    "model": "shallow_cnn_drelu",
+    "cap_weight": 1e-5,
+    "cap_penalty": "effective",
+    "awp_gamma": 0.01,
+    "grad_accum_steps": 2,
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "weight_decay": 1e-2,
+    "schedule": "onecycle",
+}
+
+
+def start(settings: TrainConfig) -> subprocess.Popen:
+    """The training under FSDP, on two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(PROGRAM), "train", *flags(settings)],
+        env={**os.environ, **LAUNCH, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_to_the_end(settings: TrainConfig) -> Path:
+    process = start(settings)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert settings.output_dir is not None
+    return settings.output_dir
+
+
+@pytest.fixture(scope="module")
+def sharded_run(tmp_path_factory) -> Path:
+    return run_to_the_end(config(tmp_path_factory.mktemp("fsdp") / "run", **TRADES))
+
+
+def assert_trained_alike(one: Path, other: Path) -> None:
+    """The same weights, and the same figures, up to rounding."""
+    for folder in ("model", "last"):
+        expected, actual = weights(one, folder), weights(other, folder)
+        assert expected.keys() == actual.keys()
+        assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
+    for a, b in zip(log(one), log(other), strict=True):
+        assert all(a[part] == pytest.approx(b[part], rel=1e-3) for part in ("train", "held_out", "caps", "units"))
+
+
+def test_sharded_trades_ends_with_the_weights_of_one_process(tmp_path, sharded_run):
+    train(config(tmp_path / "one", **TRADES))
+    assert_trained_alike(tmp_path / "one", sharded_run)
+    assert load_folder(sharded_run / "model")(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.slow
+def test_sharded_training_with_everything_does_too(tmp_path):
+    one = config(tmp_path / "one", **EVERYTHING)
+    train(one)
+    assert_trained_alike(tmp_path / "one", run_to_the_end(replace(one, output_dir=tmp_path / "sharded")))
+
+
+def test_a_killed_sharded_run_ends_as_if_it_had_not_been(tmp_path, sharded_run):
+    settings = config(tmp_path, **TRADES)
+    process = start(settings)
+    while not list(tmp_path.glob("state/epoch-*")):
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[1]
+    workers = psutil.Process(process.pid).children(recursive=True)  # each has a session of its own
+    for one in (process, *workers):
+        one.kill()
+    process.communicate()
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(InputError, match=r"with other sharding \(FSDP before, none now\); give what it was begun with"):
+        train(settings)
+    run_to_the_end(settings)
+    for folder in ("model", "last"):
+        expected, actual = weights(sharded_run, folder), weights(tmp_path, folder)
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+REFUSED = [
+    ({"ema_decay": 0.9}, {}, "--ema-decay 0.9 cannot average sharded weights; leave it out, or launch without FSDP"),
+    ({}, {"FSDP_VERSION": "1"}, "FSDP: fsdp_version 1 flattens caps and weights into one; give fsdp_version 2"),
+    (
+        {},
+        {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+        "FSDP: states of SHARDED_STATE_DICT are read by pickle; give fsdp_state_dict_type",
+    ),
+    (
+        {},
+        {"FSDP_OFFLOAD_PARAMS": "true"},
+        "FSDP: the penalty on caps is computed on the GPU; give fsdp_offload_params false",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "variables", "text"), REFUSED, ids=["ema", "version", "state", "offload"])
+def test_what_sharding_cannot_do_is_refused(tmp_path, monkeypatch, settings, variables, text):
+    for name, value in {**LAUNCH, **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as error:
+        check_sharding(
+            config(tmp_path, **settings),
+            SimpleNamespace(distributed_type=DistributedType.FSDP),  # pyright: ignore[reportArgumentType]
+            sharding(),  # pyright: ignore[reportArgumentType]
+        )
+    assert str(error.value).startswith(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_launch_that_accelerate_does_not_shard_is_refused(tmp_path, monkeypatch):
+    for name, value in LAUNCH.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"^FSDP: Accelerate shards models on GPUs alone, .*; launch without FSDP$"):
+        train(config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
