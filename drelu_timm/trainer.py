@@ -292,7 +292,7 @@ class Trainer:
         """Write the averaged model, or the only one, over what a killed process has left there."""
         model: Any = self.update.bare if self.update.average is None else self.update.average
         # In every process, since each has a part of the weights under FSDP.
-        whole: dict[str, Tensor] = self.accelerator.get_state_dict(model)
+        whole: dict[str, Any] = self.accelerator.get_state_dict(model)
 
         def write() -> None:
             if self.accelerator.is_main_process:
