@@ -12,7 +12,7 @@ import drelu_timm
 from drelu_timm.command_line import read_flags
 from drelu_timm.evaluate import EvaluateConfig
 from drelu_timm.export import ExportConfig
-from drelu_timm.train_config import TrainConfig, resolve
+from drelu_timm.train_config import TrainConfig, preset_in, resolve
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 CONFIGS = {"train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
@@ -53,6 +53,7 @@ def test_commands_shown_are_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(command)
     verb = next(argument for argument in arguments if argument in CONFIGS)
-    config = read_flags(CONFIGS[verb], verb, arguments[arguments.index(verb) + 1 :])
+    flags = arguments[arguments.index(verb) + 1 :]
+    config = read_flags(CONFIGS[verb], verb, flags, preset_in(flags) if verb == "train" else None)
     if verb == "train":
         assert resolve(config).output_dir
