@@ -10,6 +10,8 @@ import timm
 import torch
 
 import drelu_timm  # noqa: F401  (registers the models)
+from drelu_timm import robustbench as our_robustbench
+from drelu_timm.errors import InputError
 from drelu_timm.models import save_folder
 
 BESIDE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
@@ -20,6 +22,17 @@ def toy_model():
     """`shallow_cnn_drelu` for 3 classes of 1x8x8 images, in eval mode."""
     torch.manual_seed(0)
     return timm.create_model("shallow_cnn_drelu", num_classes=3, img_size=8, width=16).eval()
+
+
+@pytest.fixture
+def robustbench():
+    """RobustBench, made to work; skips where it is not installed, or overwritten by torchattacks' stale copy."""
+    try:
+        return our_robustbench.adapt()
+    except InputError as error:
+        if "not installed" in str(error) or "torchattacks" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture

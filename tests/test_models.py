@@ -20,7 +20,6 @@ from torch import nn
 from drelu_timm import DReLU, DReLUWarning, InputError, load_folder, normalized, save_folder
 from drelu_timm.activations import ACTIVATIONS, PReLU, PSSiLU, make_activation
 from drelu_timm.drelu import drelu_layers
-from drelu_timm.robustbench import adapt
 
 NEWEST = tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 20)  # knows local-dir
 
@@ -292,8 +291,7 @@ def test_a_prelu_slope_for_each_channel(shape, channel_dim, dim):
     assert torch.equal(layer(torch.ones(shape)), torch.ones(shape))
 
 
-def test_pssilu_is_the_one_of_robustbench():
-    adapt()
+def test_pssilu_is_the_one_of_robustbench(robustbench):
     from robustbench.model_zoo.architectures.paf_wide_resnet import PSSiLU as Theirs
 
     ours, theirs, x = PSSiLU(), Theirs(), torch.linspace(-5, 5, 101)

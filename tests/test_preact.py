@@ -8,7 +8,6 @@ from torch import nn
 
 from drelu_timm import InputError, load_folder, normalized, save_folder
 from drelu_timm.drelu import drelu_layers
-from drelu_timm.robustbench import adapt
 
 SMALL = {"depth": 10, "widen_factor": 1}
 ACTIVATIONS = {"wide_resnet28_10": 7, "preact_resnet18": 17}  # of the nets that create makes
@@ -38,8 +37,7 @@ def with_weights_of(theirs: nn.Module, ours: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def test_wide_resnet_is_the_one_of_robustbench():
-    adapt()
+def test_wide_resnet_is_the_one_of_robustbench(robustbench):
     from robustbench.model_zoo.architectures.dm_wide_resnet import DMWideResNet
 
     theirs = fresh_statistics(DMWideResNet(depth=16, width=2, activation_fn=nn.SiLU))
@@ -49,8 +47,7 @@ def test_wide_resnet_is_the_one_of_robustbench():
 
 
 @torch.no_grad()
-def test_preact_resnet18_is_the_one_of_robustbench():
-    adapt()
+def test_preact_resnet18_is_the_one_of_robustbench(robustbench):
     from robustbench.model_zoo.architectures.resnet import PreActBlockV2, PreActResNet
 
     theirs = fresh_statistics(PreActResNet(PreActBlockV2, [2, 2, 2, 2], bn_before_fc=True))

@@ -20,16 +20,6 @@ IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def robustbench():
-    try:
-        return our_robustbench.adapt()
-    except InputError as error:
-        if "not installed" in str(error) or "torchattacks" in str(error):
-            pytest.skip(str(error))
-        raise
-
-
-@pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A model's folder x/model, with the current directory beside x."""
     monkeypatch.chdir(tmp_path)
