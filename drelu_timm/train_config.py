@@ -49,8 +49,9 @@ class TrainConfig:
     init_from: Path | None = None
     """Run whose trained weights to start from."""
     preset: str | None = None
-    """Named settings, printed with their source, over which flags given beside it win: paper-drelu, paper-at,
-    paper-trades, paper-drelu-edm, paper-trades-edm, wang2023, wang2023-tiny-imagenet."""
+    """Named settings, printed with their source, over which flags given beside it win:
+    paper-drelu, paper-at, paper-trades, paper-drelu-edm, paper-trades-edm, wang2023, wang2023-tiny-imagenet.
+    (From Python: `TrainConfig.from_preset`.)"""
 
     objective: str = "natural"
     """natural, at (adversarial training by PGD), trades or mart."""
@@ -95,24 +96,25 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Weight decay; biases, norms and caps are spared."""
     schedule: str = "constant"
-    """Learning rates: constant, cosine (to 0, step by step), onecycle (up, then cosine to 0, step by step) or plateau
-    (halved after 5 epochs without a lower loss)."""
+    """Learning rates: constant, plateau (halved after 5 epochs without a lower loss),
+    cosine (to 0, step by step) or onecycle (up, then as a cosine to 0, step by step)."""
     warmup: float = 0.025
     """Share of the steps in which onecycle rises."""
     ema_decay: float = 0.0
-    """Keep an exponential moving average of the weights, with this decay a step (0.995 is common), and make it the
-    run's model; 0 for none."""
+    """Decay, a step, of an exponential moving average of the weights (0.995 is common); 0 for none.
+    The averaged model is measured beside the raw one, and is what the run keeps."""
     epochs: int = 10
     """Passes over the training set, at most."""
     monitor: str | None = None
-    """Held-out figure that says which epoch is best, of the averaged weights if there are any: loss, or pgd (accuracy
-    under the inner attack); by default loss for natural training, pgd for robust objectives."""
+    """Held-out figure that says which epoch is best: loss (the default for natural training), or pgd
+    (accuracy under the inner attack, the default for robust objectives); of the averaged weights if there are any."""
     patience: int | None = None
     """Stop after so many epochs without a better held-out figure; by default never."""
     batch_size: int = 128
     """Images a step, over all processes together: the same run on any number of GPUs."""
     grad_accum_steps: int = 1
-    """Parts that each process takes its share of a batch in, one after the other, where memory is short."""
+    """Parts that each process takes its share of a batch in, one after the other, where memory is short.
+    The same update as without up to rounding, but that BatchNorm takes the statistics of each part."""
     cutout: int = 0
     """Side of the square that Cutout erases, in pixels; 0 for none."""
     cutmix: float = 0.0
