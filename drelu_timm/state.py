@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -70,7 +71,7 @@ def write_together(accelerator: Accelerator, path: Path, action: Callable[[], No
     """
     try:
         _together(accelerator, action)
-    except Exception as error:  # each writer has its own: OSError, SafetensorError, RuntimeError of torch.save
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last one is torch.save's
         raise InputError(
             f"{path} could not be written ({one_line(error)}); make room, then --resume goes on from the last state"
         ) from error

@@ -190,7 +190,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_state(tmp_path, monkeypatch):
 def test_a_full_disk_at_the_best_model_leaves_the_state(tmp_path, monkeypatch):
     settings = interrupted(tmp_path / "run", monkeypatch)
 
-    def full(model, folder):
+    def full(model, folder, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
