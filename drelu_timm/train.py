@@ -85,10 +85,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     if config.log_with is not None:
         _check_tracker(config.log_with)
-    plugin = sharding()
+    plugin, on_cpu = sharding(), launched_on_cpu()
     try:
         accelerator = Accelerator(
-            cpu=launched_on_cpu(),
+            cpu=on_cpu,
             log_with=config.log_with,
             project_dir=config.output_dir,
             fsdp_plugin=plugin,
@@ -96,8 +96,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             # needs; they are averaged after every step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(f"accelerate cannot be started as it was launched ({one_line(error)})") from error
     if plugin is not None:

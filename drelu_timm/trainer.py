@@ -105,14 +105,7 @@ class Trainer:
         _check_caps(model, config)
         _check_batchnorm(model, config, accelerator.num_processes)
         self.update = Update(model, config, accelerator, self.batches.steps_per_epoch)
-        self.validation = Validation(
-            held_out,
-            self.update.objective,
-            self.update.attack,
-            config.threat_model,
-            accelerator,
-            config.seed,
-        )
+        self.validation = Validation(held_out, self.update.objective, self.update.attack, accelerator, config.seed)
         self.progress = Progress()
 
     @property

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .attacks import ThreatModel, cross_entropy
+from .attacks import cross_entropy
 from .data import Images, to_float
 from .objectives import InnerAttack, Objective
 from .randomness import random_generator
@@ -25,7 +25,6 @@ class Validation:
         held_out: The images; every process measures its own part of their batches.
         objective: Whose loss is measured.
         attack: The inner attack of the training; raises cross-entropy here, whatever it raises there.
-        threat_model: Its balls.
         accelerator: Device, precision and processes.
         seed: Keys the noise, which is the same after every epoch: a change of the figures is a change of the model.
     """
@@ -33,7 +32,6 @@ class Validation:
     held_out: Images
     objective: Objective
     attack: InnerAttack
-    threat_model: ThreatModel
     accelerator: Accelerator
     seed: int
 
@@ -76,7 +74,7 @@ class Validation:
             if self.objective.raised is not None:
                 return torch.tensor([0.0, 0.0, correct, 0.0, 0.0])
             return torch.tensor([self._loss(model, images, images, labels), len(labels), correct, 0.0, 0.0])
-        noise = self.threat_model.noise(images.shape, random_generator(self.seed, start)).to(images)
+        noise = attack.threat_model.noise(images.shape, random_generator(self.seed, start)).to(images)
         adversarial = attack(images, cross_entropy(labels), noise)
         loss = self._loss(model, images, adversarial, labels)
         return torch.tensor([loss, len(labels), correct, _correct(model, adversarial, labels), len(labels)])

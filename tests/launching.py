@@ -1,12 +1,15 @@
 """Training as users start it, in processes of its own."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -51,13 +54,22 @@ def flags(settings: TrainConfig) -> list[str]:
     return parts
 
 
-def launch(*arguments: str, processes: int = 1, **options) -> subprocess.Popen:
+def launch(
+    *arguments: str, processes: int = 1, program: Sequence[str] = ("-m", "drelu_timm"), **options
+) -> subprocess.Popen:
     """Start `drelu-timm`; several processes by torch.distributed.run, which `accelerate launch` calls too."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "drelu_timm", *arguments]
+    command = [sys.executable, *(launcher if processes > 1 else []), *program, *arguments]
     # As many threads as here, where weights are compared to the bit: sums depend on it.
     threads = torch.get_num_threads() if processes == 1 else 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **options.pop("environment", {})}
     return subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
     )
+
+
+def kill_with_workers(pid: int) -> None:
+    """SIGKILL to a process and all that it has started; a launcher's workers have sessions of their own."""
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -1,18 +1,15 @@
 """FSDP on two processes: the weights of one process, the same end after a kill, and what is refused."""
 
-import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from accelerate import DistributedType
-from launching import config, flags, log, weights
+from launching import config, flags, kill_with_workers, launch, log, weights
 
 from drelu_timm.errors import InputError
 from drelu_timm.models import load_folder
@@ -48,14 +45,7 @@ EVERYTHING = {
 
 def start(settings: TrainConfig) -> subprocess.Popen:
     """The training under FSDP, on two processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(PROGRAM), "train", *flags(settings)],
-        env={**os.environ, **LAUNCH, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return launch("train", *flags(settings), processes=2, program=[str(PROGRAM)], environment=LAUNCH)
 
 
 def run_to_the_end(settings: TrainConfig) -> Path:
@@ -100,9 +90,7 @@ def test_a_killed_sharded_run_ends_as_if_it_had_not_been(tmp_path, sharded_run):
     while not list(tmp_path.glob("state/epoch-*")):
         time.sleep(0.01)
         assert process.poll() is None, process.communicate()[1]
-    workers = psutil.Process(process.pid).children(recursive=True)  # each has a session of its own
-    for one in (process, *workers):
-        one.kill()
+    kill_with_workers(process.pid)
     process.communicate()
     assert not (tmp_path / "model").exists()
     with pytest.raises(InputError, match=r"with other sharding \(FSDP before, none now\); give what it was begun with"):

@@ -1,6 +1,5 @@
 """What is left of a training that was stopped, and that it goes on from there to the same end."""
 
-import contextlib
 import errno
 import os
 import random
@@ -12,11 +11,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import config, flags, image_folder, launch, log, weights
+from launching import config, flags, image_folder, kill_with_workers, launch, log, weights
 from PIL import Image
 
 from drelu_timm import trainer
@@ -42,13 +40,6 @@ def without_times(path: Path) -> list[dict]:
 
 def states(path: Path) -> list[str]:
     return sorted(state.name for state in path.glob("state/epoch-*"))
-
-
-def kill_with_workers(pid: int) -> None:
-    """SIGKILL to a process and all that it has started; a launcher's workers have sessions of their own."""
-    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def kill_until_done(settings: TrainConfig, *, kills: int, processes: int) -> int:
