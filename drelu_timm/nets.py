@@ -1,7 +1,8 @@
-"""The paper's own two nets as timm models: `dense` and `shallow_cnn`, for any image size and number of channels.
+"""Three small nets as timm models, for any image size and number of channels; importing this module registers them.
 
-Source: Sooksatra and Rivas 2024, section 6, https://doi.org/10.3390/math12223551 (the paper gives no widths; these are
-ours). Importing this module registers them.
+`dense` and `shallow_cnn` are the paper's own (Sooksatra and Rivas 2024, section 6, https://doi.org/10.3390/math12223551;
+it gives no widths, these are ours). `strided_cnn` is the net of work on certified defences, twice as wide (Wong and
+Kolter 2018, https://arxiv.org/abs/1711.00851): half the arithmetic of `shallow_cnn`.
 """
 
 from collections.abc import Sequence
@@ -108,12 +109,15 @@ class Dense(Classifier):
 class ShallowCNN(Classifier):
     """Two 3x3 convolutions with ReLU and max-pooling, then a hidden layer with ReLU.
 
+    With ``strided``, the convolutions are 4x4 of stride 2 and there is no pooling: half the arithmetic.
+
     Args:
         num_classes: Size of the output; 0 for none.
         in_chans: Channels of the image.
         img_size: Height and width of the image in pixels, or one number for both; at least 4.
         hidden_size: Units of the hidden layer.
         drop_rate: Dropout before the output layer.
+        strided: Whether strides halve the image, not pooling.
     """
 
     def __init__(
@@ -123,26 +127,26 @@ class ShallowCNN(Classifier):
         img_size: int | Sequence[int] = 28,
         hidden_size: int = 128,
         drop_rate: float = 0.0,
+        strided: bool = False,
     ):
         super().__init__(num_classes, in_chans, drop_rate)
         height, width = height_and_width(img_size)
         if min(height, width) < 4:
-            raise InputError(
-                f"img_size {img_size} is too small for shallow_cnn, which halves it twice; give at least 4"
-            )
+            raise InputError(f"img_size {img_size} is too small for this net, which halves it twice; give at least 4")
         self.num_features = 64
         self.head_hidden_size = hidden_size
-        self.conv1 = nn.Conv2d(in_chans, 32, 3, padding=1)
+        convolution = {"kernel_size": 4, "stride": 2} if strided else {"kernel_size": 3}
+        self.conv1 = nn.Conv2d(in_chans, 32, padding=1, **convolution)
         self.act1 = nn.ReLU()
-        self.pool1 = nn.MaxPool2d(2)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.pool1 = nn.Identity() if strided else nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(32, 64, padding=1, **convolution)
         self.act2 = nn.ReLU()
-        self.pool2 = nn.MaxPool2d(2)
+        self.pool2 = nn.Identity() if strided else nn.MaxPool2d(2)
         self.fc1 = nn.Linear(64 * (height // 4) * (width // 4), hidden_size)
         self.act3 = nn.ReLU()
         self.feature_info = [
-            {"num_chs": 32, "reduction": 1, "module": "act1"},
-            {"num_chs": 64, "reduction": 2, "module": "act2"},
+            {"num_chs": 32, "reduction": 2 if strided else 1, "module": "act1"},
+            {"num_chs": 64, "reduction": 4 if strided else 2, "module": "act2"},
         ]
         self.reset_classifier(num_classes)
 
@@ -166,7 +170,13 @@ def _cfg(first_conv: str | None) -> dict[str, Any]:
     return {**data, "num_classes": 10, "first_conv": first_conv, "classifier": "fc"}
 
 
-default_cfgs = generate_default_cfgs({"dense.untrained": _cfg(None), "shallow_cnn.untrained": _cfg("conv1")})
+default_cfgs = generate_default_cfgs(
+    {
+        "dense.untrained": _cfg(None),
+        "shallow_cnn.untrained": _cfg("conv1"),
+        "strided_cnn.untrained": _cfg("conv1"),
+    }
+)
 
 
 @register_model
@@ -181,3 +191,10 @@ def dense(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def shallow_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Two convolutions (32, 64 channels), a hidden layer of 128 ReLU, classes; see `ShallowCNN`."""
     return build_model_with_cfg(ShallowCNN, "shallow_cnn", pretrained, feature_cfg={"out_indices": (0, 1)}, **kwargs)
+
+
+@register_model
+def strided_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Two strided convolutions (32, 64 channels), a hidden layer of 128 ReLU, classes; see `ShallowCNN`."""
+    kwargs = {"strided": True, "feature_cfg": {"out_indices": (0, 1)}, **kwargs}
+    return build_model_with_cfg(ShallowCNN, "strided_cnn", pretrained, **kwargs)

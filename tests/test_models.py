@@ -164,13 +164,15 @@ def test_the_papers_dense_net_on_mnist():
     assert [type(module).__name__ for module in model.fc.children()] == ["Linear", "DReLU", "Linear"]
 
 
-@pytest.mark.parametrize("name", ["dense", "shallow_cnn", "dense_drelu", "shallow_cnn_drelu"])
+@pytest.mark.parametrize(
+    "name", ["dense", "shallow_cnn", "strided_cnn", "dense_drelu", "shallow_cnn_drelu", "strided_cnn_drelu"]
+)
 @pytest.mark.parametrize(("in_chans", "img_size"), [(1, 8), (3, 32), (3, (12, 20))])
 def test_the_papers_nets_take_any_image(name, in_chans, img_size):
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     model = create(name, in_chans=in_chans, img_size=img_size)
     assert model(torch.rand(2, in_chans, *size)).shape == (2, 5)
-    assert model.num_features == {"dense": 256, "shallow_cnn": 64}[name.removesuffix("_drelu")]
+    assert model.num_features == {"dense": 256, "shallow_cnn": 64, "strided_cnn": 64}[name.removesuffix("_drelu")]
 
 
 def test_a_head_that_the_cfg_forgets_is_found():
