@@ -172,7 +172,7 @@ def test_the_papers_nets_take_any_image(name, in_chans, img_size):
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     model = create(name, in_chans=in_chans, img_size=img_size)
     assert model(torch.rand(2, in_chans, *size)).shape == (2, 5)
-    assert model.num_features == {"dense": 256, "shallow_cnn": 64, "strided_cnn": 64}[name.removesuffix("_drelu")]
+    assert model.num_features == {"dense": 256, "shallow_cnn": 64, "strided_cnn": 32}[name.removesuffix("_drelu")]
 
 
 def test_a_head_that_the_cfg_forgets_is_found():
