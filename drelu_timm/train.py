@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     trainer = Trainer(config, data, generated, create_model(config, data), accelerator)
     if accelerator.is_main_process:
-        _describe(config, data)
+        _describe(config, data, generated, accelerator)
     accelerator.wait_for_everyone()
     trainer.run()
     return config.output_dir
@@ -132,14 +132,20 @@ def _open_generated(config: TrainConfig, data: Images) -> GeneratedImages | None
     return GeneratedImages.open(config.generated, img_size=size, in_chans=channels, num_classes=len(data.classes))
 
 
-def _describe(config: TrainConfig, data: Images) -> None:
-    """Write config.json, once, before the first step."""
+def _describe(config: TrainConfig, data: Images, generated: GeneratedImages | None, accelerator: Accelerator) -> None:
+    """Write config.json, once, before the first step: all that the training is made with."""
     assert config.output_dir is not None
     path = config.output_dir / "config.json"
     if path.exists():
         return
     _, channels, height, _ = data.images.shape
     about = {"dataset_title": data.title, "num_classes": len(data.classes), "in_chans": channels, "img_size": height}
+    launch = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    about |= {"launch": {**launch, "device": accelerator.device.type}}
+    if generated is not None:
+        about["generated"] = {"images": len(generated), "digest": generated.digest}
+    if config.init_from is not None:
+        about["init_from"] = Run.open(config.init_from).config
     write_json(path, {"train": saved(config), **about, **environment()})
 
 
