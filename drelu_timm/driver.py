@@ -1,22 +1,38 @@
 """The driver: runs measurements over examples batch by batch, keeps what they gave, and judges what attacks return."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attacks import Found, ThreatModel, margin, per_image
+from .attacked import Attacked, label_margin
+from .attacks import Found, ThreatModel, per_image
 from .checks import device_of
 from .data import as_float
 from .processes import Processes
 from .rows import Rows
 from .suites import Attack
 
-Columns = dict[str, Tensor]  # what a stage measures: one value an example, by field
+Value = TypeVar("Value")
+Columns = dict[str, Tensor]  # one value an example, [B], by field
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a stage measures on a batch.
+
+    Attributes:
+        columns: By field.
+        images: Those that are to be kept, by example: float32 [C, H, W] on the CPU.
+    """
+
+    columns: Columns
+    images: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,12 +67,14 @@ class Outcome:
         steps: [N], gradients or queries until then, or all of them; NaN where not known.
         margin: [N], logit of the label minus the largest other one on the last image that it gave; NaN where none.
         l2: [N], of a minimum-norm attack: distance of the nearest example that it found; infinite where none.
+        seconds: Wall-clock time that it took; None where a part had been measured before.
     """
 
     broken_at: Tensor
     steps: Tensor
     margin: Tensor
     l2: Tensor
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,7 @@ class Driver:
         self,
         stage: str,
         examples: Tensor,
-        measurement: Callable[[Batch], Columns],
+        measurement: Callable[[Batch], Measured],
         *,
         so_far: Callable[[], str] | None = None,
     ) -> None:
@@ -106,11 +124,11 @@ class Driver:
         Args:
             stage: Name of what is measured.
             examples: [N].
-            measurement: From a batch to its columns.
+            measurement: Of a batch.
             so_far: What to say behind the progress bar.
         """
         known = set(self.rows.stages[stage])
-        mine: dict[int, dict[str, float]] = {}
+        mine: set[int] = set()
         with tqdm(
             total=int(examples.sum()),
             desc=f"{stage:>10}",
@@ -121,35 +139,51 @@ class Driver:
             for batch, is_mine in self.processes.claimed(stage, self._split(examples)):
                 missing = set(batch.tolist()) - known
                 if is_mine and missing:
-                    rows = _by_example(batch, measurement(self._load(stage, batch)))
-                    mine |= (fresh := {example: rows[example] for example in rows if example in missing})
-                    self.rows.append(stage, fresh)
+                    measured = measurement(self._load(stage, batch))
+                    rows = _by_example(batch, measured.columns)
+                    self.rows.append(stage, _only(missing, rows), _only(missing, measured.images))
+                    mine |= missing
                 if so_far is not None:
                     progress.set_postfix_str(so_far(), refresh=False)
                 progress.update(len(batch))
-        self.rows.merge(stage, self.processes.gather(mine))
+        self.rows.merge(stage, self.processes.gather(_only(mine, self.rows.stages[stage])))
 
     def column(self, stage: str, name: str) -> Tensor:
         """A field of a stage, float64 [N]; NaN where it was not measured."""
         return self.rows.column(stage, name, len(self.labels))
 
-    def attack(self, attack: Attack, limit: Tensor, *, stage: str | None = None) -> Outcome:
-        """Attack every example in the threat models before ``limit`` [N], from the smallest, until it breaks."""
+    def attack(self, attack: Attack, limit: Tensor, *, stage: str | None = None, keep: Tensor | None = None) -> Outcome:
+        """Attack every example in the threat models before ``limit`` [N], from the smallest, until it breaks.
+
+        Args:
+            attack: What searches.
+            limit: [N], positions of threat models.
+            stage: Its name, if not the attack's.
+            keep: [N], of which examples the image that breaks them is kept, see `Rows.images`; by default of none.
+        """
         stage = stage or attack.name
+        keep = torch.zeros_like(limit, dtype=torch.bool) if keep is None else keep
         count = len(self.threat_models)
         weakest = sum(threat_model.eps == 0 for threat_model in self.threat_models)  # there is nothing to search
+        started, anew = time.monotonic(), not self.rows.stages[stage]
 
         def so_far() -> str:
             left = torch.minimum(limit, self.column(stage, "broken_at").nan_to_num(count).long())
             return f"robust accuracy so far {100 * float((left == count).double().mean()):.1f} %"
 
-        search = self._nearest if attack.minimum_norm else self._grow
-        self.measure(stage, limit > weakest, partial(search, attack, limit), so_far=so_far)
+        def search(batch: Batch) -> Measured:
+            columns, images = (self._nearest if attack.minimum_norm else self._grow)(attack, limit, batch)
+            kept = keep[batch.examples] & (columns["broken_at"].cpu() < count)
+            found = images[kept.to(images.device)].cpu()
+            return Measured(columns, dict(zip(batch.examples[kept].tolist(), found, strict=True)))
+
+        self.measure(stage, limit > weakest, search, so_far=so_far)
         return Outcome(
             broken_at=self.column(stage, "broken_at").nan_to_num(count).long(),
             steps=self.column(stage, "steps"),
             margin=self.column(stage, "margin"),
             l2=self.column(stage, "l2") if attack.minimum_norm else torch.full(limit.shape, torch.inf),
+            seconds=time.monotonic() - started if anew else None,
         )
 
     def _split(self, examples: Tensor) -> list[Tensor]:
@@ -165,8 +199,8 @@ class Driver:
         seeds = [example_seed(self.seed, stage, example) for example in examples.tolist()]
         return Batch(examples, images.contiguous(), self.labels[examples].to(self.device), seeds)
 
-    def _grow(self, attack: Attack, limit: Tensor, batch: Batch) -> Columns:
-        """Attack in one threat model after the other, each beginning where the last one ended."""
+    def _grow(self, attack: Attack, limit: Tensor, batch: Batch) -> tuple[Columns, Tensor]:
+        """Attack in one threat model after the other, each beginning where the last one ended, and the last images."""
         limits = limit[batch.examples].to(self.device)
         broken_at = torch.full_like(batch.labels, len(self.threat_models))
         steps, margins = (torch.full(limits.shape, torch.nan, device=self.device) for _ in range(2))
@@ -180,7 +214,8 @@ class Driver:
             broken_at[left] = broken_at[left].where(margins[left] > 0, position)
             start = batch.images.clone() if start is None else start
             start[left] = images
-        return {"broken_at": broken_at, "steps": steps, "margin": margins}
+        columns = {"broken_at": broken_at, "steps": steps, "margin": margins}
+        return columns, batch.images if start is None else start
 
     def _search(
         self, attack: Attack, batch: Batch, threat_model: ThreatModel, start: Tensor | None
@@ -200,8 +235,8 @@ class Driver:
                 images[again], steps[again], margins[again] = careful._search(attack, batch[again], threat_model, begin)
         return images, steps, margins
 
-    def _nearest(self, attack: Attack, limit: Tensor, batch: Batch) -> Columns:
-        """Search once, whatever the radius, and see in which threat models what was found lies."""
+    def _nearest(self, attack: Attack, limit: Tensor, batch: Batch) -> tuple[Columns, Tensor]:
+        """Search once, whatever the radius, and see in which threat models what was found lies; the images too."""
         found = attack(Attacked(self.model), batch.images, batch.labels, self.threat_models[-1], batch.seeds)
         images = _finite(found.images.detach(), batch.images)
         margins = self._margin(images, batch.labels)
@@ -210,58 +245,11 @@ class Driver:
             inside = (margins <= 0) & threat_model.contains(images, batch.images)
             broken_at = broken_at.where(~inside, position)
         l2 = (images - batch.images).flatten(1).norm(dim=1).where(margins <= 0, torch.inf)
-        return {"broken_at": broken_at, "steps": _steps(found, batch), "margin": margins, "l2": l2}
+        return {"broken_at": broken_at, "steps": _steps(found, batch), "margin": margins, "l2": l2}, images
 
     @torch.no_grad()
     def _margin(self, images: Tensor, labels: Tensor) -> Tensor:
         return label_margin(self.model(images), labels)
-
-
-class Attacked(nn.Module):
-    """A model as attacks see it: float32 logits that hang on the image, with finite gradients.
-
-    Args:
-        model: Takes images [B, C, H, W], gives logits [B, K]; it may compute them without a gradient, which is 0 then.
-        dtype: What it computes in, by autocast.
-    """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.model, self.dtype = model, dtype
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
-        differentiated = images.requires_grad and torch.is_grad_enabled()
-        if differentiated:
-            images = _FiniteGradient.apply(images)
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(images)
-        if differentiated and not logits.requires_grad:
-            logits = logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
-        return logits.float()
-
-
-class _FiniteGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return images.view_as(images)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient.nan_to_num(0, 0, 0)
-
-
-def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The label's logit minus the largest other one, float32 [B]; at most 0 where the model is wrong.
-
-    Minus infinity where a logit is not finite.
-    """
-    logits = logits.float()
-    value = -margin(labels)(logits)
-    right = value.clamp(min=torch.finfo(torch.float32).tiny)  # of two equal logits argmax takes the first
-    value = value.clamp(max=0).where(logits.argmax(dim=1) != labels, right)
-    return value.where(logits.isfinite().all(dim=1), -torch.inf)
 
 
 def example_seed(seed: int, stage: str, example: int) -> int:
@@ -289,3 +277,7 @@ def _steps(found: Found, batch: Batch) -> Tensor:
 def _by_example(examples: Tensor, columns: Columns) -> dict[int, dict[str, float]]:
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return {example: dict(zip(columns, row, strict=True)) for example, row in zip(examples.tolist(), rows, strict=True)}
+
+
+def _only(examples: set[int], entries: Mapping[int, Value]) -> dict[int, Value]:
+    return {example: entry for example, entry in entries.items() if example in examples}

@@ -6,9 +6,10 @@
     drelu-timm evaluate Carmon2019Unlabeled --dataset cifar10 --data-dir data
     accelerate launch --num_processes 4 -m drelu_timm evaluate runs/x --suite standard
 
-Writes ``runs/x/results/<suite>-<norm>-<eps>.json`` and, with a row an example, ``.csv``; for several radii
-``runs/x/sweeps/<suite>-<norm>-up-to-<eps>.json``, ``.csv`` and ``.png``. What is measured meanwhile lies in a folder
-``.state`` beside them: the same command again goes on from there, whatever stopped it.
+Writes ``runs/x/results/<suite>-<norm>-<eps>.json``, with a row an example ``.csv``, and with the image that broke each
+example ``.adversarial.safetensors`` (see `Adversarial`); for several radii ``runs/x/sweeps/<suite>-<norm>-up-to-<eps>
+.json``, ``.csv`` and ``.png``. What is measured meanwhile lies in a folder ``.state`` beside them: the same command
+again goes on from there, whatever stopped it.
 """
 
 import shutil
@@ -21,13 +22,14 @@ from typing import Any
 import torch
 import tyro
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import nn
 
 from .attacks import ThreatModel
 from .command_line import read_flags
 from .curves import draw_curve, require_matplotlib
 from .data import DATASETS, Dataset, Images, load_images
-from .errors import InputError, unknown
+from .errors import InputError, one_line, unknown
 from .evaluation import Evaluation, evaluate_model, evaluate_sweep
 from .processes import Processes
 from .results import rows, show, show_curve, summary, sweep_rows
@@ -37,6 +39,7 @@ from .suites import SUITES
 
 __all__ = ["EvaluateConfig", "Evaluation", "evaluate", "evaluate_model", "evaluate_sweep", "main"]
 
+ADVERSARIAL = ".adversarial.safetensors"  # the suffix of the file with the images
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,8 +77,8 @@ def main(argv: Sequence[str]) -> None:
     config = read_flags(EvaluateConfig, "evaluate", argv)
     path = evaluate(config)
     if PartialState().is_main_process:
-        written = [file for file in (path, path.with_suffix(".csv"), path.with_suffix(".png")) if file.exists()]
-        print(f"results in {', '.join(map(str, written))}")
+        files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ADVERSARIAL, ".png")]
+        print(f"results in {', '.join(str(file) for file in files if file.exists())}")
         if (Path(config.run) / "config.json").is_file() and path.parent.name == "results":
             print(f"next: drelu-timm export {config.run} --key Author2026Title_ARCH")
 
@@ -86,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     An evaluation that is there already is shown again, not repeated; one that was stopped is gone on with.
 
     Returns:
-        The .json file; the .csv lies beside it, and the picture of a sweep.
+        The .json file; the .csv lies beside it, and the adversarial images or the picture of a sweep.
 
     Raises:
         InputError: Anything in the config that cannot be used, or a result of other settings in the same place.
@@ -140,20 +143,34 @@ def evaluate(config: EvaluateConfig) -> Path:
         results = asked | ({"curve": summaries} if sweep else summaries[0])
         results |= {"processes": processes.count, **environment()}
         if not processes.index:
-            _write(path, results, evaluations, title)
+            _write(path, asked, results, evaluations, title)
     if not processes.index:
         show_curve(results, title) if sweep else show(results, title)
     return path
 
 
-def _write(path: Path, results: dict[str, Any], evaluations: Sequence[Evaluation], title: str) -> None:
-    """All files of a result, the .json last: a result is there once this is."""
-    if len(evaluations) == 1:
-        write_text(path.with_suffix(".csv"), rows(evaluations[0]))
-    else:
-        write_text(path.with_suffix(".csv"), sweep_rows(evaluations))
-        draw_curve(results["curve"], path.with_suffix(".png"), title=title)
-    write_json(path, results)
+def _write(
+    path: Path, asked: dict[str, Any], results: dict[str, Any], evaluations: Sequence[Evaluation], title: str
+) -> None:
+    """All files of a result, the .json last: a result is there once this is.
+
+    Raises:
+        InputError: A full disk, or another reason why a file cannot be written.
+    """
+    adversarial = evaluations[0].adversarial
+    try:
+        if adversarial is None:
+            write_text(path.with_suffix(".csv"), sweep_rows(evaluations))
+            draw_curve(results["curve"], path.with_suffix(".png"), title=title)
+        else:
+            write_text(path.with_suffix(".csv"), rows(evaluations[0]))
+            results |= {"adversarial_sha256": adversarial.save(path.with_suffix(ADVERSARIAL), asked)}
+        write_json(path, results)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} and the files beside it cannot be written ({one_line(error)}); what was measured is kept: make "
+            "room and run the same command again"
+        ) from error
     shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
 
 

@@ -5,9 +5,8 @@ An attack only searches. What it returns is brought into the ball, and judged by
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive import substitutable_layers
+from .adversarial import Adversarial
 from .attacks import ThreatModel, channels_last, frozen
 from .checks import check_data, count_classes
-from .driver import Attacked, Batch, Columns, Driver, Outcome, example_seed, label_margin
+from .driver import Driver, Outcome, example_seed
 from .errors import InputError
-from .masking import PROBED, SIGNALS, Verdict, probes, signals, verdict
+from .masking import Verdict
 from .processes import Processes
 from .rows import Rows, digest, model_digest
+from .stages import CLEAN, CleanPass, ProbeRun, SuiteRun, run_clean, run_probes, run_suite
 from .suites import ATTACKS, Suite, find_suite
-
-CLEAN = "clean"  # the stage of the clean images
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,17 @@ class Evaluation:
         predictions: [N], of the clean images.
         robust: For each attack (or column of the suite, such as "autoattack"), [N]: right on the clean image and on
             what the attack returned.
+        sequences: For each column of several attacks, such as "autoattack", the accuracy in [0, 1] that each of its
+            attacks left, with those before it; that of the last is the column's.
         broken: What broke each example.
+        adversarial: The images that did it; None of a sweep, and in all processes but the first.
         settings: For each attack, what decides what it finds.
         zero_gradient_share: Share of the correctly classified examples with an input gradient (of the cross-entropy)
             of exactly zero.
         cw_l2: Of the suites that hold "cw-l2".
         verdict: Whether white-box accuracies can be believed.
         seconds: Wall-clock time, of a sweep that of the whole; what was measured before it went on is not in it.
+        attack_seconds: The same for each attack of the suite; those that had begun before it went on are left out.
     """
 
     threat_model: ThreatModel
@@ -90,12 +93,15 @@ class Evaluation:
     labels: Tensor
     predictions: Tensor
     robust: dict[str, Tensor]
+    sequences: dict[str, dict[str, float]]
     broken: Broken
+    adversarial: Adversarial | None
     settings: dict[str, dict[str, Any]]
     zero_gradient_share: float
     cw_l2: CarliniWagner | None
     verdict: Verdict
     seconds: float
+    attack_seconds: dict[str, float]
 
     @property
     def clean(self) -> float:
@@ -221,11 +227,11 @@ def evaluate_sweep(
             columns["transfer"] = (replace(ATTACKS["transfer"], source=transfer_from),)
         driver = Driver(model, images, labels, threat_models, seed, batch_size, search_dtype, processes=processes)
         driver = replace(driver, rows=Rows(state, _identity(driver, suite, columns), processes.index))
-        clean = _measure_clean(driver)
-        attacked = _attack(driver, columns, clean.correct)
-        probed = [_probe(driver, position, columns, clean, attacked) for position in range(len(threat_models))]
+        clean = run_clean(driver)
+        suite_run = run_suite(driver, columns, clean.correct)
+        probed = [run_probes(driver, position, columns, clean, suite_run) for position in range(len(threat_models))]
         evaluations = [
-            _evaluation(driver, suite, columns, clean, attacked, probed[: position + 1])
+            _evaluation(driver, suite, columns, clean, suite_run, probed[: position + 1])
             for position in range(len(threat_models))
         ]
     seconds = time.monotonic() - started
@@ -246,117 +252,44 @@ def _identity(driver: Driver, suite: str, columns: Suite) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Clean:
-    """What was measured on the clean images: [N] each."""
-
-    predictions: Tensor
-    margins: Tensor
-    correct: Tensor
-    signals: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Attacked:
-    """What a suite did, in positions of threat models.
-
-    Attributes:
-        broken_at: For each column, [N]: position of the smallest that broke the example, their number where none did;
-            0 for examples that are wrong as they are.
-        outcomes: For each single attack.
-    """
-
-    broken_at: dict[str, Tensor]
-    outcomes: dict[str, Outcome]
-
-
-def _attack(driver: Driver, columns: Suite, correct: Tensor) -> _Attacked:
-    """Every column of a suite on the correctly classified examples [N], single attacks before sequences of them."""
-    attacked = _Attacked({}, {})
-    for column, stages in sorted(columns.items(), key=lambda item: len(item[1])):
-        left = torch.where(correct, len(driver.threat_models), 0)
-        for attack in stages:
-            if attack.name not in attacked.outcomes:  # what it does to all examples, it does to those that are left
-                attacked.outcomes[attack.name] = driver.attack(attack, left)
-            left = torch.minimum(left, attacked.outcomes[attack.name].broken_at)
-        attacked.broken_at[column] = left
-    return attacked
-
-
-@dataclass(frozen=True)
-class _Probed:
-    """What the probes for masking did in one threat model, by the name of their stage, and what they say."""
-
-    outcomes: dict[str, Outcome]
-    verdict: Verdict
-
-
-def _probe(driver: Driver, position: int, columns: Suite, clean: _Clean, attacked: _Attacked) -> _Probed:
-    """Run the probes in one of the driver's threat models, each on what those before it in the same ball left."""
-    threat_model = driver.threat_models[position]
-    examples = clean.correct & (clean.correct.cumsum(0) <= PROBED)
-    broken: dict[str, Tensor] = {}
-    outcomes: dict[str, Outcome] = {}
-    left: dict[ThreatModel, Tensor] = {}
-    for probe in probes(driver.model, threat_model, driver.images[0].numel()):
-        standing = left.setdefault(probe.threat_model, examples)
-        stage = f"probe {probe.attack.name} at {probe.threat_model.written}"
-        within = replace(driver, threat_models=[probe.threat_model])
-        outcome = within.attack(probe.attack, standing.long(), stage=stage)
-        broken[probe.attack.name] = standing & (outcome.broken_at == 0)
-        left[probe.threat_model] = standing & ~broken[probe.attack.name]
-        if probe.threat_model == threat_model:
-            outcomes[stage] = outcome
-    flags = {name: flag[examples] for name, flag in clean.signals.items()}
-    broken = {name: flag[examples] for name, flag in broken.items()}
-    hidden = _hidden(columns, attacked, position)
-    return _Probed(outcomes, verdict(driver.labels[examples], flags, broken, hidden[examples]))
-
-
-def _hidden(columns: Suite, attacked: _Attacked, position: int) -> Tensor:
-    """Which examples [N] no white-box attack of a suite broke, but another of its attacks did."""
-    white_box = others = torch.zeros_like(next(iter(attacked.broken_at.values())), dtype=torch.bool)
-    for attack in {attack.name: attack for stages in columns.values() for attack in stages}.values():
-        broken = attacked.outcomes[attack.name].broken_at <= position
-        if attack.kind == "white-box":
-            white_box = white_box | broken
-        else:
-            others = others | broken
-    return others & ~white_box
-
-
 def _evaluation(
-    driver: Driver, suite: str, columns: Suite, clean: _Clean, attacked: _Attacked, probed: Sequence[_Probed]
+    driver: Driver, suite: str, columns: Suite, clean: CleanPass, suite_run: SuiteRun, probed: Sequence[ProbeRun]
 ) -> Evaluation:
     """The evaluation in the last of the threat models that were ``probed``."""
     position = len(probed) - 1
     threat_model = driver.threat_models[position]
-    broken = {name: (outcome, outcome.broken_at <= position) for name, outcome in attacked.outcomes.items()}
-    for outcomes in (within.outcomes for within in probed):  # what broke it in a smaller ball breaks it in this one
-        broken |= {stage: (outcome, outcome.broken_at == 0) for stage, outcome in outcomes.items()}
-    cw = attacked.outcomes.get("cw-l2")
+    broken = _broken(driver, clean, suite_run, probed)
+    cw = suite_run.outcomes.get("cw-l2")
     return Evaluation(
         threat_model=threat_model,
         suite=suite,
         seed=driver.seed,
         labels=driver.labels,
         predictions=clean.predictions,
-        robust={column: attacked.broken_at[column] > position for column in columns},
-        broken=_broken(driver, clean, broken),
+        robust={column: suite_run.broken_at[column] > position for column in columns},
+        sequences={
+            column: {attack: _share(broken_at > position) for attack, broken_at in after.items()}
+            for column, after in suite_run.sequences.items()
+        },
+        broken=broken,
+        adversarial=_adversarial(driver, broken),
         settings=_settings(columns),
         zero_gradient_share=_share(clean.signals["zero_gradient_ce"][clean.correct]),
         cw_l2=_carlini_wagner(cw.l2, clean.correct, threat_model, driver.images[0].numel()) if cw else None,
         verdict=probed[-1].verdict,
         seconds=0.0,
+        attack_seconds={
+            attack: outcome.seconds for attack, outcome in suite_run.outcomes.items() if outcome.seconds is not None
+        },
     )
 
 
-def _broken(driver: Driver, clean: _Clean, broken: Mapping[str, tuple[Outcome, Tensor]]) -> Broken:
-    """By what each example was broken; of several attacks that did it, the first."""
+def _broken(driver: Driver, clean: CleanPass, suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Broken:
+    """By what each example was broken; of several attacks that did it, the one that ran first."""
     by = ["" if right else CLEAN for right in clean.correct.tolist()]
     steps = torch.full(driver.labels.shape, torch.nan, dtype=torch.float64)
     margins = torch.where(clean.correct, torch.inf, clean.margins)
-    for name, (outcome, flags) in broken.items():
+    for name, outcome, flags in _breaks(suite_run, probed):
         standing = torch.tensor([not name for name in by])
         for example in (flags & standing).nonzero().squeeze(1).tolist():
             by[example] = name
@@ -368,29 +301,26 @@ def _broken(driver: Driver, clean: _Clean, broken: Mapping[str, tuple[Outcome, T
     return Broken(by, steps, margins, seeds)
 
 
-def _measure_clean(driver: Driver) -> _Clean:
-    """The clean pass.
+def _breaks(suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Iterator[tuple[str, Outcome, Tensor]]:
+    """By stage, in the order in which they ran: what it did, and which examples [N] it broke in the last ball probed.
 
-    Raises:
-        InputError: Logits that are not finite.
+    What breaks an example in a smaller ball breaks it in this one.
     """
-    driver.measure(
-        CLEAN, torch.ones_like(driver.labels, dtype=torch.bool), partial(_clean_columns, Attacked(driver.model))
-    )
-    margins = driver.column(CLEAN, "margin")
-    if count := int((margins == -torch.inf).sum()):
-        raise InputError(f"the model returns NaN or infinite logits for {count} of {len(margins)} clean images")
-    predictions = driver.column(CLEAN, "prediction").long()
-    correct = predictions == driver.labels
-    flags = {name: driver.column(CLEAN, name) == 1 for name in SIGNALS}
-    return _Clean(predictions, margins, correct, flags)
+    position = len(probed) - 1
+    for attack, outcome in suite_run.outcomes.items():
+        yield attack, outcome, outcome.broken_at <= position
+    for probe_run in probed:
+        for stage, outcome in probe_run.outcomes.items():
+            yield stage, outcome, outcome.broken_at == 0
 
 
-def _clean_columns(model: nn.Module, batch: Batch) -> Columns:
-    with torch.no_grad():
-        logits = model(batch.images)
-    columns = {"prediction": logits.argmax(dim=1), "margin": label_margin(logits, batch.labels)}
-    return columns | signals(model, batch.images, batch.labels)
+def _adversarial(driver: Driver, broken: Broken) -> Adversarial | None:
+    """The images that broke the examples, where the driver kept them."""
+    if len(driver.threat_models) > 1 or driver.processes.index:
+        return None
+    stages = {example: by for example, by in enumerate(broken.by) if by not in ("", CLEAN)}
+    images = driver.rows.images(stages, driver.images.shape[1:])
+    return Adversarial(torch.tensor(list(stages), dtype=torch.int64), images)
 
 
 def _settings(columns: Suite) -> dict[str, dict[str, Any]]:

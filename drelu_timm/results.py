@@ -24,10 +24,12 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         "clean": evaluation.clean,
         "accuracy": evaluation.accuracy,
         "worst": evaluation.worst,
+        "sequences": evaluation.sequences,
         "zero_gradient_share": evaluation.zero_gradient_share,
         "cw_l2": asdict(evaluation.cw_l2) if evaluation.cw_l2 else None,
         "verdict": asdict(evaluation.verdict),
         "seconds": round(evaluation.seconds, 1),
+        "attack_seconds": {attack: round(seconds, 1) for attack, seconds in evaluation.attack_seconds.items()},
     }
 
 

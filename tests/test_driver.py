@@ -12,14 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from drelu_timm import __main__ as command_line
 from drelu_timm import data
+from drelu_timm.attacked import Attacked, label_margin
 from drelu_timm.attacks import Found
-from drelu_timm.driver import Attacked, label_margin
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation import evaluate_model, evaluate_sweep
 from drelu_timm.suites import ATTACKS, SUITES, Attack
@@ -44,8 +46,8 @@ def only(monkeypatch, *attacks):
 
 
 def lines(folder: Path) -> dict[tuple, dict]:
-    """What each line of a state says, by stage and example."""
-    rows = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()[1:]]
+    """What each whole line of a state says, by stage and example."""
+    rows = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().split("\n")[1:-1]]
     return {(row["stage"], row["example"]): row for row in rows}
 
 
@@ -57,15 +59,27 @@ def test_an_evaluation_goes_on_where_it_was_cut_and_ends_with_the_same_rows(toy,
     whole = evaluate_model(*toy, **arguments, state=tmp_path / "whole")
     expected = lines(tmp_path / "whole")
     (file,) = (tmp_path / "whole").glob("*.jsonl")
-    content = file.read_bytes()
+    content, images = file.read_bytes(), file.with_suffix(".images").read_bytes()
     for kept in torch.linspace(200, len(content) - 1, 5).int().tolist():
-        (tmp_path / "cut").mkdir()
-        (tmp_path / "cut" / file.name).write_bytes(content[:kept])
-        again = evaluate_model(*toy, **arguments, state=tmp_path / "cut")
-        assert lines(tmp_path / "cut") == expected
+        cut = tmp_path / "cut" / file.name
+        cut.parent.mkdir()
+        cut.write_bytes(content[:kept])
+        cut.with_suffix(".images").write_bytes(overwritten(images, lines(cut.parent)))
+        again = evaluate_model(*toy, **arguments, state=cut.parent)
+        assert lines(cut.parent) == expected
         assert again.accuracy == whole.accuracy
         assert again.broken.by == whole.broken.by
-        shutil.rmtree(tmp_path / "cut")
+        assert torch.equal(again.adversarial.index, whole.adversarial.index)
+        assert torch.equal(again.adversarial.images, whole.adversarial.images)
+        shutil.rmtree(cut.parent)
+
+
+def overwritten(images: bytes, rows: dict[tuple, dict]) -> bytes:
+    """Images of 8 x 8, NaN those that no row speaks of: as a process that is killed while it writes leaves them."""
+    pixels = np.frombuffer(images, np.float32).reshape(-1, 8 * 8).copy()
+    kept = {example for (_, example), row in rows.items() if "process" in row}
+    pixels[[example for example in range(len(pixels)) if example not in kept]] = np.nan
+    return pixels.tobytes()
 
 
 def test_what_is_known_is_not_measured_again(toy, tmp_path, monkeypatch):
@@ -130,6 +144,10 @@ def run(untrained_run):
     return untrained_run("1/255")
 
 
+def images_of(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "results" / f"{name}.adversarial.safetensors")
+
+
 def rows_of(run: Path, name: str) -> list[dict]:
     with (run / "results" / f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
@@ -172,6 +190,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
     assert len(set(sizes)) > KILLS // 2
     assert command_line.main(["evaluate", str(run), *arguments]) == 0
     assert rows_of(run, "standard-Linf-1_255") == rows_of(alone, "standard-Linf-1_255")
+    after, expected = (images_of(path, "standard-Linf-1_255") for path in (run, alone))
+    assert all(torch.equal(after[name], expected[name]) for name in ("index", "images"))
     assert not state.exists()
 
 
@@ -212,7 +232,11 @@ def test_the_same_on_two_processes(run):
     for one, two in zip(rows_of(alone, "quick-Linf-1_255"), rows_of(run, "quick-Linf-1_255"), strict=True):
         assert abs(float(one.pop("margin")) - float(two.pop("margin"))) < 1e-3
         assert one == two
-    assert {path.name for path in (run / "results").iterdir()} == {"quick-Linf-1_255.json", "quick-Linf-1_255.csv"}
+    one, two = (images_of(path, "quick-Linf-1_255") for path in (alone, run))
+    assert torch.equal(one["index"], two["index"])
+    torch.testing.assert_close(one["images"], two["images"], rtol=0, atol=1e-5)
+    suffixes = ("json", "csv", "adversarial.safetensors")
+    assert {path.name for path in (run / "results").iterdir()} == {f"quick-Linf-1_255.{suffix}" for suffix in suffixes}
 
 
 def test_accelerate_launch_that_starts_one_process_for_many_is_named(run):

@@ -1,16 +1,22 @@
 """The evaluation: what counts as broken, what is refused, what is written."""
 
 import csv
+import hashlib
 import json
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
+from drelu_timm import adversarial
 from drelu_timm.__main__ import main
-from drelu_timm.attacks import Found
+from drelu_timm.adversarial import Adversarial
+from drelu_timm.attacked import label_margin
+from drelu_timm.attacks import Found, ThreatModel
 from drelu_timm.errors import InputError
-from drelu_timm.evaluate import evaluate_model
+from drelu_timm.evaluate import evaluate_model, evaluate_sweep
 from drelu_timm.suites import ATTACKS, SUITES, Attack
 
 
@@ -205,6 +211,87 @@ def test_an_attack_is_not_repeated_in_a_sequence(toy, monkeypatch):
     assert result.accuracy["both"] < result.accuracy["first"] == result.clean
 
 
+def test_a_sequence_says_what_each_of_its_attacks_left(toy):
+    result = evaluate_model(*toy, eps="8/255", suite="standard")
+    (left,) = result.sequences.values()
+    assert list(result.sequences) == ["autoattack"]
+    assert list(left) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert list(left.values()) == sorted(left.values(), reverse=True)
+    assert 1 > left["apgd-ce"] >= left["square"] == result.accuracy["autoattack"]
+    quick = evaluate_model(*toy, eps="8/255", suite="quick")
+    assert quick.sequences["apgd"]["apgd-ce"] == quick.accuracy["apgd-ce"]
+
+
+# Adversarial images
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "attacks"),
+    [
+        ("Linf", "8/255", ["fgsm", "pgd", "noise"]),
+        ("Linf", "8/255", ["noise"]),  # what the probes break
+        ("L2", "0.2", ["noise", "cw-l2"]),
+    ],
+)
+def test_adversarial_images_break_what_they_are_said_to_break(toy, monkeypatch, norm, eps, attacks):
+    model, images, labels = toy
+    suite = only(monkeypatch, *(ATTACKS[attack] for attack in attacks))
+    result = evaluate_model(*toy, norm=norm, eps=eps, suite=suite)
+    index, found = result.adversarial.index, result.adversarial.images
+    assert index.tolist() == [example for example, by in enumerate(result.broken.by) if by not in ("", "clean")]
+    assert (len(index), found.dtype) == (round(40 * (result.clean - result.worst)), torch.float32)
+    assert len(set(result.broken.by) - {"", "clean"}) > 1, "the test has nothing to tell apart"
+    assert ThreatModel.parse(norm, eps).contains(found, images[index]).all()
+    torch.testing.assert_close(
+        label_margin(model(found), labels[index]).double(), result.broken.margin[index], rtol=0, atol=1e-5
+    )
+    put_in = images.clone()
+    put_in[index] = found
+    assert (model(put_in).argmax(dim=1) == labels).double().mean() == result.worst
+
+
+def test_the_image_that_broke_an_example_first_is_kept(toy, monkeypatch):
+    def dark(images):  # of every second example only
+        return images * (images.flatten(1).sum(dim=1) > 32).view(-1, 1, 1, 1)
+
+    suite = only(monkeypatch, gives(dark, name="dark"), gives(lambda x: 1 - x, name="inverse"))
+    result = evaluate_model(*toy, eps=1, suite=suite)
+    first = {"dark": dark, "inverse": lambda x: 1 - x}
+    assert set(first) <= set(result.broken.by)
+    for example, image in zip(result.adversarial.index.tolist(), result.adversarial.images, strict=True):
+        if (by := result.broken.by[example]) in first:
+            assert torch.equal(image, first[by](toy[1][example : example + 1])[0])
+
+
+def test_the_images_are_the_same_on_disk_and_in_memory(toy, tmp_path):
+    in_memory = evaluate_model(*toy, eps="8/255", batch_size=9).adversarial
+    on_disk = evaluate_model(*toy, eps="8/255", batch_size=9, state=tmp_path).adversarial
+    assert len(in_memory.index)
+    assert torch.equal(in_memory.index, on_disk.index)
+    assert torch.equal(in_memory.images, on_disk.images)
+    assert (tmp_path / "process-0.images").stat().st_size <= 40 * 8 * 8 * 4
+
+
+def test_a_model_that_nothing_breaks_has_no_images(toy, monkeypatch, tmp_path):
+    result = evaluate_model(*toy, eps=1e-9, suite=only(monkeypatch, gives(lambda x: x)), state=tmp_path / "state")
+    assert result.worst == result.clean
+    assert result.adversarial.images.shape == (0, 1, 8, 8)
+    result.adversarial.save(tmp_path / "none.safetensors", {})
+    assert load_file(tmp_path / "none.safetensors")["index"].shape == (0,)
+
+
+def test_a_sweep_keeps_no_images(toy, tmp_path):
+    sweep = evaluate_sweep(*toy, eps=["1/255", "8/255"], suite="quick", state=tmp_path)
+    assert [evaluation.adversarial for evaluation in sweep] == [None, None]
+    assert {path.name for path in tmp_path.iterdir()} == {"process-0.jsonl"}
+
+
+def test_the_same_images_are_the_same_file(tmp_path):
+    found = Adversarial(torch.tensor([2, 5]), torch.rand(2, 1, 8, 8))
+    identity = {"norm": "Linf", "eps": "8/255", "suite": "quick", "seed": 0, "model_digest": "0"}
+    assert len({found.save(tmp_path / f"{i}.safetensors", identity) for i in range(5)}) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -287,7 +374,20 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
     for attack, accuracy in results["accuracy"].items():
         assert sum(int(row[attack]) for row in rows) / 20 == accuracy
     assert sum(row["label"] == row["clean_prediction"] for row in rows) / 20 == results["clean"]
-    assert {file.name for file in path.parent.iterdir()} == {path.name, path.with_suffix(".csv").name}
+    images = path.with_suffix(".adversarial.safetensors")
+    assert {file.name for file in path.parent.iterdir()} == {path.name, path.with_suffix(".csv").name, images.name}
+    assert results["sequences"]["apgd"]["apgd-ce"] == results["accuracy"]["apgd-ce"]
+    assert set(results["attack_seconds"]) == {"apgd-ce", "apgd-t", "bpda", "bpda-soft", "twin"}
+
+    tensors = load_file(images)
+    broken = [int(row["index"]) for row in rows if row["broken_by"] not in ("", "clean")]
+    assert tensors["index"].tolist() == broken
+    assert tensors["images"].shape == (len(broken), 1, 8, 8)
+    assert hashlib.sha256(images.read_bytes()).hexdigest() == results["adversarial_sha256"]
+    with safe_open(images, "pt") as file:
+        identity = json.loads(file.metadata()["identity"])
+    assert identity["model_digest"] == results["model_digest"]
+    assert [identity[field] for field in ("norm", "eps", "suite", "seed")] == ["Linf", "8/255", "quick", 0]
 
     written = path.read_bytes()
     assert main(arguments) == 0
@@ -318,6 +418,23 @@ def test_flags_that_cannot_be_used(run, capsys, arguments, message):
     assert error.startswith("error: ")
     assert message in error
     assert not (run / "results").exists()
+
+
+def test_a_full_disk_at_the_end_is_named_and_loses_nothing(run, capsys, monkeypatch):
+    arguments = ["evaluate", str(run), "--n-examples", "20"]
+    path = run / "results" / "quick-Linf-8_255.json"
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(adversarial, "save_file", full)
+    assert main(arguments) == 2
+    assert f"error: {path} and the files beside it cannot be written (No space left" in capsys.readouterr().err
+    assert not path.exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(run.parent)
+    assert main(arguments) == 0
+    assert "apgd-ce" not in json.loads(path.read_text())["attack_seconds"], "it was measured again"
 
 
 def test_a_result_cut_short_is_named(run, capsys):

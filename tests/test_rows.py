@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def test_rows_of_every_process_are_read_and_ones_own_appended(rows):
     [
         ({"model": "xyz"}, r"another model \(abc before, xyz now\); give what it was begun with, or delete it"),
         ({"eps": [0.1]}, r"another eps \(\[0.1, 0.2\] before, \[0.1\] now\)"),
+        ({"layout": 1}, r"another layout \(2 before, 1 now\)"),
         ({"seed": 1, "model": "x"}, r"another model \(abc before, x now\), another seed \(0 before, 1 now\)"),
     ],
 )
@@ -81,24 +83,96 @@ def test_a_file_that_is_no_rows_is_named(rows):
         Rows(rows.folder, IDENTITY)
 
 
-def test_a_full_disk_stops_and_keeps_what_is_there(rows):
-    before = rows.path.read_bytes()
+@contextmanager
+def no_file_above(size):
+    """As on a full disk, writing beyond so many bytes is an error."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(
-        signal.SIGXFSZ, signal.SIG_IGN
-    )  # so that the limit is an error of the write, as a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the limit is an error of the write
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(
-            InputError, match=r"process-0.jsonl cannot be written \(.*\); what is there is kept: make room"
-        ):
-            rows.append("cw", {0: {"margin": 1.0}})
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_stops_and_keeps_what_is_there(rows):
+    before = rows.path.read_bytes()
+    message = r"process-0.jsonl cannot be written \(.*\); what is there is kept: make room"
+    with no_file_above(len(before) + 20), pytest.raises(InputError, match=message):
+        rows.append("cw", {0: {"margin": 1.0}})
     assert rows.path.read_bytes()[: len(before)] == before
     again = Rows(rows.folder, IDENTITY)
     assert not again.stages["cw"]
     again.append("cw", {0: {"margin": 1.0}})
     lines = rows.path.read_text().splitlines()
     assert [json.loads(line) for line in lines][-1] == {"stage": "cw", "example": 0, "margin": 1.0}
+
+
+# Images
+
+
+PICTURES = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+
+
+def broken(*examples):
+    """What a stage appends that broke these."""
+    return {example: {"broken_at": 0} for example in examples}, {example: PICTURES[example] for example in examples}
+
+
+@pytest.mark.parametrize("folder", ["state", None])
+def test_images_come_back(tmp_path, folder):
+    rows = Rows(folder and tmp_path / folder, IDENTITY)
+    rows.append("pgd", *broken(4, 1))
+    rows.append("square", *broken(2))
+    asked = {1: "pgd", 2: "square", 4: "pgd"}
+    assert torch.equal(rows.images(asked, PICTURES.shape[1:]), PICTURES[[1, 2, 4]])
+    assert rows.images({}, PICTURES.shape[1:]).shape == (0, 2, 3, 3)
+    assert rows.column("pgd", "broken_at", 6).isnan().tolist() == [True, False, True, True, False, True]
+
+
+def test_images_of_every_process_are_read(tmp_path):
+    for process in range(2):
+        Rows(tmp_path, IDENTITY, process).append("pgd", *broken(process, process + 2))
+    again = Rows(tmp_path, IDENTITY)
+    assert torch.equal(again.images(dict.fromkeys(range(4), "pgd"), PICTURES.shape[1:]), PICTURES[:4])
+
+
+def test_images_that_lie_otherwise_in_memory_are_kept_as_they_are(tmp_path):
+    rows = Rows(tmp_path, IDENTITY)
+    image = PICTURES[:1].contiguous(memory_format=torch.channels_last)[0]
+    assert not image.is_contiguous()
+    rows.append("pgd", {0: {"broken_at": 0}}, {0: image})
+    assert torch.equal(rows.images({0: "pgd"}, image.shape)[0], image)
+
+
+def test_an_image_is_there_before_its_row(tmp_path):
+    """Where the image cannot be written, its row is not, and the example is measured again."""
+    rows = Rows(tmp_path, IDENTITY)
+    rows.append("pgd", *broken(0))
+    message = r"process-0.images cannot be written \(.*\); what is there is kept: make room"
+    with no_file_above(rows.path.stat().st_size + 200), pytest.raises(InputError, match=message):
+        rows.append("pgd", *broken(1, 5))
+    again = Rows(tmp_path, IDENTITY)
+    assert again.stages["pgd"].keys() == {0}
+    assert torch.equal(again.images({0: "pgd"}, PICTURES.shape[1:])[0], PICTURES[0])
+
+
+def test_rows_of_a_time_before_images_are_refused(rows):
+    first, *rest = rows.path.read_text().splitlines(keepends=True)
+    rows.path.write_text("".join([first.replace('"layout": 2, ', ""), *rest]))
+    with pytest.raises(InputError, match=r"another layout \(None before, 2 now\); give .*, or delete it"):
+        Rows(rows.folder, IDENTITY)
+
+
+def test_images_that_are_gone_or_cut_are_named(tmp_path):
+    rows = Rows(tmp_path, IDENTITY)
+    rows.append("pgd", *broken(0, 5))
+    file = tmp_path / "process-0.images"
+    os.truncate(file, 100)
+    assert torch.equal(rows.images({0: "pgd"}, PICTURES.shape[1:])[0], PICTURES[0])
+    with pytest.raises(InputError, match=r"process-0.images cannot be read \(it is cut\); delete .* to evaluate anew"):
+        rows.images({5: "pgd"}, PICTURES.shape[1:])
+    file.unlink()
+    with pytest.raises(InputError, match=r"process-0.jsonl lacks its images, process-0.images; delete .* to evaluate"):
+        Rows(tmp_path, IDENTITY)
