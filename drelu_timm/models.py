@@ -1,5 +1,6 @@
 """The models: importing this registers every `<arch>_drelu`; normalisation; a model as a folder of files."""
 
+import hashlib
 import json
 import tempfile
 from collections import OrderedDict
@@ -129,36 +130,67 @@ def load_folder(folder: str | Path) -> nn.Module:
         InputError: A file that is missing or cut short, an unknown architecture, or weights that do not fit.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    return load_saved(read_config(folder / CONFIG), folder / WEIGHTS, folder / CONFIG)
+
+
+def load_saved(config: Any, weights: Path, where: Path) -> nn.Module:
+    """The model of a config and a weights file, which need not lie in one folder.
+
+    Args:
+        config: What a config.json holds.
+        weights: In the safetensors format.
+        where: The file that the config is from; errors name it.
+
+    Raises:
+        InputError: A config that lacks something, an unknown architecture, or weights that do not fit.
+    """
+    _check_config(config, where)
     architecture = config["architecture"]
     if not timm.is_model(architecture):
-        raise unknown(f"{folder / CONFIG}: architecture", architecture, timm.list_models())
+        raise unknown(f"{where}: architecture", architecture, timm.list_models())
     try:
-        weights = safetensors.torch.load_file(folder / WEIGHTS)
+        tensors = safetensors.torch.load_file(weights)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS} cannot be read ({one_line(error)}); save the model again") from error
+        raise InputError(f"{weights} cannot be read ({one_line(error)}); save the model again") from error
     cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
     try:
         arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
         model = timm.create_model(architecture, pretrained_cfg=cfg, **arguments)
-        model.load_state_dict(weights)
+        model.load_state_dict(tensors)
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"{folder} does not hold a whole {architecture} ({one_line(error)}); save it again") from error
+        raise InputError(
+            f"{weights} does not hold a whole {architecture} as {where} describes it ({one_line(error)}); save it again"
+        ) from error
     return model
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """A folder's config.json, with what `load_folder` needs."""
+def read_config(path: Path) -> Any:
+    """What a config.json holds; `load_saved` checks it.
+
+    Raises:
+        InputError: A file that is missing or cut short.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)}); give a folder that save_folder wrote") from error
-    needed = ("architecture", "num_classes", "pretrained_cfg")
-    if not isinstance(config, dict) or any(key not in config for key in needed):
-        raise InputError(f"{path} is no model's config; it must have {', '.join(needed)}")
+
+
+def sha256_of(file: Path) -> str:
+    """A file's SHA-256, as sha256sum prints it."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _check_config(config: Any, where: Path) -> None:
+    needed = {"architecture": str, "num_classes": int, "pretrained_cfg": dict}
+    if not isinstance(config, dict) or any(not isinstance(config.get(key), kind) for key, kind in needed.items()):
+        raise InputError(f"{where} is no model's config; it must have {', '.join(needed)}")
+    if not isinstance(config.get("model_args", {}), dict):
+        raise InputError(
+            f"{where}: model_args {config['model_args']!r} are no arguments; give an object, or leave it out"
+        )
     forbidden = [key for key in config.get("model_args", {}) if key in FACTORY_ARGUMENTS]
     if forbidden:
-        raise InputError(f"{path}: model_args may not hold {', '.join(forbidden)}; they would read other files")
-    return config
+        raise InputError(f"{where}: model_args may not hold {', '.join(forbidden)}; they would read other files")

@@ -137,11 +137,11 @@ class ShallowCNN(Classifier):
             raise InputError(f"img_size {img_size} is too small for this net, which halves it twice; give at least 4")
         self.num_features = widths[1]
         self.head_hidden_size = hidden_size
-        convolution = {"kernel_size": 4, "stride": 2} if strided else {"kernel_size": 3}
-        self.conv1 = nn.Conv2d(in_chans, widths[0], padding=1, **convolution)
+        kernel, stride = (4, 2) if strided else (3, 1)
+        self.conv1 = nn.Conv2d(in_chans, widths[0], kernel, stride, padding=1)
         self.act1 = nn.ReLU()
         self.pool1 = nn.Identity() if strided else nn.MaxPool2d(2)
-        self.conv2 = nn.Conv2d(widths[0], widths[1], padding=1, **convolution)
+        self.conv2 = nn.Conv2d(widths[0], widths[1], kernel, stride, padding=1)
         self.act2 = nn.ReLU()
         self.pool2 = nn.Identity() if strided else nn.MaxPool2d(2)
         self.fc1 = nn.Linear(widths[1] * (height // 4) * (width // 4), hidden_size)

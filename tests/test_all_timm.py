@@ -83,7 +83,7 @@ def at_most(seconds: int):
 
 
 def architectures() -> list[str]:
-    return timm.list_models(exclude_filters="*_drelu")
+    return sorted(set(timm.list_models(exclude_filters="*_drelu")) - set(timm.list_models(module="robust_models")))
 
 
 # What timm calls small models, the smallest first.
@@ -109,7 +109,8 @@ HINTS = (
 
 def one_of_each_family() -> list[str]:
     """A small model of each of timm's modules, by its name and image size."""
-    families = [timm.list_models(module=module, exclude_filters="*_drelu") for module in timm.list_modules()]
+    modules = [module for module in timm.list_modules() if module != "robust_models"]  # trained ones
+    families = [timm.list_models(module=module, exclude_filters="*_drelu") for module in modules]
     return [min(family, key=_size) for family in families if family]
 
 

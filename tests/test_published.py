@@ -1,0 +1,152 @@
+"""Models whose cards come with the package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from drelu_timm import InputError, load_folder, normalized, published, save_folder
+from drelu_timm.models import sha256_of
+from drelu_timm.published import register_published
+
+KEY = "Tester2026Published_dense"
+NAME = "tester2026published_dense_digits_linf"
+
+
+def publish(cards: Path, saved: Path, key: str = KEY) -> Path:
+    """A model's card, and its weights beside it."""
+    weights = saved / "model.safetensors"
+    measured = {
+        "key": key,
+        "timm": json.loads((saved / "config.json").read_text()),
+        "weights": {"sha256": sha256_of(weights), "bytes": weights.stat().st_size},
+        "recipe": f"scripts/digits/Linf/{key}.sh",
+    }
+    card = cards / "digits" / "Linf" / f"{key}.json"
+    card.parent.mkdir(parents=True, exist_ok=True)
+    card.write_text(json.dumps({"dataset": "digits", "unreliable": False, "measured": measured}))
+    card.with_suffix(".safetensors").write_bytes(weights.read_bytes())
+    return card
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "saved"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_folder(timm.create_model("dense_drelu", num_classes=10, in_chans=1, img_size=8, width=8), folder)
+    return folder
+
+
+@pytest.fixture
+def cards(tmp_path):
+    return tmp_path / "model_cards"
+
+
+def test_a_published_model_is_created_by_its_name(cards, saved):
+    publish(cards, saved)
+    register_published(cards)
+    model = timm.create_model(NAME, pretrained=True)
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(model(images), normalized(load_folder(saved)).eval()(images))
+
+
+IN_A_PROCESS = """
+import socket, sys
+def refuse(*args, **kwargs):
+    raise AssertionError("the network was used")
+socket.socket.connect = socket.getaddrinfo = refuse
+import timm, torch, drelu_timm
+print(timm.create_model(sys.argv[1], pretrained=True)(torch.zeros(1, 1, 8, 8)).tolist())
+"""
+
+
+def test_an_installed_copy_finds_its_cards_without_the_network(tmp_path, saved):
+    package = Path(published.__file__).parent
+    copy = tmp_path / "site-packages" / "drelu_timm"
+    copy.mkdir(parents=True)
+    for file in package.glob("*.py"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    publish(copy / "model_cards", saved)
+    publish(copy / "model_cards", saved, "Broken").write_text("{")
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", IN_A_PROCESS, NAME],
+        env={**os.environ, "PYTHONPATH": str(copy.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    logits = normalized(load_folder(saved)).eval()(torch.zeros(1, 1, 8, 8)).tolist()
+    assert done.stdout.splitlines()[-1] == str(logits)
+
+
+def test_a_checkout_finds_its_cards_beside_the_package(cards, saved, tmp_path, monkeypatch):
+    publish(cards, saved, "InCheckout")
+    monkeypatch.setattr(published, "INSTALLED", tmp_path / "none")
+    monkeypatch.setattr(published, "IN_CHECKOUT", cards)
+    register_published()
+    assert timm.is_model("incheckout_digits_linf")
+
+
+def test_without_a_folder_nothing_is_registered(cards, monkeypatch):
+    monkeypatch.setattr(published, "INSTALLED", cards)
+    monkeypatch.setattr(published, "IN_CHECKOUT", cards)
+    before = timm.list_models()
+    register_published()
+    assert timm.list_models() == before
+
+
+def test_a_card_is_read_when_its_model_is_created(cards, saved):
+    publish(cards, saved).write_text("{")
+    register_published(cards)
+    with pytest.raises(InputError, match=rf"{KEY}.json cannot be read as JSON"):
+        timm.create_model(NAME, pretrained=True)
+
+
+@pytest.mark.parametrize("lost", ["measured", "timm", "weights", "recipe"])
+def test_a_card_that_lacks_something_is_named(cards, saved, lost):
+    card = publish(cards, saved)
+    content = json.loads(card.read_text())
+    (content if lost == "measured" else content["measured"]).pop(lost)
+    card.write_text(json.dumps(content))
+    register_published(cards)
+    with pytest.raises(InputError, match=rf"{KEY}.json is no model's card \(KeyError\('{lost}'\)\)"):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_a_card_without_weights_says_how_to_get_them(cards, saved):
+    card = publish(cards, saved)
+    card.with_suffix(".safetensors").unlink()
+    register_published(cards)
+    weights = saved / "model.safetensors"
+    with pytest.raises(InputError) as caught:
+        timm.create_model(NAME, pretrained=True)
+    assert str(caught.value) == (
+        f"{KEY}: its weights do not come with the package ({weights.stat().st_size:,} bytes, sha256 "
+        f"{sha256_of(weights)}); make them by scripts/digits/Linf/{KEY}.sh and drelu-timm export, then "
+        f"register_robust_model('{KEY}', 'digits', 'Linf', FOLDER), or give the place of these very ones and their "
+        "sha256"
+    )
+
+
+def test_other_weights_beside_a_card_are_not_used(cards, saved):
+    weights = publish(cards, saved).with_suffix(".safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    register_published(cards)
+    with pytest.raises(InputError, match=rf"{KEY}.safetensors holds other weights than were registered: sha256"):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_stray_files_do_not_stop_the_import(cards, saved):
+    for name in ("._Tester2026.json", "a.b.json"):
+        publish(cards, saved).with_name(name).write_text("")
+    register_published(cards)
+    assert timm.is_model(NAME)
