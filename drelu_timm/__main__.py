@@ -13,6 +13,7 @@ VERBS = {
     "train": "train a timm model, naturally, adversarially or by TRADES; writes a run directory",
     "evaluate": "attack a trained model with the strongest attacks known; writes results into its run",
     "export": "a run as a RobustBench entry, a timm / Hugging Face folder and a model card",
+    "doctor": "what is installed here, what of it clashes, and the commands that mend it",
 }
 
 HOW_TO_GO_ON = {
@@ -25,7 +26,12 @@ HELP += "\n\n`drelu-timm VERB --help` lists a verb's options."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; 0 when done, 2 for input that cannot be used, 75 where SIGTERM stopped it, 130 for Ctrl-C."""
+    """Run a verb.
+
+    Returns:
+        0 when done, 1 where doctor found something broken, 2 for input that cannot be used, 75 where SIGTERM stopped
+        it, 130 for Ctrl-C.
+    """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("-h", "--help"):
         print(HELP)
@@ -33,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise unknown("VERB", verb, VERBS)
-        _module(verb).main(rest)
+        return _module(verb).main(rest) or 0
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a launch meets the same error: say it once
             print(f"error: {error}", file=sys.stderr)
@@ -44,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped{HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _module(verb: str):

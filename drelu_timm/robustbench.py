@@ -4,12 +4,9 @@ RobustBench (Croce et al. 2021, https://arxiv.org/abs/2010.09670) 1.1.1 on PyPI 
 happens before `adapt` is called, and nothing of RobustBench is copied.
 """
 
-import hashlib
 import sys
-from base64 import urlsafe_b64encode
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -17,8 +14,7 @@ from torch import Tensor
 
 from .data import DATASETS, load_images, to_float
 from .errors import InputError
-
-INSTALL = "pip install 'drelu-timm[robustbench]'"
+from .installation import ROBUSTBENCH, broken_robustbench, pip, robustbench_problems
 
 
 @cache
@@ -41,47 +37,15 @@ def adapt() -> ModuleType:
     try:
         robustbench = import_module("robustbench")
     except ImportError as error:
-        raise InputError(
-            f"robustbench cannot be imported ({error}); reinstall it: {INSTALL} --force-reinstall"
-        ) from error
+        raise InputError(str(broken_robustbench(error))) from error
     _add_datasets(robustbench)
     return robustbench
 
 
 def _check_installation() -> None:
     """Raise what would otherwise be a riddle, each with the command that mends it."""
-    if _overwritten_by_torchattacks():
-        raise InputError(
-            "robustbench: torchattacks has put its stale copy in the place of the real one; "
-            f"mend it with: pip uninstall -y torchattacks robustbench && {INSTALL}"
-        )
-    try:
-        version("robustbench")
-    except PackageNotFoundError:
-        raise InputError(f"robustbench is not installed; {INSTALL}") from None
-    if find_spec("pkg_resources") is None:
-        raise InputError(
-            "robustbench imports pkg_resources, which setuptools has no longer from version 81 on; "
-            "pip install 'setuptools<81'"
-        )
-
-
-def _overwritten_by_torchattacks() -> bool:
-    """Whether the robustbench/utils.py that is there is the one out of the torchattacks wheel."""
-    try:
-        carried = distribution("torchattacks").files or []
-    except PackageNotFoundError:
-        return False
-    for file in carried:
-        if file.as_posix() == "robustbench/utils.py" and file.hash is not None:
-            path = file.locate()
-            return path.is_file() and _record_hash(path.read_bytes()) == file.hash.value  # pyright: ignore
-    return False
-
-
-def _record_hash(content: bytes) -> str:
-    """SHA-256 as a wheel's RECORD writes it."""
-    return urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+    for problem in robustbench_problems():
+        raise InputError(str(problem))
 
 
 def _stand_in_for_autoattack() -> None:
@@ -89,7 +53,9 @@ def _stand_in_for_autoattack() -> None:
     try:
         sys.modules["autoattack.state"] = import_module("pyautoattack.state")
     except ImportError:
-        raise InputError(f"robustbench needs autoattack or pyautoattack, and neither is installed; {INSTALL}") from None
+        raise InputError(
+            f"robustbench needs autoattack or pyautoattack, and neither is installed; {pip(('install', ROBUSTBENCH))}"
+        ) from None
     sys.modules["autoattack"] = import_module("drelu_timm.autoattack")
 
 
