@@ -7,12 +7,14 @@ from .caps import cap_penalty
 from .drelu import DReLU, SReLU
 from .errors import DReLUWarning, InputError
 from .models import load_folder, normalized, save_folder
+from .published import register_published
 from .robust_models import register_robust_model
 
 if TYPE_CHECKING:
     from .evaluation import evaluate_model, evaluate_sweep
 
 __version__ = version("drelu-timm")
+register_published()
 
 __all__ = [
     "DReLU",

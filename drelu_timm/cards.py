@@ -1,12 +1,13 @@
-"""The model card of an evaluated run, from the run's files only."""
+"""The model card of an evaluated run, from what was measured only."""
 
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
 
-from .entries import Measured, percent
+from .entries import Measured, architecture, generated_images, percent
+from .recipes import OBJECTIVES, duration, made_with, training_commands
 
 CITATION = """\
 @article{sooksatra2024dynamic,
@@ -28,12 +29,16 @@ VERDICTS = {
 }
 
 
-def model_card(measured: Measured, checks: Sequence[str]) -> str:
-    """README.md of the exported folder: a Hugging Face model card.
+SHIPPED = 1_500_000  # bytes: the weights of a larger model do not lie beside its card
+
+
+def model_card(measured: Measured, *, source: str | None = None) -> str:
+    """A Hugging Face model card.
 
     Args:
         measured: What it is about.
-        checks: Sentences on what was checked of the folder.
+        source: Where `register_robust_model` finds the model: "." for the folder that the card lies in, or
+            "hf-hub:ORG/NAME". None for the card of a model that comes with this package.
     """
     sections = [
         f"---\n{yaml.safe_dump(_header(measured), sort_keys=False, allow_unicode=True)}---",
@@ -41,14 +46,14 @@ def model_card(measured: Measured, checks: Sequence[str]) -> str:
         _summary(measured),
         "## Accuracy",
         _accuracy(measured),
+        *([] if measured.curve is None else ["## Accuracy and radius", _curve(measured)]),
+        *([] if not measured.seeds else ["## Seeds", _seeds(measured)]),
         "## Loading",
-        _loading(measured),
+        _loading(measured) if source is None else _loading_from(measured, source),
         "## Training",
         _training(measured),
         "## Intended use and limits",
         _limits(measured),
-        "## Checked",
-        _list(checks),
         "## Licence and citation",
         _licence(measured),
         f"```bibtex\n{CITATION}\n```",
@@ -59,7 +64,7 @@ def model_card(measured: Measured, checks: Sequence[str]) -> str:
 def _header(measured: Measured) -> dict[str, Any]:
     """The YAML that the Hub reads; no accuracy under attack but the worst case, with the verdict in its name."""
     results = measured.results
-    preliminary = ", preliminary" if results["n_examples"] < measured.test_size else ""
+    preliminary = ", preliminary" if measured.preliminary else ""
     robust = f"Robust accuracy, worst case ({measured.threat_model}; gradient masking: {measured.verdict}{preliminary})"
     metrics = [
         {"type": "accuracy", "name": f"Clean accuracy{preliminary}", "value": _number(results["clean"])},
@@ -90,13 +95,14 @@ def _number(accuracy: float) -> float:
 
 
 def _summary(measured: Measured) -> str:
-    config, train = measured.config, measured.config["train"]
-    objective = {"natural": "natural training", "at": "adversarial training", "trades": "TRADES"}[train["objective"]]
+    config = measured.config
     images = f"{config['in_chans']} x {config['img_size']} x {config['img_size']}"
     return (
-        f"{train['model']} ({measured.num_parameters:,} parameters), trained on {config['dataset_title']} by "
-        f"{objective}. It takes images in [0, 1], {images}, and gives the logits of {config['num_classes']} classes. "
-        f"Threat model: {measured.threat_model}."
+        f"{architecture(measured)}, {measured.num_parameters:,} parameters, trained on {config['dataset_title']} by "
+        f"{OBJECTIVES[config['train']['objective']]}. It takes images in [0, 1], {images}, and gives the logits of "
+        f"{config['num_classes']} classes; normalisation is its first layer. Threat model: {measured.threat_model}. "
+        f"On this test set it classifies {percent(measured.results['clean'])} % right, and "
+        f"{percent(measured.results['worst'])} % under every attack tried; gradient masking: {measured.verdict}."
     )
 
 
@@ -112,7 +118,7 @@ def _accuracy(measured: Measured) -> str:
         f"Gradient masking: {measured.verdict}. {VERDICTS[measured.verdict]} The evidence:",
         _list(results["verdict"]["evidence"]),
         _cw_l2(results.get("cw_l2")),
-        f"Evaluation: suite {results['suite']}, seed {results['seed']}; {_made_with(results)}. The attacks' settings:",
+        f"Evaluation: suite {results['suite']}, seed {results['seed']}; {made_with(results)}. The attacks' settings:",
         _list(f"{attack}: {_settings(settings)}" for attack, settings in results["settings"].items()),
     ]
     return "\n\n".join(paragraphs)
@@ -130,14 +136,85 @@ def _cw_l2(cw: dict[str, Any] | None) -> str:
     )
 
 
+def _curve(measured: Measured) -> str:
+    assert measured.curve is not None
+    curve = measured.curve
+    rows = "\n".join(
+        f"| {at['eps']} | {percent(at['clean'])} | {percent(at['worst'])} | {at['verdict']['verdict']} |"
+        for at in curve["curve"]
+    )
+    return "\n\n".join(
+        [
+            f"![Accuracy under every attack against eps]({measured.key}.png)",
+            f"{curve['norm']}, suite {curve['suite']}, the first {curve['n_examples']:,} test images:",
+            f"| eps | clean, % | worst case, % | gradient masking |\n| ---: | ---: | ---: | --- |\n{rows}",
+        ]
+    )
+
+
+def _seeds(measured: Measured) -> str:
+    rows = "\n".join(
+        f"| {seed.seed} | {seed.n_examples:,} | {percent(seed.clean)} | {percent(seed.autoattack) or '-'} | "
+        f"{percent(seed.worst)} | {seed.verdict} |"
+        for seed in measured.seeds
+    )
+    spreads = []
+    for name, values in {
+        "clean": [seed.clean for seed in measured.seeds],
+        "worst case": [seed.worst for seed in measured.seeds],
+    }.items():
+        spreads.append(f"{name} {100 * mean(values):.2f} +- {100 * stdev(values):.2f}")
+    return (
+        "The same training with other seeds; this model is that of seed "
+        f"{measured.config['train']['seed']}.\n\n"
+        "| seed | test images | clean, % | AutoAttack, % | worst case, % | gradient masking |\n"
+        f"| ---: | ---: | ---: | ---: | ---: | --- |\n{rows}\n\n"
+        f"Mean and standard deviation over {len(measured.seeds)} seeds: {', '.join(spreads)} %."
+    )
+
+
 def _loading(measured: Measured) -> str:
-    key, dataset, norm = measured.key, measured.dataset, measured.threat_model.norm
+    """Of a model that comes with this package, or whose card does."""
+    if measured.weights.bytes > SHIPPED:
+        return (
+            f"Its weights do not come with `drelu_timm`: model.safetensors, {measured.weights.bytes:,} bytes, sha256 "
+            f"{measured.weights.sha256}. `{measured.recipe}` makes them (bit-equal on the same hardware and versions); "
+            "then:\n\n" + _with_timm_and_robustbench(measured, "runs/.../hub")
+        )
+    return "Its weights come with `drelu_timm`.\n\n" + _with_timm_and_robustbench(measured)
+
+
+def _loading_from(measured: Measured, source: str) -> str:
+    """Of a model in a folder or on the Hub."""
+    folder = source.replace("hf-hub:", "hf_hub:") if source != "." else "local-dir:."
     return f"""\
-With timm (`pip install drelu-timm`), from this folder:
+{_with_timm_and_robustbench(measured, source)}
+
+The network alone, for images that are normalised already, as is usual in timm (`local-dir:` takes a newer timm than
+1.0.9):
 
 ```python
-import register  # register.py, beside this file
+import drelu_timm
 import timm
+
+model = timm.create_model("{folder}", pretrained=True)
+```"""
+
+
+def _with_timm_and_robustbench(measured: Measured, source: str | None = None) -> str:
+    key, dataset, norm = measured.key, measured.dataset, measured.norm
+    register = ""
+    if source is not None:
+        register = (
+            f'\n\ndrelu_timm.register_robust_model("{key}", "{dataset}", "{norm}", "{source}", '
+            f'sha256="{measured.weights.sha256}")'
+        )
+    return f"""\
+With timm (`pip install drelu-timm`):
+
+```python
+import drelu_timm
+import timm{register}
 
 model = timm.create_model("{measured.name}", pretrained=True)
 ```
@@ -145,86 +222,75 @@ model = timm.create_model("{measured.name}", pretrained=True)
 With RobustBench (`pip install "drelu-timm[robustbench]"`):
 
 ```python
-import register
-from drelu_timm.robustbench import adapt
+import drelu_timm
+from drelu_timm.robustbench import adapt{register}
 
 robustbench = adapt()  # gives robustbench 1.1.1 what it imports
 model = robustbench.utils.load_model("{key}", dataset="{dataset}", threat_model="{norm}")
 ```
 
-Both give a Sequential of `normalize` and `model`, in eval mode, for images in [0, 1]. The network alone, for images
-that are normalised already, as is usual in timm (tried with timm 1.0.31; timm 1.0.9 cannot):
-
-```python
-import drelu_timm
-import timm
-
-model = timm.create_model("local-dir:.", pretrained=True)
-```"""
+Both give a Sequential of `normalize` and `model`, in eval mode, for images in [0, 1]."""
 
 
 def _training(measured: Measured) -> str:
-    config = measured.config
-    caps = "There is no D-ReLU in it."
-    if measured.caps:
-        caps = "Its caps after training: mean {mean:.4g}, smallest {min:.4g}, largest {max:.4g}.".format(
-            **measured.caps
-        )
-    return "\n\n".join(
-        [
-            f"```bash\n{_command(config['train'])}\n```",
-            f"One run. {caps} Trained with {_made_with(config)}.",
-        ]
-    )
-
-
-def _command(train: dict[str, Any]) -> str:
-    """The command that repeats a training, every setting of it spelled out."""
-    flags = [
-        shlex.join([f"--{name.replace('_', '-')}", *_arguments(value)])
-        for name, value in train.items()
-        if value is not None and value is not False and value != []
+    config, training = measured.config, measured.training
+    commands = "\n".join(training_commands(config, f"runs/{measured.key}"))
+    kept = training["epoch"]
+    facts = [
+        f"Data: {config['dataset_title']}; a part of its training images is held out to choose the epoch by.",
+        f"Preset: {config['train']['preset'] or 'none'}. Seed: {config['train']['seed']}.",
+        f"Epochs: {training['epochs']}; the weights are those of "
+        + (f"epoch {kept}, the best by {config['train']['monitor']} on held-out images." if kept else "the last."),
+        "Caps: "
+        + (
+            "mean {mean:.4g}, smallest {min:.4g}, largest {max:.4g}.".format(**measured.caps)
+            if measured.caps
+            else "none; there is no D-ReLU in it."
+        ),
+        f"Time: {duration(training['seconds'])}, {training['images_per_second']:,.0f} images a second, on "
+        f"{config['hardware']}.",
+        f"Versions: {made_with(config)}.",
     ]
-    return " \\\n    ".join(["drelu-timm train", *flags])
-
-
-def _arguments(value: Any) -> list[str]:
-    """What follows a flag: nothing, a value, or several."""
-    if value is True:
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
-
-
-def _made_with(environment: dict[str, Any]) -> str:
-    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
-    revision = environment.get("git_revision")
-    return f"{versions}" + (f" (revision {revision})" if revision else "") + f" on {environment['hardware']}"
+    if generated := generated_images(measured):
+        facts.insert(1, generated)
+    recipe = f"`{measured.recipe}` in the project makes the model, its evaluation and this card."
+    return f"```bash\n{commands}\n```\n\n{_list(facts)}\n\n{recipe}"
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items()) or "none"
+    said = {name: ", then ".join(value) if name == "stages" else value for name, value in settings.items()}
+    return ", ".join(f"{name} {value}" for name, value in said.items()) or "none"
 
 
 def _limits(measured: Measured) -> str:
     limits = [
         f"For research on adversarial robustness. Every number holds for {measured.threat_model} and these images "
         "only; it is an upper bound, as a stronger attack may yet be found.",
-        "One model of one seed: seeds can differ by more than methods do.",
     ]
+    if len(measured.seeds) < 2:
+        limits.append("One model of one seed: seeds can differ by more than methods do.")
     if measured.verdict == "masked":
         limits.append("Not robust: the accuracy under white-box attack comes from masked gradients.")
     return _list(limits)
 
 
-def _licence(measured: Measured) -> str:
-    paper = measured.paper
-    about = ", ".join(text for text in (paper.authors, paper.title, paper.venue, paper.link) if text)
+def licences(measured: Measured) -> str:
+    """Under which licence the weights are, and whose else's holds for them."""
     sentences = ["MIT."]
     if measured.config["train"].get("pretrained"):
         sentences.append("It was trained on from timm's ImageNet weights, whose own licence holds for it too.")
-    sentences.append(f"The model: {about}." if about else "No paper about it is named.")
-    sentences.append("The activation is that of:")
+    if measured.config["train"].get("generated_fraction"):
+        sentences.append(
+            "It was trained with generated images; those of EDM, and EDM's models, are licensed CC BY-NC-SA 4.0, which "
+            "binds what is made from them to non-commercial use and the same licence."
+        )
     return " ".join(sentences)
+
+
+def _licence(measured: Measured) -> str:
+    paper = measured.paper
+    about = ", ".join(text for text in (paper.authors, paper.title, paper.venue, paper.link) if text)
+    return f"{licences(measured)} The model: {about}. D-ReLU is due to:"
 
 
 def _list(items: Iterable[str]) -> str:

@@ -19,6 +19,8 @@ from .runs import Run, read_json
 from .train import TrainConfig, train
 
 KEY = "Demo2026Digits_Dense"
+PAPER = {"title": "D-ReLU with TRADES, a demonstration", "authors": "N/A", "venue": "N/A"}
+PAPER["link"] = "https://doi.org/10.3390/math12223551"  # of the paper on D-ReLU
 # One setting for all three; the caps' own rate takes them from 100 to the paper's end state in the demo's few steps.
 COMMON: dict[str, Any] = {"dataset": "digits", "model": "dense_drelu", "eps": "0.2", "epochs": 80, "cap_lr": 1.0}
 NETS: dict[str, dict[str, Any]] = {
@@ -66,7 +68,8 @@ def demo(config: DemoConfig) -> Path:
     for what, path in {
         "runs, with every result": config.output_dir,
         "picture": picture,
-        "exported model and its card": exported / "README.md",
+        "exported model and its card": exported / "hub" / "README.md",
+        "what was checked of it": exported / "CHECKS.md",
         "RobustBench entry": entry,
     }.items():
         console.print(f"  {what + ':':29}{path}", soft_wrap=True)
@@ -91,7 +94,7 @@ def _train_and_evaluate(output_dir: Path, settings: dict[str, Any]) -> Run:
 
 def _export(run: Run) -> Path:
     output_dir = run.path / "export" / KEY
-    return output_dir if output_dir.exists() else export(ExportConfig(run=run.path, key=KEY))
+    return output_dir if output_dir.exists() else export(ExportConfig(run=run.path, key=KEY, **PAPER))
 
 
 def _results(run: Run) -> dict[str, Any]:

@@ -1,61 +1,140 @@
-"""An evaluated run as RobustBench files it: the ``model_info`` entry, and the file that registers the model."""
+"""An evaluated run as RobustBench files it: what was measured of it, and the ``model_info`` entry that follows."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import jsonschema
+
 from .attacks import ThreatModel
+from .errors import InputError
 from .robust_models import robust_model_name
 
 AUTOATTACK = "autoattack"
+# What RobustBench's boards are made of; elsewhere it is the whole test set.
+BOARD_EXAMPLES = {"cifar10": 10_000, "cifar100": 10_000, "imagenet": 5_000}
+# Made from the 188 entries that RobustBench's repository holds at revision 78fcc9e for Linf and L2: the same fields,
+# types and formats, less the odd entry's slips (an accuracy without its decimals, a radius of 0.031).
+SCHEMA = Path(__file__).with_name("model_info.schema.json")
 
 
 @dataclass(frozen=True)
 class Paper:
-    """Who wrote where about the model; None where nobody has said."""
+    """What RobustBench lists a model by.
 
-    title: str | None = None
-    authors: str | None = None
-    link: str | None = None
-    venue: str | None = None
+    Attributes:
+        title: Of the paper about the model.
+        authors: Separated by commas.
+        link: Where to read it.
+        venue: Such as "ICLR 2026", "arXiv, Mar 2026", or "N/A".
+    """
+
+    title: str
+    authors: str
+    link: str
+    venue: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The file model.safetensors of a run.
+
+    Attributes:
+        sha256: In hexadecimal.
+        bytes: How many there are.
+    """
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A run that differs from the one on the card by its seed only.
+
+    Attributes:
+        seed: Of the training.
+        n_examples: Test images of its evaluation.
+        clean: Accuracy in [0, 1].
+        autoattack: Likewise, under AutoAttack; None where it was not run.
+        worst: Likewise, over all attacks.
+        verdict: On gradient masking.
+        model_digest: sha256 of its weights.
+    """
+
+    seed: int
+    n_examples: int
+    clean: float
+    autoattack: float | None
+    worst: float
+    verdict: str
+    model_digest: str
 
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluated run under the name that it is to have.
+    """An evaluated run under the name that it is to have: all that a card and an entry say, from the run's files.
 
     Attributes:
         key: RobustBench's name of the model.
         config: The run's config.json.
+        training: Epochs, the epoch whose weights these are (None for the last), seconds, images a second: of log.jsonl.
         results: The evaluation's JSON file.
+        curve: A sweep's JSON file; None where the run has none of this norm.
+        seeds: The run and those that differ by the seed only, where any were given.
         caps: Mean, min and max of the learned caps; empty without a D-ReLU.
         num_parameters: Of the model.
         test_size: Images in the whole test set.
         paper: About the model.
+        timm: The timm folder's config.json.
+        weights: Their hash and size.
     """
 
     key: str
     config: dict[str, Any]
+    training: dict[str, Any]
     results: dict[str, Any]
+    curve: dict[str, Any] | None
+    seeds: list[Seed]
     caps: dict[str, float]
     num_parameters: int
     test_size: int
     paper: Paper
+    timm: dict[str, Any]
+    weights: Weights
 
     @property
     def name(self) -> str:
         """What timm calls the model."""
-        return robust_model_name(self.key, self.dataset, self.threat_model.norm)
+        return robust_model_name(self.key, self.dataset, self.norm)
 
     @property
     def dataset(self) -> str:
         """As ``--dataset`` and RobustBench spell it."""
         return self.results["dataset"]
 
+    @property
+    def norm(self) -> str:
+        """As ``--norm`` and RobustBench spell it."""
+        return self.results["norm"]
+
     @cached_property
     def threat_model(self) -> ThreatModel:
         """What the attacks were allowed."""
-        return ThreatModel.parse(self.results["norm"], self.results["eps"])
+        return ThreatModel.parse(self.norm, self.results["eps"])
+
+    @property
+    def place(self) -> Path:
+        """Where its files lie below ``model_info``, ``model_cards`` and ``scripts``, less their suffix."""
+        return Path(self.dataset, self.norm, self.key)
+
+    @property
+    def recipe(self) -> str:
+        """Where the commands that make it lie in this project."""
+        return f"scripts/{self.place.as_posix()}.sh"
 
     @property
     def verdict(self) -> str:
@@ -75,12 +154,16 @@ class Measured:
         return None if holds else worst
 
     @property
+    def preliminary(self) -> bool:
+        """Whether every number is from fewer images than the leaderboard asks for."""
+        return self.results["n_examples"] < BOARD_EXAMPLES.get(self.dataset, self.test_size)
+
+    @property
     def sample(self) -> str:
-        """How many of which images every number is from; "preliminary" where it is not the whole test set."""
+        """How many of which images every number is from."""
         n, title = self.results["n_examples"], self.results["dataset_title"]
-        if n < self.test_size:
-            return f"Preliminary: measured on {n:,} of the {self.test_size:,} test images of {title}."
-        return f"Measured on all {n:,} test images of {title}."
+        sample = f"the first {n:,} of the {self.test_size:,}" if n < self.test_size else f"all {n:,}"
+        return f"{'Preliminary: measured' if self.preliminary else 'Measured'} on {sample} test images of {title}."
 
 
 def percent(accuracy: float | None) -> str | None:
@@ -91,8 +174,8 @@ def percent(accuracy: float | None) -> str | None:
 def model_info(measured: Measured) -> dict[str, Any]:
     """The entry that RobustBench keeps under ``model_info/<dataset>/<threat>/<key>.json``, field by field as it does.
 
-    ``autoattack_acc`` is null where AutoAttack was not run, ``unreliable`` says that the gradients are masked, and
-    ``external``, by which RobustBench ranks, is there where AutoAttack's number is not the worst case.
+    ``unreliable`` says that the gradients are masked; ``external``, by which RobustBench ranks, is there where
+    AutoAttack's number is not the worst case.
     """
     train, paper = measured.config["train"], measured.paper
     external = {} if measured.external is None else {"external": percent(measured.external)}
@@ -100,11 +183,12 @@ def model_info(measured: Measured) -> dict[str, Any]:
         "link": paper.link,
         "name": paper.title,
         "authors": paper.authors,
+        # RobustBench counts real images only: generated ones go into the footnote.
         "additional_data": bool(train.get("pretrained")),
         "number_forward_passes": 1,
         "dataset": measured.dataset,
         "venue": paper.venue,
-        "architecture": train["model"],
+        "architecture": architecture(measured),
         "eps": measured.threat_model.written,
         "clean_acc": percent(measured.results["clean"]),
         "reported": percent(measured.results["worst"]),
@@ -115,10 +199,33 @@ def model_info(measured: Measured) -> dict[str, Any]:
     }
 
 
+def architecture(measured: Measured) -> str:
+    """The timm architecture, and what stands in the place of a D-ReLU where that is something else."""
+    train = measured.config["train"]
+    options = [train.get("placement"), train.get("activation")]
+    said = ", ".join(option for option in options if option)
+    return train["model"] + (f" ({said})" if said else "")
+
+
+def generated_images(measured: Measured) -> str | None:
+    """A sentence on generated images in the training; None where there were none."""
+    train = measured.config["train"]
+    if not train.get("generated_fraction"):
+        return None
+    count = measured.config.get("generated", {}).get("images")
+    images = f"{_short(count)} synthetic images" if count else "synthetic images"
+    return f"It uses additional {images} in training ({train['generated_fraction']:.0%} of every batch)."
+
+
+def _short(count: int) -> str:
+    """A number as RobustBench's footnotes have it: 1M, 20M; 5,000."""
+    return f"{count // 1_000_000}M" if count % 1_000_000 == 0 else f"{count:,}"
+
+
 def _footnote(measured: Measured) -> str:
     sentences = [measured.sample, f"Gradient-masking verdict: {measured.verdict}."]
-    if measured.autoattack is None:
-        sentences.append("AutoAttack was not run.")
+    if generated := generated_images(measured):
+        sentences.insert(0, generated)
     if measured.external is not None:
         attacks = ", ".join(measured.results["accuracy"])
         sentences.append(
@@ -127,15 +234,27 @@ def _footnote(measured: Measured) -> str:
     return " ".join(sentences)
 
 
-def registration(measured: Measured) -> str:
-    """The file register.py, which lets timm and RobustBench load the folder that it lies in."""
-    arguments = f"{measured.key!r}, {measured.dataset!r}, {measured.threat_model.norm!r}".replace("'", '"')
-    return f'''\
-"""Registers {measured.name} with timm, from this folder; its README.md shows the use."""
+def check_entry(entry: Mapping[str, Any]) -> None:
+    """Raise what RobustBench's own entries would not hold, every field of it at once.
 
-from pathlib import Path
+    Raises:
+        InputError: Fields that are missing, that RobustBench does not have, or whose form is another.
+    """
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    errors = sorted(validator.iter_errors(dict(entry)), key=lambda error: list(error.path))
+    if errors:
+        said = "; ".join(f"{'.'.join(map(str, error.path)) or 'entry'}: {error.message}" for error in errors)
+        raise InputError(f"the entry is none that RobustBench could file ({said}); mend what these come from")
 
-from drelu_timm import register_robust_model
 
-register_robust_model({arguments}, Path(__file__).parent)
-'''
+def card_record(measured: Measured) -> dict[str, Any]:
+    """What lies beside a card: RobustBench's entry, and in ``measured`` what it and the card are made from."""
+    return {**model_info(measured), "measured": {**asdict(measured), "recipe": measured.recipe}}
+
+
+def from_record(record: Mapping[str, Any]) -> Measured:
+    """The inverse of `card_record`."""
+    held = record["measured"]
+    given = {field.name: held[field.name] for field in fields(Measured)}
+    seeds = [Seed(**seed) for seed in held["seeds"]]
+    return Measured(**{**given, "seeds": seeds, "paper": Paper(**held["paper"]), "weights": Weights(**held["weights"])})

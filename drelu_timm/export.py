@@ -1,74 +1,80 @@
-"""`drelu-timm export`: an evaluated run becomes one folder that timm, the Hub and RobustBench load.
+"""`drelu-timm export`: an evaluated run becomes one folder that RobustBench, timm and the Hugging Face Hub take.
 
-    drelu-timm export runs/x --key Author2026Title_ResNet-18
+    drelu-timm export runs/x --key Author2026Title_ResNet-18 --paper paper.toml
+    drelu-timm export runs/x --key Author2026Title_ResNet-18 --paper paper.toml --push ORG/NAME
 
-    model.safetensors, config.json             the timm / Hugging Face folder
-    README.md                                  the model card
-    register.py                                lets timm and RobustBench load the folder under <key>_<dataset>_<threat>
-    model_info/<dataset>/<threat>/<key>.json   RobustBench's entry
+    CHECKS.md                                     what was verified of all this, how, and with what result
+    register.py                                   lets timm and RobustBench load the model as <key>_<dataset>_<threat>
+    hub/                                          the timm / Hugging Face folder with the model card: --push uploads it
+    weights/                                      <key>.safetensors, <key>.pt (RobustBench's state dict), SHA256SUMS
+    model_info/<dataset>/<threat>/<key>.json      RobustBench's entry
+    model_cards/<dataset>/<threat>/<key>.*        the card as this project keeps it, with what it is made from
+    scripts/<dataset>/<threat>/<key>.sh           the commands that make all of it again
+    submission/                                   RobustBench's issue forms, AutoAttack's log, adversarial images
 
-The folder appears only after its model was loaded from it and predicted what the evaluation had written down.
+The folder appears only after the model was loaded from it and predicted what the evaluation had written down.
 """
 
-import csv
 import os
-import runpy
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import tyro
-from torch import Tensor, nn
 
-from .caps import cap_statistics
-from .cards import VERDICTS, model_card
+from .cards import SHIPPED, model_card
 from .command_line import read_flags
+from .curves import draw_curve
 from .data import Images, load_images, to_float
-from .entries import Measured, Paper, model_info, registration
-from .errors import InputError, unknown
+from .entries import AUTOATTACK, Measured, Paper, card_record, check_entry, model_info
+from .errors import InputError, one_line, unknown
+from .models import sha256_of
+from .recipes import recipe
+from .records import choose_results, measured_run, read_results
 from .robust_models import check_name_is_free, register_robust_model, robust_model_name
 from .robustbench import adapt
-from .runs import Run, read_json, write_json, write_text
+from .runs import Run, write_json, write_text, written_whole
+from .submission import adversarial_images, autoattack_log, has_adaptive_results, new_evaluation, new_model
+from .verification import checks_page, read_evaluated, verify
 
-_FIELDS = (
-    *(
-        "dataset",
-        "dataset_title",
-        "norm",
-        "eps",
-        "suite",
-        "n_examples",
-        "seed",
-        "settings",
-        "clean",
-        "accuracy",
-        "worst",
-    ),
-    *("zero_gradient_share", "verdict", "model_digest", "versions", "hardware"),
-)
-_BATCH = 256
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Turn an evaluated run into a RobustBench entry and a timm / Hugging Face folder."""
+    """Turn an evaluated run into RobustBench's entry, a timm / Hugging Face folder, a model card and a recipe."""
 
     run: tyro.conf.Positional[Path]
-    """Run directory, evaluated."""
+    """Run directory, evaluated by a suite that holds AutoAttack (--suite standard)."""
     key: str
     """RobustBench's name of the model: authors, year, first word of the title, and what tells its models apart."""
     results: str | None = None
     """Name of the evaluation; by default the one with most examples, then attacks, in the run's threat model."""
+    n_examples: int | None = None
+    """Refuse an evaluation of fewer test images than this."""
+    seeds: tuple[Path, ...] = ()
+    """Runs that differ by their seed only, evaluated likewise; the card tells the spread."""
     output_dir: Path | None = None
     """Folder to write, which must not be there yet; by default RUN/export/KEY."""
     data_dir: Path | None = None
     """Where the dataset lies; by default where training found it."""
+    benchmark_examples: int = 32
+    """Test images on which RobustBench's own benchmark is run for comparison; 0 for none."""
+    as_masked: bool = False
+    """Export a model whose gradients are masked: as unreliable, ranked by its worst case."""
+    push: str | None = None
+    """Upload hub/ to this repository of the Hugging Face Hub, ORG/NAME; without a token only say what would be."""
 
+    paper: Path | None = None
+    """TOML file with title, authors, link and venue, in the place of the four flags below; flags win."""
     title: str | None = None
     """Title of the paper about the model."""
     authors: str | None = None
@@ -76,14 +82,24 @@ class ExportConfig:
     link: str | None = None
     """Where to read it."""
     venue: str | None = None
-    """Where it was published, such as "ICLR 2026" or "arXiv, Mar 2026"."""
+    """Where it was published, such as "ICLR 2026", "arXiv, Mar 2026" or "N/A"."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the flags, export, and say where the files are."""
-    output_dir = export(read_flags(ExportConfig, "export", argv))
+    """Read the flags, export, push if asked to, and say where the files are."""
+    config = read_flags(ExportConfig, "export", argv)
+    output_dir = export(config)
     (entry,) = output_dir.glob("model_info/*/*/*.json")
-    print(f"wrote {output_dir}: {output_dir / 'README.md'} says how to load it, {entry} is RobustBench's entry")
+    print(f"wrote {output_dir}; read {output_dir / 'CHECKS.md'} first")
+    print(f"  card                 {output_dir / 'hub' / 'README.md'}")
+    print(f"  RobustBench's entry  {entry}")
+    print(f"  RobustBench's forms  {', '.join(map(str, sorted((output_dir / 'submission').glob('*.md'))))}")
+    if config.push is not None:
+        from .hub import push
+
+        print(push(output_dir / "hub", config.push))
+    else:
+        print(f"next: upload it by the same command with --push ORG/NAME, or load it: see {output_dir / 'register.py'}")
 
 
 def export(config: ExportConfig) -> Path:
@@ -93,88 +109,85 @@ def export(config: ExportConfig) -> Path:
         The folder.
 
     Raises:
-        InputError: No evaluated run, results of other weights, a key or an output folder that is taken, or a folder
-            that does not predict what the evaluation did. Nothing is left behind.
+        InputError: No evaluated run, results of other weights, masked gradients without ``as_masked``, missing
+            metadata, a key or an output folder that is taken, or a folder that does not predict what the evaluation
+            did. Nothing is left behind.
     """
     run = Run.open(config.run)
-    results_path = _choose_results(run, config.results)
-    results = _read_results(results_path, run)
+    results_path = choose_results(run, config.results)
+    results = read_results(results_path, run)
     name = robust_model_name(config.key, results["dataset"], results["norm"])
     output_dir = config.output_dir or run.path / "export" / config.key
     if output_dir.exists():
         raise InputError(f"--output-dir {output_dir} exists already; give another one or remove it")
     robustbench = _robustbench_or_reason()
     _check_key_is_free(config.key, name, results, robustbench)
+    _check_exportable(config, results)
+    paper = _paper(config, results)
 
     test = _test_images(run, results["dataset"], config.data_dir)
-    measured = _measured(config, run, results, test_size=len(test))
-    expected = _read_predictions(results_path.with_suffix(".csv"), test)
+    measured = measured_run(run, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test))
+    check_entry(model_info(measured))
+    evaluated, adversarial = read_evaluated(results_path.with_suffix(".csv"), results, test)
     with _whole_or_not_at_all(output_dir) as folder:
-        for file in ("model.safetensors", "config.json"):
-            shutil.copyfile(run.model_folder / file, folder / file)
-        write_json(_entry_path(folder, measured), model_info(measured))
-        write_text(folder / "register.py", registration(measured))
-        checks = _check(folder, measured, expected, robustbench)
-        write_text(folder / "README.md", model_card(measured, checks))
-    register_robust_model(config.key, measured.dataset, measured.threat_model.norm, output_dir)
+        _write_model(folder, measured, run, repo=config.push)
+        _write_submission(folder, measured, test, adversarial, repo=config.push)
+        checks = verify(folder, measured, evaluated, robustbench, config.benchmark_examples)
+        write_text(folder / "CHECKS.md", checks_page(measured, checks))
+    register_robust_model(
+        config.key, measured.dataset, measured.norm, output_dir / "hub", sha256=measured.weights.sha256
+    )
     return output_dir
 
 
-# What is exported
+# What may be exported
 
 
-def _choose_results(run: Run, name: str | None) -> Path:
-    """The result file of that name, or the one with the most examples, then attacks, in the run's threat model."""
-    paths = {path.stem: path for path in sorted(run.results_folder.glob("*.json"))}
-    if not paths:
-        raise InputError(f"{run.path} has no evaluation; make one: drelu-timm evaluate {run.path}")
-    if name is not None:
-        if name not in paths:
-            raise unknown("--results", name, paths)
-        return paths[name]
-    sizes = {path: _size(read_json(path), run) for path in paths.values()}
-    best = max(sizes, key=lambda path: sizes[path])
-    if sizes[best] == (0, 0):
+def _check_exportable(config: ExportConfig, results: dict[str, Any]) -> None:
+    """Raise what RobustBench's rules, or the flags, do not allow."""
+    if config.n_examples is not None and results["n_examples"] < config.n_examples:
         raise InputError(
-            f"{run.path} has no evaluation at its own dataset, norm and eps; choose by --results: {', '.join(paths)}"
+            f"--n-examples {config.n_examples}: the evaluation has {results['n_examples']}; evaluate anew, with "
+            f"--n-examples {config.n_examples}"
         )
-    return best
-
-
-def _size(results: dict[str, Any], run: Run) -> tuple[int, int]:
-    """Number of examples and of attacks of an evaluation; (0, 0) where the dataset, norm or eps is not the run's."""
-    if any(results.get(field) != run.config["train"][field] for field in ("dataset", "norm", "eps")):
-        return 0, 0
-    return results.get("n_examples", 0), len(results.get("accuracy", {}))
-
-
-def _read_results(path: Path, run: Run) -> dict[str, Any]:
-    """A result file that is whole and was measured on the weights that the run has now."""
-    results = read_json(path)
-    again = f"delete it and evaluate anew: drelu-timm evaluate {run.path}"
-    if missing := [field for field in _FIELDS if field not in results]:
-        raise InputError(f"{path} lacks {', '.join(missing)}; {again}")
-    if results["verdict"].get("verdict") not in VERDICTS:
-        raise InputError(f"{path} has no verdict on gradient masking, and no number leaves without one; {again}")
-    if results["model_digest"] != run.model_digest:
+    masked = results["verdict"]["verdict"] == "masked"
+    if masked and not config.as_masked:
         raise InputError(
-            f"{path} was measured on other weights (sha256 {results['model_digest'][:12]}) than "
-            f"{run.model_folder} holds ({run.model_digest[:12]}); {again}"
+            "the verdict on gradient masking is masked, so AutoAttack's number does not hold; --as-masked exports the "
+            f"model as unreliable, with its worst case of {100 * results['worst']:.2f} %"
         )
-    return results
+    if config.as_masked and not masked:
+        raise InputError(f"--as-masked: the verdict is {results['verdict']['verdict']}; leave the flag out")
 
 
-def _measured(config: ExportConfig, run: Run, results: dict[str, Any], *, test_size: int) -> Measured:
-    model = run.load_model()
-    return Measured(
-        key=config.key,
-        config=run.config,
-        results=results,
-        caps=cap_statistics(model),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        test_size=test_size,
-        paper=Paper(config.title, config.authors, config.link, config.venue),
-    )
+def _paper(config: ExportConfig, results: dict[str, Any]) -> Paper:
+    """The metadata of the paper, from the flags and the TOML file; whatever is missing for an entry is said at once."""
+    given = _read_paper(config.paper) if config.paper is not None else {}
+    names = [field.name for field in fields(Paper)]
+    given |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    missing = [f"--{name}" for name in names if name not in given]
+    if AUTOATTACK not in results["accuracy"]:
+        missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {config.run} --suite standard)")
+    if missing:
+        raise InputError(
+            f"RobustBench's entry lacks {', '.join(missing)}; give --title, --authors, --link and --venue (or --paper "
+            'FILE.toml); "N/A" is a venue'
+        )
+    return Paper(**given)
+
+
+def _read_paper(path: Path) -> dict[str, str]:
+    names = [field.name for field in fields(Paper)]
+    try:
+        paper = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--paper {path} cannot be read as TOML ({one_line(error)}); mend it") from error
+    for name, value in paper.items():
+        if name not in names:
+            raise unknown(f"--paper {path}:", name, names)
+        if not isinstance(value, str):
+            raise InputError(f"--paper {path}: {name} must be text in quotes, not {value!r}")
+    return paper
 
 
 def _test_images(run: Run, dataset: str, data_dir: Path | None) -> Images:
@@ -182,7 +195,70 @@ def _test_images(run: Run, dataset: str, data_dir: Path | None) -> Images:
     return load_images(dataset, data_dir or run.config["train"]["data_dir"], "test", **size)
 
 
-# Where it is written
+# What is written
+
+
+def _write_model(folder: Path, measured: Measured, run: Run, *, repo: str | None) -> None:
+    """Everything but the submission: register.py, hub/, weights/, model_info/, model_cards/ and scripts/."""
+    write_text(folder / "register.py", _registration(measured))
+    hub, weights = folder / "hub", folder / "weights"
+    for place in (hub, weights):
+        place.mkdir()
+    for file in ("model.safetensors", "config.json"):
+        shutil.copyfile(run.model_folder / file, hub / file)
+    write_text(hub / "README.md", model_card(measured, source=f"hf-hub:{repo}" if repo else "."))
+    shutil.copyfile(hub / "model.safetensors", weights / f"{measured.key}.safetensors")
+    with written_whole(weights / f"{measured.key}.pt") as beside:
+        torch.save(run.load_model().state_dict(), beside)
+    names = [f"{measured.key}.safetensors", f"{measured.key}.pt"]
+    write_text(weights / "SHA256SUMS", "".join(f"{sha256_of(weights / name)}  {name}\n" for name in names))
+
+    write_json(folder / "model_info" / f"{measured.place}.json", model_info(measured))
+    cards = folder / "model_cards" / measured.place.parent
+    write_json(cards / f"{measured.key}.json", card_record(measured))
+    write_text(cards / f"{measured.key}.md", model_card(measured))
+    if measured.weights.bytes <= SHIPPED:
+        shutil.copyfile(hub / "model.safetensors", cards / f"{measured.key}.safetensors")
+    if measured.curve is not None:
+        title = f"{measured.key}\n{measured.results['dataset_title']}, {measured.norm}"
+        draw_curve(measured.curve["curve"], cards / f"{measured.key}.png", title=title)
+        shutil.copyfile(cards / f"{measured.key}.png", hub / f"{measured.key}.png")
+    script = folder / measured.recipe
+    write_text(script, recipe(measured))
+    script.chmod(0o755)
+
+
+def _registration(measured: Measured) -> str:
+    """The file register.py, which lets timm and RobustBench load the model from the folder that it lies in."""
+    named = ", ".join(f'"{word}"' for word in (measured.key, measured.dataset, measured.norm))
+    return f'''\
+"""Registers {measured.name} with timm, and so with RobustBench.
+
+The source may as well be "hf-hub:ORG/NAME" or the https:// address of hub/.
+"""
+
+from pathlib import Path
+
+from drelu_timm import register_robust_model
+
+SHA256 = "{measured.weights.sha256}"
+register_robust_model({named}, Path(__file__).parent / "hub", sha256=SHA256)
+'''
+
+
+def _write_submission(
+    folder: Path, measured: Measured, test: Images, adversarial: dict[str, torch.Tensor], *, repo: str | None
+) -> None:
+    """What goes to RobustBench by hand."""
+    submission = folder / "submission"
+    write_text(submission / "new-model.md", new_model(measured, repo))
+    write_text(submission / "autoattack.log", autoattack_log(measured.results))
+    if has_adaptive_results(measured):
+        images = f"{measured.key}_adversarial.pt"
+        write_text(submission / "new-external-evaluation.md", new_evaluation(measured, images))
+        whole = adversarial_images(to_float(test.images), adversarial["index"], adversarial["images"])
+        with written_whole(submission / images) as beside:
+            torch.save(whole, beside)
 
 
 @contextmanager
@@ -195,10 +271,6 @@ def _whole_or_not_at_all(output_dir: Path) -> Iterator[Path]:
         folder.replace(output_dir)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _entry_path(folder: Path, measured: Measured) -> Path:
-    return folder / "model_info" / measured.dataset / measured.threat_model.norm / f"{measured.key}.json"
 
 
 # What is checked
@@ -222,71 +294,3 @@ def _check_key_is_free(key: str, name: str, results: dict[str, Any], robustbench
     for other in zoo.get(enums.ThreatModel(results["norm"]), {}):
         if name == robust_model_name(other, results["dataset"], results["norm"]):
             raise InputError(f"--key {key!r}: RobustBench has a model {other!r} already; choose another key")
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Images [N, C, H, W] that were evaluated, with their labels [N] and the classes predicted for them then [N]."""
-
-    images: Tensor
-    labels: Tensor
-    predictions: Tensor
-
-    def accuracy(self) -> float:
-        """Clean accuracy in [0, 1]."""
-        return (self.predictions == self.labels).double().mean().item()
-
-
-def _read_predictions(path: Path, test: Images) -> Predictions:
-    """The evaluated images, by the rows of the evaluation's CSV file."""
-    try:
-        with path.open(newline="") as file:
-            rows = [
-                (int(row["index"]), int(row["label"]), int(row["clean_prediction"])) for row in csv.DictReader(file)
-            ]
-        index, labels, predictions = torch.tensor(rows).unbind(1)
-        evaluated = test[index]
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise InputError(f"{path} is no whole table of an evaluation ({error!r}); evaluate anew") from error
-    if not torch.equal(labels, evaluated.labels):
-        raise InputError(
-            f"{path} has other labels than the test images of {test.title}; give their place by --data-dir"
-        )
-    return Predictions(to_float(evaluated.images), labels, predictions)
-
-
-def _check(folder: Path, measured: Measured, expected: Predictions, robustbench: Any) -> list[str]:
-    """Load the folder as its users will, compare, and say in sentences what was seen."""
-    runpy.run_path(str(folder / "register.py"))
-    key, dataset, norm = measured.key, measured.dataset, measured.threat_model.norm
-    checks = [
-        _check_predictions("timm.create_model", lambda: timm.create_model(measured.name, pretrained=True), expected)
-    ]
-    if isinstance(robustbench, str):
-        return [*checks, f"Not loaded by RobustBench: {robustbench}."]
-
-    def load() -> nn.Module:
-        return robustbench.utils.load_model(key, dataset=dataset, threat_model=norm)
-
-    return [*checks, _check_predictions("robustbench.utils.load_model", load, expected)]
-
-
-def _check_predictions(loader: str, load: Callable[[], nn.Module], expected: Predictions) -> str:
-    """Compare what a loaded model predicts with what the evaluation saw."""
-    found = Predictions(expected.images, expected.labels, _predict(load(), expected.images))
-    n, equal = len(found.labels), int((found.predictions == expected.predictions).sum())
-    accuracy = f"{100 * found.accuracy():.2f} % against {100 * expected.accuracy():.2f} % in the evaluation"
-    # On other hardware rounding may turn the odd prediction that stands between two classes.
-    if n - equal > n // 1000:
-        raise InputError(
-            f"the model that {loader} loads is not the one that was evaluated ({equal} of {n} predictions equal, "
-            f"clean accuracy {accuracy}); evaluate the run anew"
-        )
-    return f"`{loader}`: {equal:,} of {n:,} predictions as in the evaluation, clean accuracy {accuracy}."
-
-
-@torch.no_grad()
-def _predict(model: nn.Module, images: Tensor) -> Tensor:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
-    return torch.cat([model(batch.to(device)).argmax(1).cpu() for batch in images.split(_BATCH)])

@@ -12,7 +12,9 @@ import torch
 import drelu_timm  # noqa: F401  (registers the models)
 from drelu_timm import robustbench as our_robustbench
 from drelu_timm.errors import InputError
+from drelu_timm.evaluate import EvaluateConfig, evaluate
 from drelu_timm.models import save_folder
+from drelu_timm.train import TrainConfig, train
 
 BESIDE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
 
@@ -33,6 +35,16 @@ def robustbench():
         if "not installed" in str(error) or "torchattacks" in str(error):
             pytest.skip(str(error))
         raise
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory) -> Path:
+    """A run on digits with an evaluation of 60 images by the standard suite, and a sweep; to be copied, not spoiled."""
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    train(TrainConfig("dense_drelu", "digits", output_dir=path, epochs=5, cap=20.0, width=16, eps="0.1"))
+    evaluate(EvaluateConfig(str(path), suite="standard", n_examples=60))
+    evaluate(EvaluateConfig(str(path), suite="quick", n_examples=20, eps="0,0.1,0.2"))
+    return path
 
 
 @pytest.fixture

@@ -1,60 +1,33 @@
-"""From an evaluated digits run to what timm and RobustBench load."""
+"""From an evaluated digits run to what timm, RobustBench and the Hub load."""
 
 import csv
 import json
 import re
-import runpy
-import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import timm
 import torch
-import tyro
+from safetensors.torch import load_file
 from timm.models import _factory
 from torch import nn
 
-from drelu_timm.cards import VERDICTS, model_card
 from drelu_timm.data import load_images, to_float
-from drelu_timm.entries import AUTOATTACK, Measured, Paper, model_info
 from drelu_timm.errors import InputError
-from drelu_timm.evaluate import EvaluateConfig, evaluate
 from drelu_timm.export import ExportConfig, export, main
-from drelu_timm.robust_models import register_robust_model
-from drelu_timm.robustbench import adapt
+from drelu_timm.models import sha256_of
 from drelu_timm.runs import Run
-from drelu_timm.suites import SUITES
-from drelu_timm.train import TrainConfig, train
 
 KEY = "Tester2026Digits_dense"
 NAME = "tester2026digits_dense_digits_linf"
-RESULTS = "quick-Linf-0.1"
+RESULTS = "standard-Linf-0.1"
+PAPER = {"title": "A Title", "authors": "A. One, B. Two", "link": "https://example.org", "venue": "ICLR 2026"}
 N = 60
 TEST_SIZE = len(load_images("digits", None, "test"))
 TIMM_READS_FOLDERS = hasattr(_factory, "load_model_config_from_path")
-
-
-def robustbench():
-    try:
-        return adapt()
-    except InputError as error:
-        if "not installed" in str(error) or "torchattacks" in str(error):
-            pytest.skip(str(error))
-        raise
-
-
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
-    """A run on digits with one evaluation."""
-    path = tmp_path_factory.mktemp("runs") / "digits"
-    train(TrainConfig("dense_drelu", "digits", output_dir=path, epochs=5, cap=20.0, width=16, eps="0.1"))
-    evaluate(EvaluateConfig(str(path), suite="quick", n_examples=N))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -65,97 +38,110 @@ def results(evaluated):
 @pytest.fixture
 def run(evaluated, tmp_path):
     """A copy of it to spoil."""
-    return Path(shutil.copytree(evaluated, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
+    return copy_of(evaluated, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
 def exported(evaluated):
-    return export(ExportConfig(evaluated, KEY))
+    return export(ExportConfig(evaluated, KEY, **PAPER))
 
 
-@pytest.fixture(scope="module")
-def measured(evaluated, results):
-    return Measured(
-        KEY, Run.open(evaluated).config, results, {"mean": 9.0, "min": 1.0, "max": 20.0}, 1000, TEST_SIZE, Paper()
-    )
+def copy_of(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("export")))
+
+
+def another_seed(run: Path, seed: int) -> Path:
+    """A copy of a run that says that it has another seed."""
+    other = copy_of(run, run.with_name(f"seed{seed}"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "train": {**config["train"], "seed": seed}}))
+    return other
+
+
+# What is written
 
 
 def test_the_folder_holds_what_it_should_and_nothing_is_left_beside_it(exported):
     files = sorted(str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file())
     assert files == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
+        "CHECKS.md",
+        "hub/README.md",
+        f"hub/{KEY}.png",
+        "hub/config.json",
+        "hub/model.safetensors",
+        *(f"model_cards/digits/Linf/{KEY}.{suffix}" for suffix in ("json", "md", "png", "safetensors")),
         f"model_info/digits/Linf/{KEY}.json",
         "register.py",
+        f"scripts/digits/Linf/{KEY}.sh",
+        f"submission/{KEY}_adversarial.pt",
+        "submission/autoattack.log",
+        "submission/new-external-evaluation.md",
+        "submission/new-model.md",
+        "weights/SHA256SUMS",
+        f"weights/{KEY}.pt",
+        f"weights/{KEY}.safetensors",
     ]
     assert [path.name for path in exported.parent.iterdir()] == [KEY]
 
 
-def test_the_entry_has_all_fields_of_robustbench_in_its_formats(exported, results):
-    entry = json.loads((exported / f"model_info/digits/Linf/{KEY}.json").read_text())
-    number = re.compile(r"\d{1,3}\.\d\d")
-    assert all(number.fullmatch(entry[field]) for field in ("clean_acc", "reported", "external"))
-    assert entry == {
-        "link": None,
-        "name": None,
-        "authors": None,
-        "additional_data": False,
-        "number_forward_passes": 1,
-        "dataset": "digits",
-        "venue": None,
-        "architecture": "dense_drelu",
-        "eps": "0.1",
-        "clean_acc": f"{100 * results['clean']:.2f}",
-        "reported": f"{100 * results['worst']:.2f}",
-        "autoattack_acc": None,
-        "external": f"{100 * results['worst']:.2f}",
-        "footnote": entry["footnote"],
-        "unreliable": results["verdict"]["verdict"] == "masked",
+def test_the_sums_are_those_of_the_weights(exported, evaluated):
+    lines = (exported / "weights" / "SHA256SUMS").read_text().splitlines()
+    assert {line.split()[1]: line.split()[0] for line in lines} == {
+        name: sha256_of(exported / "weights" / name) for name in (f"{KEY}.safetensors", f"{KEY}.pt")
     }
-    assert entry["footnote"].startswith(f"Preliminary: measured on 60 of the {TEST_SIZE} test images of Digits. ")
-    assert f"Gradient-masking verdict: {results['verdict']['verdict']}. AutoAttack was not run." in entry["footnote"]
+    assert lines[0].split()[0] == Run.open(evaluated).model_digest
 
 
-@pytest.mark.parametrize(
-    ("verdict", "autoattack", "worst", "external", "unreliable"),
-    [
-        ("sound", 0.5, 0.5, None, False),
-        ("sound", 0.5, 0.4312, "43.12", False),
-        ("undecided", 0.5, 0.4312, "43.12", False),
-        ("masked", 0.5, 0.031, "3.10", True),
-        ("masked", 0.5, 0.5, "50.00", True),
-        ("sound", None, 0.4, "40.00", False),
-    ],
-)
-def test_the_board_ranks_by_the_worst_case(measured, verdict, autoattack, worst, external, unreliable):
-    accuracy = {"pgd": 0.9} if autoattack is None else {"autoattack": autoattack}
-    judged = {"verdict": verdict, "evidence": []}
-    results = {**measured.results, "accuracy": accuracy, "worst": worst, "verdict": judged}
-    entry = model_info(replace(measured, results=results))
-    assert (entry.get("external"), entry["unreliable"]) == (external, unreliable)
-    assert entry["reported"] == f"{100 * worst:.2f}"
-    assert (entry["autoattack_acc"] is None) == (autoattack is None)
-    assert f"verdict: {verdict}" in entry["footnote"]
+def test_the_adversarial_images_are_as_many_as_the_test_set_and_break_what_the_evaluation_says(exported, results):
+    adversarial = torch.load(exported / "submission" / f"{KEY}_adversarial.pt", weights_only=True)
+    test = load_images("digits", None, "test")
+    clean = to_float(test.images)
+    assert adversarial.shape == clean.shape and adversarial.dtype == torch.float32
+    assert torch.equal(adversarial[N:], clean[N:])
+    assert (adversarial - clean).abs().max() <= 0.1 + 1e-6
+    model = timm.create_model(NAME, pretrained=True)
+    with torch.no_grad():
+        right = model(adversarial[:N]).argmax(1) == test.labels[:N]
+    assert right.double().mean().item() == pytest.approx(results["worst"])
 
 
-def test_the_accuracy_under_autoattack_is_found_in_the_suite_that_has_it():
-    assert AUTOATTACK in SUITES["standard"]
+def test_what_only_this_machine_knows_is_not_published(exported, evaluated):
+    for path in exported.rglob("*"):
+        if path.suffix in (".md", ".json", ".sh", ".py", ".log"):
+            assert str(evaluated.parent) not in path.read_text(), path
 
 
-def test_paper_metadata_comes_from_the_options(run):
-    paper = {"title": "A Title", "authors": "A. One, B. Two", "link": "https://example.org", "venue": "ICLR 2026"}
-    folder = export(ExportConfig(run, KEY, **paper))
+def test_the_checks_are_written_down_with_their_results(exported, results):
+    page = (exported / "CHECKS.md").read_text()
+    clean = f"clean accuracy {100 * results['clean']:.2f} %"
+    assert f"| `timm.create_model` | its predictions | 60 of 60 as in the evaluation; {clean}" in page
+    assert "| forward pass | the same 60 images twice | bit-equal logits: deterministic |" in page
+    assert "| normalisation | the first layer, so that [0, 1] images go in | inside: mean 0, std 1 |" in page
+    assert f"{100 * results['worst']:.2f} %, the worst case {100 * results['worst']:.2f} % |" in page
+
+
+def test_paper_metadata_may_come_from_a_file_and_flags_win(run):
+    paper = run.parent / "paper.toml"
+    paper.write_text("\n".join(f'{name} = "{text}"' for name, text in PAPER.items()))
+    folder = export(ExportConfig(run, KEY, paper=paper, venue="arXiv, Mar 2026", benchmark_examples=0))
     entry = json.loads((folder / f"model_info/digits/Linf/{KEY}.json").read_text())
-    assert [entry[field] for field in ("name", "authors", "link", "venue")] == list(paper.values())
-    assert "A. One, B. Two, A Title, ICLR 2026, https://example.org" in (folder / "README.md").read_text()
+    assert [entry[field] for field in ("name", "authors", "link", "venue")] == [
+        *(PAPER[name] for name in ("title", "authors", "link")),
+        "arXiv, Mar 2026",
+    ]
 
 
-def test_a_number_of_the_whole_test_set_is_not_preliminary(measured):
-    whole = replace(measured, results={**measured.results, "n_examples": TEST_SIZE})
-    assert f"Measured on all {TEST_SIZE} test images of Digits." in model_info(whole)["footnote"]
-    assert "reliminary" not in model_card(whole, []) + model_info(whole)["footnote"]
-    assert model_card(measured, []).count("reliminary") == 3
+def test_other_seeds_are_told_on_the_card(run):
+    others = another_seed(run, 1), another_seed(run, 2)
+    folder = export(ExportConfig(run, KEY, seeds=others, **PAPER, benchmark_examples=0))
+    card = (folder / "hub" / "README.md").read_text()
+    assert "this model is that of seed 0" in card
+    assert len(re.findall(r"^\| [012] \| 60 \|", card, flags=re.MULTILINE)) == 3
+    assert "over 3 seeds: clean" in card
+    assert "for seed in 0 1 2; do" in (folder / f"scripts/digits/Linf/{KEY}.sh").read_text()
+
+
+# What loads it
 
 
 def test_timm_gives_the_model_with_its_normalisation(exported, evaluated):
@@ -167,78 +153,49 @@ def test_timm_gives_the_model_with_its_normalisation(exported, evaluated):
     assert torch.equal(model(images), Run.open(evaluated).load_model()(images))
 
 
-def test_robustbench_loads_it_with_the_clean_accuracy_of_the_run(exported, results):
-    rb = robustbench()
-    runpy.run_path(str(exported / "register.py"))
-    model = rb.utils.load_model(KEY, dataset="digits", threat_model="Linf")
+def test_robustbench_loads_and_benchmarks_it_with_the_accuracies_of_the_run(exported, results, robustbench):
+    model = robustbench.utils.load_model(KEY, dataset="digits", threat_model="Linf")
     test = load_images("digits", None, "test")[:N]
-    assert rb.utils.clean_accuracy(model, to_float(test.images), test.labels) == pytest.approx(results["clean"])
-    assert "`robustbench.utils.load_model`: 60 of 60 predictions" in (exported / "README.md").read_text()
+    clean = robustbench.utils.clean_accuracy(model, to_float(test.images), test.labels)
+    assert clean == pytest.approx(results["clean"])
+    accuracies = robustbench.eval.benchmark(model, n_examples=N, dataset="digits", threat_model="Linf", eps=0.1)
+    assert accuracies == pytest.approx((results["clean"], results["accuracy"]["autoattack"]), abs=1.5 / N)
+    page = (exported / "CHECKS.md").read_text()
+    assert "| `robustbench.utils.load_model` | its predictions | 60 of 60 as in the evaluation" in page
+    assert "| the first 32 test images | robustbench.eval.benchmark | clean " in page
 
 
 @pytest.mark.skipif(not TIMM_READS_FOLDERS, reason=f"timm {timm.__version__} has no local-dir")
 def test_timm_reads_the_folder_itself(exported):
-    inner = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
+    inner = timm.create_model(f"local-dir:{exported / 'hub'}", pretrained=True).eval()
     whole = timm.create_model(NAME, pretrained=True)
     images = torch.rand(4, 1, 8, 8)
     assert torch.equal(inner(whole.normalize(images)), whole(images))
 
 
-def test_what_the_card_says_of_loading_runs_as_pasted(exported):
-    blocks = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), flags=re.DOTALL)
+def test_what_the_card_says_of_loading_runs_as_pasted(exported, request):
+    blocks = re.findall(r"```python\n(.*?)```", (exported / "hub" / "README.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 3
     try:
-        robustbench()
+        request.getfixturevalue("robustbench")
     except pytest.skip.Exception:
-        blocks = [block for block in blocks if "robustbench" not in block]
+        blocks = [block for block in blocks if "robustbench.utils" not in block]
     if not TIMM_READS_FOLDERS:
         blocks = [block for block in blocks if "local-dir" not in block]
-    code = "\n".join([*blocks, "print('logits', model(__import__('torch').rand(2, 1, 8, 8)).shape)"])
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=exported, capture_output=True, text=True)
-    assert "logits torch.Size([2, 10])" in done.stdout, done.stderr
+    for block in blocks:
+        code = block + "\nprint('logits', model(__import__('torch').rand(2, 1, 8, 8)).shape)"
+        done = subprocess.run([sys.executable, "-B", "-c", code], cwd=exported / "hub", capture_output=True, text=True)
+        assert "logits torch.Size([2, 10])" in done.stdout, done.stderr
 
 
-def test_the_hub_reads_the_card(exported, results):
-    card = huggingface_hub.ModelCard((exported / "README.md").read_text())
-    assert (card.data.license, card.data.library_name) == ("mit", "timm")
-    verdict = results["verdict"]["verdict"]
-    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert values == {
-        "Clean accuracy, preliminary": round(100 * results["clean"], 2),
-        f"Robust accuracy, worst case (Linf, eps 0.1; gradient masking: {verdict}, preliminary)": round(
-            100 * results["worst"], 2
-        ),
-    }
+def test_the_registration_file_is_all_that_robustbenchs_own_command_needs(exported, robustbench):
+    command = ["-m", "drelu_timm.robustbench", exported / "register.py", "--model_name", KEY, "--dataset", "digits"]
+    command += ["--n_ex", "8", "--eps", "0.1", "--device", "cpu", "--threat_model", "Linf", "--to_disk", ""]
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=exported, capture_output=True, text=True)
+    assert "Adversarial accuracy: " in done.stdout, done.stderr
 
 
-def test_the_card_says_every_number_with_the_verdict_and_its_evidence(exported, results):
-    card = (exported / "README.md").read_text()
-    for attack, accuracy in results["accuracy"].items():
-        assert f"| {attack} | {100 * accuracy:.2f} |" in card
-    assert f"| **worst case** | {100 * results['worst']:.2f} |" in card
-    assert all(f"- {sentence}" in card for sentence in results["verdict"]["evidence"])
-    assert VERDICTS[results["verdict"]["verdict"]] in card
-    assert results["hardware"] in card
-    assert f"torch {results['versions']['torch']}" in card
-    assert "Its caps after training: mean " in card
-    assert "10.3390/math12223551" in card
-
-
-def test_the_card_of_a_masked_model_says_that_it_is_not_robust(measured):
-    masked = {**measured.results, "verdict": {"verdict": "masked", "evidence": ["BPDA leaves 4.4 %."]}}
-    card = model_card(replace(measured, results=masked), [])
-    assert "**The gradients are masked.**" in card
-    assert "- BPDA leaves 4.4 %." in card
-    assert "- Not robust: the accuracy under white-box attack comes from masked gradients." in card
-
-
-def test_the_command_in_the_card_repeats_the_training(exported, evaluated):
-    (command,) = re.findall(r"```bash\n(drelu-timm train .*?)\n```", (exported / "README.md").read_text(), re.DOTALL)
-    flags = shlex.split(command.replace("\\\n", " "))[2:]
-    repeated = asdict(tyro.cli(TrainConfig, args=flags))
-    trained = Run.open(evaluated).config["train"]
-    read = {"data_dir": Path(trained["data_dir"]), "generated": tuple(map(Path, trained["generated"]))}
-    assert {name: repeated[name] for name in trained} == {**trained, **read}
+# Bad input
 
 
 def _edit(path: Path, **changes):
@@ -289,6 +246,22 @@ def _no_worst(run):
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("worst", "seed")}))
 
 
+def _other_adversarial(run):
+    path = run / "results" / f"{RESULTS}.adversarial.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _fewer_rows(run):
+    path = run / "results" / f"{RESULTS}.csv"
+    _write_rows(path, list(csv.DictReader(path.open()))[:-1])
+
+
+def _results(**changes):
+    return lambda run: _edit(run / "results" / f"{RESULTS}.json", **changes)
+
+
 @pytest.mark.parametrize(
     ("spoil", "settings", "message"),
     [
@@ -298,24 +271,42 @@ def _no_worst(run):
         (_no_worst, {}, r"\.json lacks seed, worst; delete it and evaluate anew"),
         (_verdict, {}, r"no verdict on gradient masking, and no number leaves without one; delete it"),
         (_other_weights, {}, r"\.json was measured on other weights \(sha256 \w{12}\) than .*model holds"),
-        (
-            lambda run: _edit(run / "results" / f"{RESULTS}.json", eps="0.2"),
-            {},
-            r"no evaluation at its own dataset, norm and eps; choose by",
-        ),
+        (_results(eps="0.2"), {}, r"no evaluation at its own dataset, norm and eps; choose by"),
+        (_results(norm="L2"), {}, r"no evaluation at its own dataset, norm and eps; choose by"),
         (lambda run: (run / "results" / f"{RESULTS}.csv").unlink(), {}, r"\.csv is no whole table of an evaluation"),
         (_drop_column, {}, r"\.csv is no whole table of an evaluation \(KeyError\('clean_prediction'\)\)"),
+        (_fewer_rows, {}, r"\.csv has 59 rows, the evaluation 60 examples; delete the result and evaluate anew"),
         (_other_labels, {}, r"\.csv has other labels than the test images of Digits; .*--data-dir"),
+        (_other_adversarial, {}, r"\.adversarial\.safetensors is not there, or not what the evaluation wrote"),
         (
             _other_predictions,
             {},
             r"timm.create_model loads is not the one .* \(58 of 60 predictions equal, clean accuracy",
         ),
         (
-            None,
-            {"results": "quick-Linf-0.2"},
-            r"--results 'quick-Linf-0\.2' is unknown; did you mean quick-Linf-0\.1\?",
+            _results(verdict={"verdict": "masked", "evidence": []}, worst=0.0123),
+            {},
+            r"is masked, so AutoAttack's number does not hold; --as-masked exports .* worst case of 1\.23 %$",
         ),
+        (
+            _results(verdict={"verdict": "sound", "evidence": []}),
+            {"as_masked": True},
+            r"--as-masked: the verdict is sou",
+        ),
+        (
+            _results(accuracy={"pgd": 0.5}),
+            {"title": None, "venue": None},
+            r"entry lacks --title, --venue, AutoAttack's accuracy \(drelu-timm evaluate .* --suite standard\); give",
+        ),
+        (lambda run: (run / "log.jsonl").write_text('{"epoch'), {}, r"log\.jsonl is no whole log of a training"),
+        (None, {"n_examples": 10_000}, r"--n-examples 10000: the evaluation has 60; evaluate anew"),
+        (
+            None,
+            {"link": "example.org"},
+            r"the entry is none that RobustBench could file \(link: 'example\.org'",
+        ),
+        (None, {"paper": Path("nowhere.toml")}, r"--paper nowhere\.toml cannot be read as TOML"),
+        (None, {"results": "standard-Linf-0.2"}, r"--results 'standard-Linf-0\.2' is unknown; did you mean standard-"),
         (None, {"key": "Tester2026.1"}, r"--key 'Tester2026\.1' is no RobustBench key; use letters, digits, - and _"),
         (lambda run: (run / "export" / KEY).mkdir(parents=True), {}, r"--output-dir .*export.* exists already"),
     ],
@@ -325,44 +316,84 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(run, spoil, settings, m
         spoil(run)
     before = sorted(run.rglob("*"))
     with pytest.raises(InputError, match=message) as caught:
-        export(ExportConfig(run, **{"key": KEY, **settings}))
+        export(ExportConfig(run, **{"key": KEY, **PAPER, **settings}))
     assert "\n" not in str(caught.value)
     assert sorted(run.rglob("*")) == before or sorted(run.rglob("*")) == sorted([*before, run / "export"])
 
 
-def test_a_key_of_robustbench_is_taken_in_whatever_case(run):
-    robustbench()
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title = ", r"cannot be read as TOML"),
+        ('titel = "A"', r"paper\.toml: 'titel' is unknown; did you mean title\?"),
+        ("title = 3", r"paper\.toml: title must be text in quotes, not 3"),
+    ],
+)
+def test_a_paper_that_is_none_is_refused(run, text, message):
+    (run / "paper.toml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        export(ExportConfig(run, KEY, paper=run / "paper.toml"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: _edit_train(run, lr=0.1), r"--seeds .*seed1: it differs from .*run not by its seed only \(lr\)"),
+        (lambda run: _edit_train(run, seed=0), r"--seeds .*seed1: seed 0 is there twice; give each run once"),
+        (_results(suite="quick"), r"--seeds .*seed1: evaluated by suite quick at eps 0\.1, .* by standard at 0\.1"),
+        (_other_weights, r"was measured on other weights"),
+    ],
+)
+def test_runs_of_other_seeds_that_do_not_match_are_refused(run, spoil, message):
+    other = another_seed(run, 1)
+    spoil(other)
+    with pytest.raises(InputError, match=message):
+        export(ExportConfig(run, KEY, **PAPER, seeds=(other,)))
+
+
+def _edit_train(run, **changes):
+    config = json.loads((run / "config.json").read_text())
+    _edit(run / "config.json", train={**config["train"], **changes})
+
+
+def test_a_key_of_robustbench_is_taken_in_whatever_case(run, robustbench):
     _edit(run / "results" / f"{RESULTS}.json", dataset="cifar10")
     with pytest.raises(
         InputError, match="--key 'rice2020overfitting': RobustBench has a model 'Rice2020Overfitting' al"
     ):
-        export(ExportConfig(run, "rice2020overfitting", results=RESULTS))
+        export(ExportConfig(run, "rice2020overfitting", results=RESULTS, **PAPER))
+
+
+def test_a_masked_model_is_exported_as_such(run):
+    _edit(run / "results" / f"{RESULTS}.json", verdict={"verdict": "masked", "evidence": ["BPDA leaves 4.4 %."]})
+    folder = export(ExportConfig(run, KEY, **PAPER, as_masked=True, benchmark_examples=0))
+    entry = json.loads((folder / f"model_info/digits/Linf/{KEY}.json").read_text())
+    assert entry["unreliable"] is True
+    assert entry["external"] == entry["reported"]
+    assert "--as-masked" in (folder / f"scripts/digits/Linf/{KEY}.sh").read_text()
 
 
 def test_of_several_evaluations_the_largest_in_the_runs_threat_model_is_exported(run):
-    for suffix in ("json", "csv"):
+    for suffix in ("json", "csv", "adversarial.safetensors"):
         shutil.copy(run / "results" / f"{RESULTS}.{suffix}", run / "results" / f"small.{suffix}")
-    _edit(run / "results" / "small.json", n_examples=59, suite="small")
-    assert "suite quick" in (export(ExportConfig(run, KEY)) / "README.md").read_text()
-    named = export(ExportConfig(run, KEY, results="small", output_dir=run / "small"))
-    assert "suite small" in (named / "README.md").read_text()
+    _edit(run / "results" / "small.json", accuracy={"autoattack": 0.5}, suite="autoattack")
+    once = {**PAPER, "benchmark_examples": 0}
+    assert "suite standard" in (export(ExportConfig(run, KEY, **once)) / "hub" / "README.md").read_text()
+    named = export(ExportConfig(run, KEY, results="small", output_dir=run / "small", **once))
+    assert "suite autoattack" in (named / "hub" / "README.md").read_text()
 
 
-def test_the_command_says_where_the_files_are(run, capsys):
-    main([str(run), "--key", KEY, "--output_dir", str(run / "here")])
-    assert (
-        f"{run / 'here' / 'model_info' / 'digits' / 'Linf' / KEY}.json is RobustBench's entry"
-        in capsys.readouterr().out
-    )
+def test_the_command_says_where_the_files_are_and_what_a_push_would_do(run, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setenv("HF_HOME", str(run))  # no token of somebody's login
+    flags = [word for name, text in PAPER.items() for word in (f"--{name}", text)]
+    main([str(run), "--key", KEY, *flags, "--output_dir", str(run / "here"), "--benchmark-examples", "0"])
+    said = capsys.readouterr().out
+    assert f"{run / 'here' / 'model_info' / 'digits' / 'Linf' / KEY}.json" in said
+    assert "next: upload it by the same command with --push ORG/NAME" in said
 
 
-def test_an_exported_model_is_registered_or_refused_with_a_reason(exported, tmp_path):
-    assert register_robust_model("Tester-2026", "digits", "Linf", exported) == "tester_2026_digits_linf"
-    with pytest.raises(InputError, match="holds no exported model"):
-        register_robust_model(KEY, "digits", "Linf", tmp_path)
-    with pytest.raises(InputError, match=r"num_classes=7: .* has 10 classes; leave it out"):
-        timm.create_model(NAME, pretrained=True, num_classes=7)
-    with pytest.raises(InputError, match=r"is a trained model: timm.create_model\('tester2026.*, pretrained=True\)"):
-        timm.create_model(NAME)
-    with pytest.raises(TypeError, match="drop_rate"):
-        timm.create_model(NAME, pretrained=True, drop_rate=0.5)
+def test_the_weights_are_those_of_the_run(exported, evaluated):
+    ours, runs = (load_file(path / "model.safetensors") for path in (exported / "hub", evaluated / "model"))
+    assert ours.keys() == runs.keys()
+    assert all(torch.equal(ours[name], runs[name]) for name in ours)
