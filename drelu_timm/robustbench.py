@@ -1,13 +1,20 @@
 """RobustBench, made to work: ``drelu_timm.robustbench.adapt()``, then everything of ``robustbench`` as it is.
 
+    python -m drelu_timm.robustbench EXPORTED/register.py --model_name KEY --dataset mnist --eps 0.3 ...
+
+is ``python -m robustbench.eval ...`` with the models of those files registered.
+
 RobustBench (Croce et al. 2021, https://arxiv.org/abs/2010.09670) 1.1.1 on PyPI does not import by itself. Nothing here
 happens before `adapt` is called, and nothing of RobustBench is copied.
 """
 
+import runpy
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import takewhile
 from types import ModuleType
 
 from torch import Tensor
@@ -67,6 +74,8 @@ def _add_datasets(robustbench: ModuleType) -> None:
     for name in DATASETS.keys() - known:
         added[name] = member = object.__new__(enumeration)
         member._name_ = member._value_ = name
+        enumeration._member_map_[name] = member  # by which it is listed: robustbench.eval's --dataset allows what is
+        enumeration._member_names_.append(name)
         # None: timm drops the argument, and the model has the number of classes that it was exported with.
         robustbench.utils.DATASET_CLASSES[member] = None
         robustbench.data._clean_dataset_loaders[member] = _clean_loader(name)
@@ -81,3 +90,20 @@ def _clean_loader(dataset: str):
         return to_float(test.images), test.labels
 
     return load
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run registration files, then RobustBench's own evaluation with the arguments that follow them."""
+    adapt()
+    files = list(takewhile(lambda argument: not argument.startswith("-"), argv))
+    for file in files:
+        runpy.run_path(file)
+    sys.argv = ["robustbench.eval", *argv[len(files) :]]
+    runpy.run_module("robustbench.eval", run_name="__main__")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -143,7 +143,9 @@ def test_datasets_that_robustbench_does_not_know_are_further_values_of_its_enume
 
     assert BenchmarkDataset("digits") is BenchmarkDataset("digits")
     assert (BenchmarkDataset("mnist").name, BenchmarkDataset("mnist").value) == ("mnist", "mnist")
-    assert [dataset.value for dataset in BenchmarkDataset] == ["cifar10", "cifar100", "imagenet"]
+    listed = [dataset.value for dataset in BenchmarkDataset]
+    assert listed[:3] == ["cifar10", "cifar100", "imagenet"]
+    assert {"digits", "mnist", "tiny_imagenet"} <= {*listed} and len(listed) == len({*listed})
     with pytest.raises(ValueError, match="'cifar1O' is not a valid BenchmarkDataset"):
         BenchmarkDataset("cifar1O")
 
