@@ -1,0 +1,308 @@
+"""Cards, entries, recipes and forms: all of them follow from what was measured; the published ones too."""
+
+import json
+import re
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import tyro
+from safetensors.torch import load_file
+
+from drelu_timm.cards import SHIPPED, VERDICTS, licences, model_card
+from drelu_timm.entries import AUTOATTACK, Paper, card_record, check_entry, from_record, model_info
+from drelu_timm.errors import InputError
+from drelu_timm.evaluate import EvaluateConfig
+from drelu_timm.export import ExportConfig
+from drelu_timm.models import sha256_of
+from drelu_timm.recipes import recipe, training_commands
+from drelu_timm.records import choose_results, measured_run, read_results
+from drelu_timm.robust_models import robust_model_name
+from drelu_timm.runs import Run
+from drelu_timm.submission import autoattack_log, has_adaptive_results, new_evaluation, new_model
+from drelu_timm.suites import SUITES
+from drelu_timm.train_config import TrainConfig
+
+KEY = "Tester2026Cards_dense"
+TEST_SIZE = 359
+REPOSITORY = Path(__file__).parents[1]
+PUBLISHED = sorted((REPOSITORY / "model_cards").glob("*/*/*.json"))
+
+
+@pytest.fixture(scope="module")
+def measured(evaluated):
+    run = Run.open(evaluated)
+    results = read_results(choose_results(run, None), run)
+    paper = Paper("A Title", "A. One, B. Two", "https://example.org", "ICLR 2026")
+    return measured_run(run, results, key=KEY, paper=paper, other_seeds=(), test_size=TEST_SIZE)
+
+
+def judged(measured, verdict, **results):
+    verdict = {"verdict": verdict, "evidence": ["BPDA leaves 4.4 %."]}
+    return replace(measured, results={**measured.results, "verdict": verdict, **results})
+
+
+def trained(measured, **train):
+    return replace(measured, config={**measured.config, "train": {**measured.config["train"], **train}})
+
+
+# The entry
+
+
+def test_the_entry_has_all_fields_of_robustbench_in_its_formats(measured):
+    entry = model_info(judged(measured, "sound", worst=measured.autoattack))
+    check_entry(entry)
+    assert entry == {
+        "link": "https://example.org",
+        "name": "A Title",
+        "authors": "A. One, B. Two",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": "digits",
+        "venue": "ICLR 2026",
+        "architecture": "dense_drelu",
+        "eps": "0.1",
+        "clean_acc": f"{100 * measured.results['clean']:.2f}",
+        "reported": f"{100 * measured.autoattack:.2f}",
+        "autoattack_acc": f"{100 * measured.autoattack:.2f}",
+        "footnote": "Preliminary: measured on the first 60 of the 359 test images of Digits. "
+        "Gradient-masking verdict: sound.",
+        "unreliable": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("verdict", "worst", "external", "unreliable"),
+    [
+        ("sound", 0.5, None, False),
+        ("sound", 0.4312, "43.12", False),
+        ("undecided", 0.4312, "43.12", False),
+        ("masked", 0.031, "3.10", True),
+        ("masked", 0.5, "50.00", True),
+    ],
+)
+def test_the_board_ranks_by_the_worst_case(measured, verdict, worst, external, unreliable):
+    entry = model_info(judged(measured, verdict, worst=worst, accuracy={"pgd": 0.9, AUTOATTACK: 0.5}))
+    check_entry(entry)
+    assert (entry.get("external"), entry["unreliable"]) == (external, unreliable)
+    assert (entry["reported"], entry["autoattack_acc"]) == (f"{100 * worst:.2f}", "50.00")
+    assert f"verdict: {verdict}" in entry["footnote"]
+
+
+def test_generated_images_are_a_footnote_and_no_additional_data(measured):
+    generated = trained(measured, generated_fraction=0.7)
+    generated = replace(generated, config={**generated.config, "generated": {"images": 20_000_000}})
+    entry = model_info(generated)
+    assert entry["additional_data"] is False
+    assert entry["footnote"].startswith("It uses additional 20M synthetic images in training (70% of every batch). ")
+    assert "CC BY-NC-SA 4.0" in licences(generated) and "CC BY-NC-SA" not in licences(measured)
+    assert model_info(trained(measured, pretrained=True))["additional_data"] is True
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ({"clean_acc": "9.5"}, r"clean_acc: '9\.5' does not match"),
+        ({"eps": 0.1}, r"eps: 0\.1 is not of type 'string'"),
+        ({"year": 2026}, r"'year' was unexpected"),
+        (
+            {"autoattack_acc": None, "link": ""},
+            r"acc: None is not of type 'string'.*; link: '' does not",
+        ),
+    ],
+)
+def test_an_entry_of_another_form_is_refused_whole(measured, spoil, message):
+    with pytest.raises(InputError, match=message) as caught:
+        check_entry({**model_info(measured), **spoil})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "n", "test_size", "preliminary"),
+    [
+        ("mnist", 10_000, 10_000, False),
+        ("mnist", 9_999, 10_000, True),
+        ("cifar10", 10_000, 10_000, False),
+        ("cifar10", 1_000, 10_000, True),
+        ("imagenet", 5_000, 50_000, False),  # the board's own share of the validation set
+        ("imagenet", 4_999, 50_000, True),
+    ],
+)
+def test_fewer_examples_than_the_board_asks_for_are_called_preliminary_everywhere(
+    measured, dataset, n, test_size, preliminary
+):
+    results = {**measured.results, "dataset": dataset, "n_examples": n}
+    measured = replace(measured, results=results, test_size=test_size)
+    for text in (model_card(measured), model_info(measured)["footnote"], recipe(measured), new_model(measured, None)):
+        assert ("reliminary" in text) == preliminary
+    assert model_card(measured).count("preliminary") == (2 if preliminary else 0)
+
+
+# The card
+
+
+def test_card_entry_and_recipe_are_made_from_the_record_alone(measured):
+    read = from_record(json.loads(json.dumps(card_record(measured))))
+    for written in (model_card, model_info, recipe):
+        assert written(read) == written(measured)
+
+
+def test_the_hub_reads_the_card(measured):
+    card = huggingface_hub.ModelCard(model_card(measured, source="."))
+    assert (card.data.license, card.data.library_name) == ("mit", "timm")
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    robust = f"Robust accuracy, worst case (Linf, eps 0.1; gradient masking: {measured.verdict}, preliminary)"
+    assert values == {
+        "Clean accuracy, preliminary": round(100 * measured.results["clean"], 2),
+        robust: round(100 * measured.results["worst"], 2),
+    }
+
+
+def test_the_card_says_every_number_with_the_verdict_and_its_evidence(measured):
+    card, results = model_card(measured), measured.results
+    for attack, accuracy in results["accuracy"].items():
+        assert f"| {attack} | {100 * accuracy:.2f} |" in card
+    assert f"| **worst case** | {100 * results['worst']:.2f} |" in card
+    assert all(f"- {sentence}" in card for sentence in results["verdict"]["evidence"])
+    assert VERDICTS[measured.verdict] in card
+    assert all(f"| {at['eps']} | " in card for at in measured.curve["curve"])
+    assert f"({KEY}.png)" in card
+    assert results["hardware"] in card and f"torch {results['versions']['torch']}" in card
+    assert "Caps: mean " in card and "10.3390/math12223551" in card
+
+
+def test_the_card_of_a_masked_model_says_that_it_is_not_robust(measured):
+    card = model_card(judged(measured, "masked"))
+    assert "**The gradients are masked.**" in card
+    assert "- BPDA leaves 4.4 %." in card
+    assert "- Not robust: the accuracy under white-box attack comes from masked gradients." in card
+
+
+def test_the_card_of_a_large_model_says_what_its_weights_are_and_how_to_make_them(measured):
+    large = replace(measured, weights=replace(measured.weights, bytes=SHIPPED + 1))
+    card = model_card(large)
+    assert f"sha256 {measured.weights.sha256}. `scripts/digits/Linf/{KEY}.sh` makes them" in card
+    assert "come with `drelu_timm`." in model_card(measured)
+
+
+@pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
+def test_every_objective_has_a_card(measured, objective):
+    assert f"# {KEY}" in model_card(trained(measured, objective=objective))
+
+
+# Recipes
+
+
+def repeated(command: str) -> dict:
+    """The settings that a command of a recipe gives."""
+    words = shlex.split(command.replace("\\\n", " "))
+    return asdict(tyro.cli(TrainConfig, args=words[words.index("train") + 1 :]))
+
+
+def test_the_command_repeats_the_training(measured):
+    (command,) = training_commands(measured.config, "runs/x")
+    settings = repeated(command)
+    assert command.startswith("drelu-timm train ")
+    assert {name: settings[name] for name in measured.config["train"] if name != "generated"} == {
+        name: value for name, value in measured.config["train"].items() if name != "generated"
+    }
+
+
+def test_what_a_training_was_begun_from_and_how_it_was_launched_are_in_the_recipe(measured):
+    config = {
+        **measured.config,
+        "init_from": trained(measured, objective="natural", seed=0).config,
+        "launch": {"num_processes": 2, "mixed_precision": "bf16", "device": "cpu"},
+    }
+    first, second = training_commands(config, "runs/x", seed=3)
+    assert (repeated(first)["output_dir"], repeated(first)["seed"]) == (Path("runs/x-start"), 3)
+    assert (repeated(second)["init_from"], repeated(second)["seed"]) == (Path("runs/x-start"), 3)
+    assert second.startswith(
+        "accelerate launch --num_processes 2 --multi_gpu --mixed_precision bf16 -m drelu_timm train"
+    )
+
+
+# RobustBench's forms
+
+
+def test_the_forms_are_filled_in(measured):
+    form = new_model(measured, "ORG/NAME")
+    for line in (
+        "Title: [New Model] Tester2026Cards_dense",
+        "- **Paper Title**: A Title",
+        "- **Architecture**: dense_drelu",
+        "- **Threat Model**: Linf",
+        "- **eps**: 0.1",
+        f"- **Clean accuracy**: {100 * measured.results['clean']:.2f}",
+        f"- **Robust accuracy**: {100 * measured.results['worst']:.2f}",
+        "- **Additional data**: false",
+    ):
+        assert line in form.splitlines()
+    assert f"https://huggingface.co/ORG/NAME, sha256 of model.safetensors {measured.weights.sha256}" in form
+    assert has_adaptive_results(measured)
+    evaluation = new_evaluation(measured, "images.pt")
+    assert f"+ **Model identifier(s):** {KEY}" in evaluation.splitlines()
+    assert "images.pt" in evaluation and f"{100 * measured.results['worst']:.2f} (AutoAttack: " in evaluation
+
+
+def test_the_log_tells_what_every_attack_of_autoattack_left(measured):
+    lines = autoattack_log(measured.results).splitlines()
+    assert f"initial accuracy: {measured.results['clean']:.2%}" in lines
+    left = measured.results["sequences"][AUTOATTACK]
+    assert list(left) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert all(f"robust accuracy after {attack.upper()}: {share:.2%}" in lines for attack, share in left.items())
+    assert lines[-1] == f"robust accuracy: {measured.autoattack:.2%}"
+    assert AUTOATTACK in SUITES["standard"]
+
+
+# What is published
+
+
+def test_there_are_published_cards():
+    assert PUBLISHED
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_every_number_of_a_published_card_follows_from_its_results(path):
+    record = json.loads(path.read_text())
+    measured = from_record(record)
+    assert record == json.loads(json.dumps(card_record(measured)))
+    assert path.relative_to(REPOSITORY / "model_cards").with_suffix("") == measured.place
+    assert path.with_suffix(".md").read_text() == model_card(measured)
+    assert (REPOSITORY / measured.recipe).read_text() == recipe(measured)
+    assert path.with_suffix(".png").exists() == (measured.curve is not None)
+    check_entry(model_info(measured))
+    assert measured.results["model_digest"] == measured.weights.sha256
+    assert "dirty" not in f"{measured.config['git_revision']} {measured.results['git_revision']}"
+    results = measured.results
+    assert results["worst"] <= min(results["accuracy"].values()) <= results["clean"]
+    if measured.seeds:
+        (own,) = (seed for seed in measured.seeds if seed.seed == measured.config["train"]["seed"])
+        assert (own.clean, own.worst, own.model_digest) == (results["clean"], results["worst"], results["model_digest"])
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_the_commands_of_a_published_recipe_are_understood(path):
+    measured = from_record(json.loads(path.read_text()))
+    script = (REPOSITORY / measured.recipe).read_text().replace("\\\n", " ").replace("$seed", "0")
+    configs = {"train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
+    commands = [line.split("#")[0] for line in script.splitlines() if re.search(r"^ *(drelu-timm|accelerate) ", line)]
+    assert len(commands) >= 3
+    for command in commands:
+        words = shlex.split(command)
+        verb = next(word for word in words if word in configs)
+        tyro.cli(configs[verb], args=words[words.index(verb) + 1 :])
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_weights_that_are_published_are_those_of_the_card(path):
+    measured = from_record(json.loads(path.read_text()))
+    weights = path.with_suffix(".safetensors")
+    assert weights.exists() == (measured.weights.bytes <= SHIPPED)
+    if weights.exists():
+        assert sha256_of(weights) == measured.weights.sha256
+        model = timm.create_model(robust_model_name(measured.key, measured.dataset, measured.norm), pretrained=True)
+        assert len(load_file(weights)) == len(model.model.state_dict())
