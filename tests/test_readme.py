@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import list_cards
 import pytest
 import timm
 import torch
@@ -57,3 +58,8 @@ def test_commands_shown_are_understood(command, tmp_path, monkeypatch):
     config = read_flags(CONFIGS[verb], verb, flags, preset_in(flags) if verb == "train" else None)
     if verb == "train":
         assert resolve(config).output_dir
+
+
+def test_the_published_models_are_those_of_the_cards():
+    shown = README.partition("<!-- cards -->")[2].partition("<!-- /cards -->")[0]
+    assert shown.strip() == list_cards.table()

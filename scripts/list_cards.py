@@ -1,0 +1,45 @@
+"""The published models as a table: `python scripts/list_cards.py`, from model_cards/."""
+
+import json
+from pathlib import Path
+
+from drelu_timm.entries import Measured, from_record, percent
+from drelu_timm.recipes import OBJECTIVES
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+HEAD = "| card | net | trained | images | clean | AutoAttack | worst of all | over seeds | verdict |"
+RULE = "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |"
+
+
+def table() -> str:
+    """Markdown; a heading for every board, a row a card, the best worst case first."""
+    boards: dict[str, list[Measured]] = {}
+    for path in sorted(CARDS.glob("*/*/*.json")):
+        measured = from_record(json.loads(path.read_text()))
+        boards.setdefault(f"{measured.results['dataset_title']}, {measured.threat_model}", []).append(measured)
+    return "\n\n".join(
+        "\n".join([f"{board}:", "", HEAD, RULE, *map(_row, sorted(cards, key=lambda card: -card.results["worst"]))])
+        for board, cards in boards.items()
+    )
+
+
+def _row(card: Measured) -> str:
+    train, results = card.config["train"], card.results
+    activation = train["activation"] or ("drelu" if train["model"].endswith("_drelu") else "as it is")
+    where = " everywhere" if train["placement"] == "all" else ""
+    worst = " ".join(percent(seed.worst) or "" for seed in card.seeds) or "-"
+    cells = [
+        f"[{card.key}](model_cards/{card.place.as_posix()}.md)",
+        f"{train['model'].removesuffix('_drelu')}, {activation}{where}",
+        OBJECTIVES[train["objective"]],
+        f"{results['n_examples']:,}",
+        *(percent(value) or "-" for value in (results["clean"], card.autoattack)),
+        f"**{percent(results['worst'])}**",
+        worst,
+        card.verdict,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(table())
