@@ -19,7 +19,7 @@ from .runs import Run, read_json
 from .train import TrainConfig, train
 
 KEY = "Demo2026Digits_Dense"
-PAPER = {"title": "D-ReLU with TRADES, a demonstration", "authors": "N/A", "venue": "N/A"}
+PAPER: dict[str, Any] = {"title": "D-ReLU with TRADES, a demonstration", "authors": "N/A", "venue": "N/A"}
 PAPER["link"] = "https://doi.org/10.3390/math12223551"  # of the paper on D-ReLU
 # One setting for all three; the caps' own rate takes them from 100 to the paper's end state in the demo's few steps.
 COMMON: dict[str, Any] = {"dataset": "digits", "model": "dense_drelu", "eps": "0.2", "epochs": 80, "cap_lr": 1.0}

@@ -31,14 +31,14 @@ from .cards import SHIPPED, model_card
 from .command_line import read_flags
 from .curves import draw_curve
 from .data import Images, load_images, to_float
-from .entries import AUTOATTACK, Measured, Paper, card_record, check_entry, model_info
+from .entries import AUTOATTACK, Measured, Paper, card_record, check_entry, from_record, model_info
 from .errors import InputError, one_line, unknown
 from .models import sha256_of
 from .recipes import recipe
 from .records import choose_results, measured_run, read_results
 from .robust_models import check_name_is_free, register_robust_model, robust_model_name
 from .robustbench import adapt
-from .runs import Run, write_json, write_text, written_whole
+from .runs import Run, read_json, write_json, write_text, written_whole
 from .submission import adversarial_images, autoattack_log, has_adaptive_results, new_evaluation, new_model
 from .verification import checks_page, read_evaluated, verify
 
@@ -88,18 +88,57 @@ class ExportConfig:
 def main(argv: Sequence[str]) -> None:
     """Read the flags, export, push if asked to, and say where the files are."""
     config = read_flags(ExportConfig, "export", argv)
-    output_dir = export(config)
+    if config.push is not None:
+        _check_repository(config.push)
+    output_dir = _output_dir(config)
+    if config.push is None or not output_dir.exists():
+        export(config)
+        _say(output_dir)
+    if config.push is None:
+        print(f"next: the same command with --push ORG/NAME uploads {output_dir / 'hub'}")
+    else:
+        print(push_exported(output_dir, config.push, run=Run.open(config.run)))
+
+
+def _say(output_dir: Path) -> None:
     (entry,) = output_dir.glob("model_info/*/*/*.json")
+    forms = ", ".join(map(str, sorted((output_dir / "submission").glob("*.md"))))
     print(f"wrote {output_dir}; read {output_dir / 'CHECKS.md'} first")
     print(f"  card                 {output_dir / 'hub' / 'README.md'}")
     print(f"  RobustBench's entry  {entry}")
-    print(f"  RobustBench's forms  {', '.join(map(str, sorted((output_dir / 'submission').glob('*.md'))))}")
-    if config.push is not None:
-        from .hub import push
+    print(f"  RobustBench's forms  {forms}")
 
-        print(push(output_dir / "hub", config.push))
-    else:
-        print(f"next: upload it by the same command with --push ORG/NAME, or load it: see {output_dir / 'register.py'}")
+
+def push_exported(output_dir: Path, repo: str, *, run: Run) -> str:
+    """Upload the hub/ of an exported folder, its card and RobustBench's form now naming the repository.
+
+    Returns:
+        What was done, or would be done with a token.
+
+    Raises:
+        InputError: A folder that is no export of the run's weights, or what `hub.push` raises.
+    """
+    from .hub import push
+
+    records = [*output_dir.glob("model_cards/*/*/*.json")]
+    if len(records) != 1:
+        raise InputError(f"--output-dir {output_dir} is no exported folder; give another one or remove it")
+    measured = from_record(read_json(records[0]))
+    if measured.weights.sha256 != run.model_digest:
+        raise InputError(f"--output-dir {output_dir} holds an export of other weights than {run.path}; remove it first")
+    write_text(output_dir / "hub" / "README.md", model_card(measured, source=f"hf-hub:{repo}"))
+    write_text(output_dir / "submission" / "new-model.md", new_model(measured, repo))
+    return str(push(output_dir / "hub", repo))
+
+
+def _check_repository(repo: str) -> None:
+    from .hub import check_name
+
+    check_name(repo, f"--push {repo!r}")
+
+
+def _output_dir(config: ExportConfig) -> Path:
+    return config.output_dir or config.run / "export" / config.key
 
 
 def export(config: ExportConfig) -> Path:
@@ -117,7 +156,7 @@ def export(config: ExportConfig) -> Path:
     results_path = choose_results(run, config.results)
     results = read_results(results_path, run)
     name = robust_model_name(config.key, results["dataset"], results["norm"])
-    output_dir = config.output_dir or run.path / "export" / config.key
+    output_dir = _output_dir(config)
     if output_dir.exists():
         raise InputError(f"--output-dir {output_dir} exists already; give another one or remove it")
     robustbench = _robustbench_or_reason()
@@ -130,8 +169,8 @@ def export(config: ExportConfig) -> Path:
     check_entry(model_info(measured))
     evaluated, adversarial = read_evaluated(results_path.with_suffix(".csv"), results, test)
     with _whole_or_not_at_all(output_dir) as folder:
-        _write_model(folder, measured, run, repo=config.push)
-        _write_submission(folder, measured, test, adversarial, repo=config.push)
+        _write_model(folder, measured, run)
+        _write_submission(folder, measured, test, adversarial)
         checks = verify(folder, measured, evaluated, robustbench, config.benchmark_examples)
         write_text(folder / "CHECKS.md", checks_page(measured, checks))
     register_robust_model(
@@ -198,7 +237,7 @@ def _test_images(run: Run, dataset: str, data_dir: Path | None) -> Images:
 # What is written
 
 
-def _write_model(folder: Path, measured: Measured, run: Run, *, repo: str | None) -> None:
+def _write_model(folder: Path, measured: Measured, run: Run) -> None:
     """Everything but the submission: register.py, hub/, weights/, model_info/, model_cards/ and scripts/."""
     write_text(folder / "register.py", _registration(measured))
     hub, weights = folder / "hub", folder / "weights"
@@ -206,7 +245,7 @@ def _write_model(folder: Path, measured: Measured, run: Run, *, repo: str | None
         place.mkdir()
     for file in ("model.safetensors", "config.json"):
         shutil.copyfile(run.model_folder / file, hub / file)
-    write_text(hub / "README.md", model_card(measured, source=f"hf-hub:{repo}" if repo else "."))
+    write_text(hub / "README.md", model_card(measured, source="."))
     shutil.copyfile(hub / "model.safetensors", weights / f"{measured.key}.safetensors")
     with written_whole(weights / f"{measured.key}.pt") as beside:
         torch.save(run.load_model().state_dict(), beside)
@@ -246,12 +285,10 @@ register_robust_model({named}, Path(__file__).parent / "hub", sha256=SHA256)
 '''
 
 
-def _write_submission(
-    folder: Path, measured: Measured, test: Images, adversarial: dict[str, torch.Tensor], *, repo: str | None
-) -> None:
+def _write_submission(folder: Path, measured: Measured, test: Images, adversarial: dict[str, torch.Tensor]) -> None:
     """What goes to RobustBench by hand."""
     submission = folder / "submission"
-    write_text(submission / "new-model.md", new_model(measured, repo))
+    write_text(submission / "new-model.md", new_model(measured, None))
     write_text(submission / "autoattack.log", autoattack_log(measured.results))
     if has_adaptive_results(measured):
         images = f"{measured.key}_adversarial.pt"

@@ -13,6 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .attacks import ThreatModel
 from .data import Images, to_float
@@ -210,7 +211,7 @@ def _check_adversarial(model: nn.Module, evaluated: Evaluated, measured: Measure
 
 
 def _check_robustbench(robustbench: Any, folder: Path, measured: Measured, evaluated: Evaluated) -> list[Check]:
-    """RobustBench's loader, with the registered weights and with the .pt file; its own clean accuracy."""
+    """RobustBench's loader, with the registered weights and with the .pt file."""
     arguments = {"dataset": measured.dataset, "threat_model": measured.norm}
     load: Callable[..., nn.Module] = robustbench.utils.load_model
     model = load(measured.key, **arguments).to(_device())
@@ -220,9 +221,6 @@ def _check_robustbench(robustbench: Any, folder: Path, measured: Measured, evalu
     if not torch.equal(_logits(from_pickle.to(_device()), images), _logits(model, images)):
         raise InputError(f"weights/{measured.key}.pt holds other weights than model.safetensors; export again")
     checks.append(Check("state dict", "load_model(custom_checkpoint=weights/....pt)", "bit-equal logits"))
-    clean = robustbench.utils.clean_accuracy(model, evaluated.images, evaluated.labels, device=_device())
-    result = f"{100 * clean:.2f} %, {100 * evaluated.clean:.2f} % in the evaluation"
-    checks.append(Check("clean accuracy", "robustbench.utils.clean_accuracy", result))
     return checks
 
 
@@ -277,7 +275,8 @@ def _device() -> torch.device:
 
 @torch.no_grad()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([model(batch.to(_device())).cpu() for batch in images.split(_BATCH)])
+    batches = tqdm(images.split(_BATCH), desc="verifying", unit="batch", leave=False, disable=None)
+    return torch.cat([model(batch.to(_device())).cpu() for batch in batches])
 
 
 def _predictions(model: nn.Module, images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from drelu_timm.data import load_images, to_float
 from drelu_timm.errors import InputError
-from drelu_timm.export import ExportConfig, export, main
+from drelu_timm.export import ExportConfig, export, main, push_exported
 from drelu_timm.models import sha256_of
 from drelu_timm.runs import Run
 
@@ -383,14 +383,36 @@ def test_of_several_evaluations_the_largest_in_the_runs_threat_model_is_exported
     assert "suite autoattack" in (named / "hub" / "README.md").read_text()
 
 
-def test_the_command_says_where_the_files_are_and_what_a_push_would_do(run, capsys, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "")
-    monkeypatch.setenv("HF_HOME", str(run))  # no token of somebody's login
-    flags = [word for name, text in PAPER.items() for word in (f"--{name}", text)]
-    main([str(run), "--key", KEY, *flags, "--output_dir", str(run / "here"), "--benchmark-examples", "0"])
+@pytest.fixture
+def no_token(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))  # of somebody's login
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_command_says_where_the_files_are_and_what_a_push_would_do(run, capsys, no_token):
+    flags = [str(run), "--key", KEY, "--output_dir", str(run / "here"), "--benchmark-examples", "0"]
+    flags += [word for name, text in PAPER.items() for word in (f"--{name}", text)]
+    main(flags)
     said = capsys.readouterr().out
     assert f"{run / 'here' / 'model_info' / 'digits' / 'Linf' / KEY}.json" in said
-    assert "next: upload it by the same command with --push ORG/NAME" in said
+    assert "next: the same command with --push ORG/NAME uploads" in said
+    main([*flags, "--push", "tester/dense"])
+    assert "Dry run, as there is no token: 4 files would go to https://" in capsys.readouterr().out
+    assert '"hf-hub:tester/dense"' in (run / "here" / "hub" / "README.md").read_text()
+    assert "https://huggingface.co/tester/dense, sha256" in (run / "here" / "submission" / "new-model.md").read_text()
+
+
+def test_a_push_of_what_is_none_is_refused_before_any_work(run, no_token):
+    with pytest.raises(InputError, match=r"--push 'dense' names no repository; give ORG/NAME"):
+        main([str(run), "--key", KEY, "--push", "dense"])
+    (run / "here").mkdir()
+    with pytest.raises(InputError, match=r"--output-dir .*here is no exported folder; give another one or remove it"):
+        main([str(run), "--key", KEY, "--output-dir", str(run / "here"), "--push", "tester/dense"])
+    folder = export(ExportConfig(run, KEY, **PAPER, benchmark_examples=0))
+    _other_weights(run)
+    with pytest.raises(InputError, match=r"--output-dir .* holds an export of other weights than .*run; remove it"):
+        push_exported(folder, "tester/dense", run=Run.open(run))
 
 
 def test_the_weights_are_those_of_the_run(exported, evaluated):
