@@ -1,20 +1,35 @@
 """D-ReLU variants of every timm classifier: ``import drelu_timm``, then ``timm.create_model("resnet50_drelu")``."""
 
+import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .caps import cap_penalty
-from .drelu import DReLU, SReLU
 from .errors import DReLUWarning, InputError
-from .models import load_folder, normalized, save_folder
-from .published import register_published
-from .robust_models import register_robust_model
+
+
+def _is_doctor() -> bool:
+    """Whether this is `drelu-timm doctor` or `python -m drelu_timm doctor`, told by the command as it was given.
+
+    The doctor has to run where torch, torchvision or timm do not import, and this file runs before it.
+    """
+    command = sys.orig_argv[-len(sys.argv) :]  # sys.argv itself has -m in the place of the module, as yet
+    return command[1:2] == ["doctor"] and Path(command[0]).stem in ("drelu-timm", "drelu_timm")
+
+
+if TYPE_CHECKING or not _is_doctor():
+    from .caps import cap_penalty
+    from .drelu import DReLU, SReLU
+    from .models import load_folder, normalized, save_folder
+    from .published import register_published
+    from .robust_models import register_robust_model
+
+    register_published()
 
 if TYPE_CHECKING:
     from .evaluation import evaluate_model, evaluate_sweep
 
 __version__ = version("drelu-timm")
-register_published()
 
 __all__ = [
     "DReLU",

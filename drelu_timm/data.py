@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch
@@ -207,17 +208,21 @@ _TORCHVISION = {  # name: class in torchvision, the files that it reads
 
 def _torchvision(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
     """A dataset of torchvision, downloaded first where it is not there."""
+    source = _open_torchvision(dataset, data_dir, split, download=True)
+    return _from_arrays(np.asarray(source.data), source.targets, source.classes, dataset.title, size)
+
+
+def _open_torchvision(dataset: Dataset, data_dir: Path, split: str, *, download: bool) -> Any:
     import torchvision.datasets  # not in the light base
 
     name, files = _TORCHVISION[dataset.name]
     try:
-        source = getattr(torchvision.datasets, name)(data_dir, train=split == "train", download=True)
+        return getattr(torchvision.datasets, name)(data_dir, train=split == "train", download=download)
     except (OSError, RuntimeError, ValueError, LookupError, AssertionError) as error:
         raise InputError(
             f"--data-dir {data_dir} holds no whole {dataset.title}, and it could not be downloaded "
             f"({one_line(error)}); put {files} there"
         ) from error
-    return _from_arrays(np.asarray(source.data), source.targets, source.classes, dataset.title, size)
 
 
 def _from_arrays(images: np.ndarray, labels: ArrayLike, classes: Sequence[str], title: str, size: Size) -> Images:
@@ -233,6 +238,13 @@ def _cifar(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
     """CIFAR from torchvision's files or, where there are such, from image files in folders or tars of classes."""
     if not any(_split_path(data_dir, each) for each in _SPLITS):
         return _torchvision(dataset, data_dir, split, size)
+    files = _cifar_files(dataset, data_dir, split)
+    jpeg = all(PurePath(name).suffix.lower() in (".jpg", ".jpeg") for name in files.names)
+    return _from_files(files, f"{dataset.title} ({'JPEG copy' if jpeg else 'image files'})", size, shuffle=True)
+
+
+def _cifar_files(dataset: Dataset, data_dir: Path, split: str) -> ImageFiles:
+    """CIFAR's image files, once they are known to have its classes."""
     files = _read_split(data_dir, split)
     # torchvision's order of the classes is the alphabet's, in CIFAR-100 too.
     expected = _CIFAR10_CLASSES if dataset.name == "cifar10" else files.classes
@@ -241,8 +253,7 @@ def _cifar(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
             f"--data-dir: {files.path} has {len(files.classes)} classes ({', '.join(files.classes[:10])}); "
             f"{dataset.title} has {dataset.num_classes}: make a folder for each, named as torchvision names it"
         )
-    jpeg = all(PurePath(name).suffix.lower() in (".jpg", ".jpeg") for name in files.names)
-    return _from_files(files, f"{dataset.title} ({'JPEG copy' if jpeg else 'image files'})", size, shuffle=True)
+    return files
 
 
 def _folder(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
@@ -339,6 +350,31 @@ _READERS: dict[str, Callable[[Dataset, Path, str, Size], Images]] = {
     "tiny_imagenet": _tiny_imagenet,
     "folder": _folder,
 }
+
+
+def holds(dataset: str, folder: Path) -> bool:
+    """Whether `load_images` would find a dataset in a folder; nothing is downloaded or decoded.
+
+    No more than the test split is opened: a large training set takes long to list.
+
+    Args:
+        dataset: A name in `DATASETS`; digits need no files and are in any folder.
+        folder: What would be its ``data_dir``.
+    """
+    entry = DATASETS[dataset]
+    has_split = [_split_path(folder, split) is not None for split in _SPLITS]
+    try:
+        if dataset == "tiny_imagenet":
+            _tiny_imagenet_path(folder)
+        elif dataset == "folder":
+            return all(has_split) and len(_read_split(folder, "test").classes) > 1
+        elif dataset in ("cifar10", "cifar100") and any(has_split):
+            return all(has_split) and bool(_cifar_files(entry, folder, "test"))
+        elif dataset != "digits":
+            _open_torchvision(entry, folder, "test", download=False)
+    except InputError:
+        return False
+    return True
 
 
 def hold_out(images: Images, fraction: float, *, seed: int) -> tuple[Images, Images]:

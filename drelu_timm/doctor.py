@@ -1,6 +1,7 @@
 """`drelu-timm doctor`: what is installed here, what of it clashes, and the commands that mend it.
 
-Beside what `import drelu_timm` needs, it needs the standard library only, and what is broken becomes a line of output.
+It needs the standard library only, and what is broken becomes a line of output: `import drelu_timm` leaves torch and
+timm alone for it.
 """
 
 import os
@@ -10,11 +11,11 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from .errors import InputError, one_line
+from .errors import one_line
 from .installation import (
     EXTRAS,
     US,
@@ -56,9 +57,9 @@ def doctor(data_dir: Path) -> int:
     """
     _section("Versions", _versions)
     _section("Extras", _extras)
+    found = _problems()  # first of all that imports: what failed to import once fails otherwise when it is tried again
     _section("Device", _device)
     _section(f"Data in {data_dir}, and in the folders there", partial(_data, data_dir))
-    found = _problems()
     _report("Broken", [problem for problem in found if problem.fault])
     _report("Clashes that break nothing here", [problem for problem in found if not problem.fault])
     if not any(problem.fault for problem in found):
@@ -149,68 +150,33 @@ def _without_compiler() -> str:
 def _data(data_dir: Path) -> Iterator[Row]:
     """Where each dataset was found; nothing is downloaded, and at most a test split is opened."""
     try:
-        from .data import DATASETS
+        from .data import DATASETS, holds
     except ModuleNotFoundError as error:
-        yield "-", f"reading any needs the package {error.name!r}, of the extra train"
+        yield "-", f"reading any needs the package {error.name!r}; {pip(('install', f'{US}[train]'))}"
         return
     data_dir = data_dir.expanduser()
     below = sorted(path for path in data_dir.iterdir() if path.is_dir()) if data_dir.is_dir() else []
     for name in DATASETS:
-        places = [place for place in (data_dir, *below) if _holds(name, place)]
+        places = [place for place in (data_dir, *below) if holds(name, place)]
         if name == "digits":
             yield name, "comes with scikit-learn" + ("" if installed_version("scikit-learn") else ", which is missing")
         else:
             yield name, ", ".join(f"--data-dir {place}" for place in places[:3]) or "not found, or not whole"
 
 
-def _holds(dataset: str, place: Path) -> bool:
-    """Whether `data.load_images` would find a dataset there without downloading it."""
-    from . import data
-
-    if dataset == "tiny_imagenet":
-        try:
-            data._tiny_imagenet_path(place)
-        except InputError:
-            return False
-        return True
-    classes = _classes(place)
-    if dataset == "folder":
-        return len(classes) > 1
-    if dataset == "cifar10" and classes:
-        return classes == data._CIFAR10_CLASSES
-    if dataset == "cifar100" and classes:
-        return len(classes) == data.DATASETS[dataset].num_classes
-    return dataset in data._TORCHVISION and _torchvision_holds(data._TORCHVISION[dataset][0], place)
-
-
-@cache
-def _classes(place: Path) -> tuple[str, ...]:
-    """The classes of the test split in image files; none where the place does not hold both splits."""
-    from . import data
-
-    train, test = (data._split_path(place, split) for split in ("train", "test"))
-    if train is None or test is None:
-        return ()
-    try:
-        return data.read_folder(test).classes
-    except InputError:
-        return ()
-
-
-def _torchvision_holds(name: str, place: Path) -> bool:
-    import torchvision.datasets
-
-    try:
-        getattr(torchvision.datasets, name)(place, train=False, download=False)
-    except Exception:  # missing, cut short, of another layout: a class each
-        return False
-    return True
-
-
 def _problems() -> list[Problem]:
-    """All problems; where there seem to be none RobustBench is imported, as it is to be used."""
+    """All problems; where there seem to be none this package and RobustBench are imported, as they are to be used."""
     found = problems()
-    if "robustbench" in installed_extras() and not any(problem.fault for problem in found):
+    if any(problem.fault for problem in found):
+        return found
+    try:
+        from .published import register_published
+
+        register_published()
+    except Exception as error:
+        what = f"{US} {installed_version(US)} cannot be imported: {type(error).__name__}: {one_line(error)}"
+        return [*found, Problem(US, what, "nothing of it works", ("--upgrade", US))]
+    if "robustbench" in installed_extras():
         try:
             from .robustbench import adapt
 

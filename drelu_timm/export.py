@@ -259,8 +259,9 @@ def _write_model(folder: Path, measured: Measured, run: Run) -> None:
     if measured.weights.bytes <= SHIPPED:
         shutil.copyfile(hub / "model.safetensors", cards / f"{measured.key}.safetensors")
     if measured.curve is not None:
-        title = f"{measured.key}\n{measured.results['dataset_title']}, {measured.norm}"
-        draw_curve(measured.curve["curve"], cards / f"{measured.key}.png", title=title)
+        curve, dataset = measured.curve, measured.results["dataset_title"]
+        title = f"{measured.key}\n{dataset}, {measured.norm}, first {curve['n_examples']:,} test images"
+        draw_curve(curve["curve"], cards / f"{measured.key}.png", title=title)
         shutil.copyfile(cards / f"{measured.key}.png", hub / f"{measured.key}.png")
     script = folder / measured.recipe
     write_text(script, recipe(measured))

@@ -107,7 +107,8 @@ def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
     if "train" in kept:
         train = kept["train"]
         generated = [Path(file).name for file in train.get("generated", ())]
-        kept["train"] = {**{name: train[name] for name in train if name != "data_dir"}, "generated": generated}
+        published = {name: value for name, value in train.items() if name not in ("data_dir", "init_from")}
+        kept["train"] = {**published, "generated": generated}
     if isinstance(kept.get("init_from"), dict):
         kept["init_from"] = _without_paths(kept["init_from"])
     return kept

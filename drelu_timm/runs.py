@@ -5,10 +5,10 @@ log.jsonl     a line an epoch
 state/        what `train --resume` goes on from
 model/        the best epoch's model as a timm / Hugging Face folder, of the averaged weights if there are any
 last/         the last epoch's
-results/      one .json and one .csv an evaluation
+results/      an evaluation: a .json, a .csv, and the images that broke the model as .adversarial.safetensors
+sweeps/       an evaluation at several radii: a .json, a .csv and a .png
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .models import load_folder, normalized
+from .models import WEIGHTS, load_folder, normalized, sha256_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Run:
     @cached_property
     def model_digest(self) -> str:
         """sha256 of the weights file: what a result says it was measured on."""
-        return hashlib.sha256((self.model_folder / "model.safetensors").read_bytes()).hexdigest()
+        return sha256_of(self.model_folder / WEIGHTS)
 
     def load_model(self) -> nn.Module:
         """The trained model in eval mode; it takes [0, 1] images [B, C, H, W] and returns logits [B, K]."""

@@ -209,6 +209,9 @@ def test_the_command_repeats_the_training(measured):
     assert {name: settings[name] for name in measured.config["train"] if name != "generated"} == {
         name: value for name, value in measured.config["train"].items() if name != "generated"
     }
+    assert {"data_dir", "init_from"} == settings.keys() - measured.config["train"].keys() - {
+        *("resume", "output_dir", "save_every", "workers", "log_with")
+    }
 
 
 def test_what_a_training_was_begun_from_and_how_it_was_launched_are_in_the_recipe(measured):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from drelu_timm.data import DATASETS, Images, hold_out, load_images, to_float
+from drelu_timm.data import DATASETS, Images, hold_out, holds, load_images, to_float
 from drelu_timm.errors import InputError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -377,6 +377,59 @@ def test_two_zips(tmp_path):
         write_zip(tmp_path / name, tiny_imagenet_files())
     with pytest.raises(InputError, match=r"several zips \(tiny-imagenet-200-part.zip, .*\); give one"):
         load_images("tiny_imagenet", tmp_path, "test")
+
+
+# Looking for it
+
+
+def held_by(folder: Path) -> set[str]:
+    return {name for name in DATASETS if holds(name, folder)} - {"digits"}
+
+
+def write_splits(folder: Path, classes, suffixes=("", "")) -> Path:
+    for split, suffix in zip(("train", "test"), suffixes, strict=True):
+        path = write_folder(folder / split, classes, 1)
+        if suffix:
+            pack(path)
+    return folder
+
+
+def test_image_files_are_told_by_their_classes(tmp_path):
+    assert held_by(write_splits(tmp_path / "ten", CIFAR10)) == {"cifar10", "folder"}
+    assert held_by(write_splits(tmp_path / "tars", CIFAR10, (".tar", ".tar"))) == {"cifar10", "folder"}
+    assert held_by(write_splits(tmp_path / "hundred", [f"{i:02}" for i in range(100)])) == {"cifar100", "folder"}
+    assert held_by(write_splits(tmp_path / "two", ("a", "b"))) == {"folder"}
+    assert held_by(write_splits(tmp_path / "one", ("a",))) == set()
+
+
+def test_a_split_alone_is_no_dataset(tmp_path):
+    for split in ("train", "test"):
+        write_folder(tmp_path / split / split, CIFAR10, 1)
+        assert held_by(tmp_path / split) == set()
+
+
+def test_broken_files_are_not_held(tmp_path, offline):
+    path = write_mnist(tmp_path, [3, 1, 4], 3) / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    assert held_by(tmp_path) == {"mnist"}
+    path.write_bytes(path.read_bytes()[:-100])
+    assert held_by(tmp_path) == set()
+    assert held_by(tmp_path / "absent") == set()
+    (write_splits(tmp_path / "tars", CIFAR10, (".tar", ".tar")) / "test.tar").write_bytes(b"no tar")
+    assert held_by(tmp_path / "tars") == set()
+
+
+def test_tiny_imagenet_is_held_by_its_zip_and_folder(tmp_path):
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet_files())
+    (tmp_path / "beside" / "tiny-imagenet-200").mkdir(parents=True)
+    assert held_by(tmp_path) == held_by(tmp_path / "beside") == {"tiny_imagenet"}
+    write_zip(tmp_path / "tiny-imagenet-200-part.zip", tiny_imagenet_files())
+    assert held_by(tmp_path) == set()
+
+
+def test_real_data_are_held():
+    assert "mnist" in held_by(real_data("MNIST"))
+    assert held_by(real_data("cifar10-jpeg") / "cifar10-jpeg") == {"cifar10", "folder"}
+    assert held_by(real_data("tiny-imagenet") / "tiny-imagenet") == {"tiny_imagenet"}
 
 
 # Holding out

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -41,7 +43,7 @@ def test_picture_is_drawn(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_demo_tells_masking_from_robustness(tmp_path):
+def test_the_whole_demo_tells_masking_from_robustness(tmp_path, capsys):
     demo(DemoConfig(output_dir=tmp_path))
     verdicts = {}
     for path in tmp_path.glob("*/results/*.json"):
@@ -49,5 +51,7 @@ def test_the_whole_demo_tells_masking_from_robustness(tmp_path):
         verdicts[path.parts[-3]] = content["verdict"]["verdict"]
         assert Run.open(path.parents[1]).model_digest == content["model_digest"]
     assert verdicts == {"relu": "sound", "drelu": "masked", "drelu-trades": "sound"}
-    assert (tmp_path / "demo.png").is_file()
+    places = dict(re.findall(r"^  ([\w ,]+): +(/.+)$", capsys.readouterr().out, re.MULTILINE))
+    assert Path(places["picture"]) == tmp_path / "demo.png"
+    assert len(places) == 5 and all(Path(place).exists() for place in places.values())
     demo(DemoConfig(output_dir=tmp_path))  # again: nothing is done twice, nothing fails

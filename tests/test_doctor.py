@@ -1,6 +1,8 @@
 """The doctor: what it finds in environments made of metadata alone, and the whole of it in this one."""
 
 import importlib.metadata
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import timm.models._hub
 from fake_packages import install
 
-from drelu_timm import __main__, doctor, installation
+from drelu_timm import __main__, doctor, installation, published
 from drelu_timm.installation import EXTRAS, Problem, mend, pip, problems
 
 OURS = importlib.metadata.requires("drelu-timm")
@@ -186,7 +188,7 @@ def test_what_raises_is_a_line_and_no_traceback(quick, monkeypatch, capsys, tmp_
 
     out = capsys.readouterr().out
     assert "cannot be told: RuntimeError: operator torchvision::nms does not exist" in out
-    assert "of the extra train" in out
+    assert "reading any needs the package 'drelu_timm.data'" in out
 
 
 def test_data_are_found_in_the_folder_and_in_those_below(tmp_path):
@@ -210,9 +212,57 @@ def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
     assert set(found.values()) == {"not found, or not whole"}
 
 
-def test_the_real_mnist_is_found(data_folder):
-    folder = data_folder("MNIST")
-    assert doctor._holds("mnist", folder)
+def test_a_package_of_ours_that_does_not_import_is_a_fault(quick, monkeypatch, capsys, tmp_path):
+    def register():
+        raise AttributeError("module 'timm.models._registry' has no attribute '_model_default_cfgs'")
+
+    monkeypatch.setattr(doctor, "problems", list)
+    monkeypatch.setattr(published, "register_published", register)
+    assert doctor.doctor(tmp_path) == 1
+    assert "cannot be imported: AttributeError: module 'timm.models._registry' has no" in capsys.readouterr().out
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Runs Python where a package raises as soon as it is imported."""
+
+    def run(package: str, *arguments: str) -> subprocess.CompletedProcess:
+        (tmp_path / package).mkdir(exist_ok=True)
+        (tmp_path / package / "__init__.py").write_text('raise RuntimeError("built for another torch")')
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TORCHDYNAMO_DISABLE": "1"}  # compiling takes seconds
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+
+    return run
+
+
+DOCTOR = ("-m", "drelu_timm", "doctor", "--data-dir", ".")
+
+
+@pytest.mark.parametrize("package", ["torch", "torchvision"])
+def test_the_doctor_runs_where_what_we_need_does_not_import(broken, package):
+    done = broken(package, *DOCTOR)
+    assert done.returncode == 1, done.stdout + done.stderr
+    _, _, found = done.stdout.partition("\nBroken\n")
+    assert found.startswith(f"  {package} cannot be imported ({package} ")
+    assert "): built for another torch\n    breaks: nothing of this package works\n    mend:   " in found
+    assert "Traceback" not in done.stderr
+
+
+def test_the_doctor_runs_by_its_command_too(broken):
+    script = shutil.which("drelu-timm", path=Path(sys.executable).parent)
+    if script is None:
+        pytest.skip("no drelu-timm beside this Python")
+    assert "\nBroken\n  torch cannot be imported" in broken("torch", script, *DOCTOR[2:]).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [("-c", "import drelu_timm", "doctor"), ("-m", "drelu_timm", "train")], ids=["import", "train"]
+)
+def test_all_else_raises_there(broken, arguments):
+    done = broken("torch", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: built for another torch\n")
 
 
 def test_the_doctor_of_this_environment(tmp_path):
