@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from .entries import Measured, architecture, generated_images, percent
+from .entries import PROBES, Measured, architecture, generated_images, is_pretrained, percent
 from .recipes import OBJECTIVES, duration, made_with, training_commands
 
 CITATION = """\
@@ -21,8 +21,8 @@ CITATION = """\
   doi     = {10.3390/math12223551}
 }"""
 VERDICTS = {
-    "sound": "Attacks that know of the caps, or use no gradient, find hardly more than those that follow it: the "
-    "accuracies above can be taken at their word.",
+    "sound": "Attacks that know what could hide a gradient, or use none, find hardly more than those that follow it: "
+    "the accuracies above can be taken at their word.",
     "masked": "**The gradients are masked.** The white-box attacks fail for want of a gradient, not for the model's "
     "robustness; only the worst case says something about it.",
     "undecided": "Whether the gradients are masked is undecided; take the worst case, and that as an upper bound.",
@@ -56,7 +56,7 @@ def model_card(measured: Measured, *, source: str | None = None) -> str:
         _limits(measured),
         "## Licence and citation",
         _licence(measured),
-        f"```bibtex\n{CITATION}\n```",
+        *([f"D-ReLU is due to:\n\n```bibtex\n{CITATION}\n```"] if _drelu(measured) else []),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -71,10 +71,10 @@ def _header(measured: Measured) -> dict[str, Any]:
         {"type": "accuracy", "name": robust, "value": _number(results["worst"])},
     ]
     return {
-        "license": "mit",
+        "license": _licence_name(measured),
         "library_name": "timm",
         "pipeline_tag": "image-classification",
-        "tags": ["timm", "image-classification", "adversarial-robustness", "robustbench", "drelu"],
+        "tags": ["timm", "image-classification", "adversarial-robustness", "robustbench", *_drelu(measured)],
         "model-index": [
             {
                 "name": measured.key,
@@ -109,16 +109,18 @@ def _summary(measured: Measured) -> str:
 def _accuracy(measured: Measured) -> str:
     results = measured.results
     rows = {"clean": results["clean"], **results["accuracy"], "**worst case**": results["worst"]}
-    rows["zero input gradients"] = results["zero_gradient_share"]
     table = "\n".join(f"| {attack} | {percent(accuracy)} |" for attack, accuracy in rows.items())
     paragraphs = [
         f"{measured.sample} The worst case is the share of the images that the model classifies right under every "
-        "attack; zero input gradients, the share of those classified right whose gradient is exactly zero.",
+        f"attack, {PROBES} among them.",
         f"| attack | accuracy in % |\n| --- | ---: |\n{table}",
         f"Gradient masking: {measured.verdict}. {VERDICTS[measured.verdict]} The evidence:",
         _list(results["verdict"]["evidence"]),
+        f"The input gradient is exactly zero for {percent(results['zero_gradient_share'])} % of the images classified "
+        "right.",
         _cw_l2(results.get("cw_l2")),
-        f"Evaluation: suite {results['suite']}, seed {results['seed']}; {made_with(results)}. The attacks' settings:",
+        f"Evaluation: suite {results['suite']}, seed {results['seed']}, attacks search in {results['precision']} and "
+        f"are judged in float32, {duration(results['seconds'])}; {made_with(results)}. The attacks' settings:",
         _list(f"{attack}: {_settings(settings)}" for attack, settings in results["settings"].items()),
     ]
     return "\n\n".join(paragraphs)
@@ -146,7 +148,8 @@ def _curve(measured: Measured) -> str:
     return "\n\n".join(
         [
             f"![Accuracy under every attack against eps]({measured.key}.png)",
-            f"{curve['norm']}, suite {curve['suite']}, the first {curve['n_examples']:,} test images:",
+            f"{'Preliminary: ' if curve['n_examples'] < measured.test_size else ''}{curve['norm']}, suite "
+            f"{curve['suite']}, the first {curve['n_examples']:,} test images:",
             f"| eps | clean, % | worst case, % | gradient masking |\n| ---: | ---: | ---: | --- |\n{rows}",
         ]
     )
@@ -175,18 +178,19 @@ def _seeds(measured: Measured) -> str:
 
 def _loading(measured: Measured) -> str:
     """Of a model that comes with this package, or whose card does."""
+    recipe = f"`{measured.recipe}` makes the model, its evaluation and this card. "
     if measured.weights.bytes > SHIPPED:
         return (
-            f"Its weights do not come with `drelu_timm`: model.safetensors, {measured.weights.bytes:,} bytes, sha256 "
-            f"{measured.weights.sha256}. `{measured.recipe}` makes them (bit-equal on the same hardware and versions); "
-            "then:\n\n" + _with_timm_and_robustbench(measured, "runs/.../hub")
+            f"{recipe}Its weights do not come with `drelu_timm`: model.safetensors, {measured.weights.bytes:,} bytes, "
+            f"sha256 {measured.weights.sha256} (bit-equal on the same hardware and versions). Then:\n\n"
+            + _with_timm_and_robustbench(measured, "runs/.../hub")
         )
-    return "Its weights come with `drelu_timm`.\n\n" + _with_timm_and_robustbench(measured)
+    return f"{recipe}Its weights come with `drelu_timm`.\n\n{_with_timm_and_robustbench(measured)}"
 
 
 def _loading_from(measured: Measured, source: str) -> str:
     """Of a model in a folder or on the Hub."""
-    folder = source.replace("hf-hub:", "hf_hub:") if source != "." else "local-dir:."
+    folder = "local-dir:." if source == "." else source
     return f"""\
 {_with_timm_and_robustbench(measured, source)}
 
@@ -240,21 +244,28 @@ def _training(measured: Measured) -> str:
         f"Data: {config['dataset_title']}; a part of its training images is held out to choose the epoch by.",
         f"Preset: {config['train']['preset'] or 'none'}. Seed: {config['train']['seed']}.",
         f"Epochs: {training['epochs']}; the weights are those of "
-        + (f"epoch {kept}, the best by {config['train']['monitor']} on held-out images." if kept else "the last."),
+        + (
+            "the last."
+            if training["weights"] == "last"
+            else f"epoch {kept}, the best by {config['train']['monitor']} on held-out images."
+        ),
         "Caps: "
         + (
             "mean {mean:.4g}, smallest {min:.4g}, largest {max:.4g}.".format(**measured.caps)
             if measured.caps
             else "none; there is no D-ReLU in it."
         ),
-        f"Time: {duration(training['seconds'])}, {training['images_per_second']:,.0f} images a second, on "
-        f"{config['hardware']}.",
+        f"Time: {duration(training['seconds'])}{_of_the_last(measured)}, {training['images_per_second']:,.0f} images a "
+        f"second, on {config['hardware']}.",
         f"Versions: {made_with(config)}.",
     ]
     if generated := generated_images(measured):
         facts.insert(1, generated)
-    recipe = f"`{measured.recipe}` in the project makes the model, its evaluation and this card."
-    return f"```bash\n{commands}\n```\n\n{_list(facts)}\n\n{recipe}"
+    return f"```bash\n{commands}\n```\n\n{_list(facts)}"
+
+
+def _of_the_last(measured: Measured) -> str:
+    return "" if len(measured.trainings) == 1 else f" for the last of its {len(measured.trainings)} trainings"
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -277,9 +288,9 @@ def _limits(measured: Measured) -> str:
 def licences(measured: Measured) -> str:
     """Under which licence the weights are, and whose else's holds for them."""
     sentences = ["MIT."]
-    if measured.config["train"].get("pretrained"):
+    if is_pretrained(measured):
         sentences.append("It was trained on from timm's ImageNet weights, whose own licence holds for it too.")
-    if measured.config["train"].get("generated_fraction"):
+    if generated_images(measured):
         sentences.append(
             "It was trained with generated images; those of EDM, and EDM's models, are licensed CC BY-NC-SA 4.0, which "
             "binds what is made from them to non-commercial use and the same licence."
@@ -290,7 +301,19 @@ def licences(measured: Measured) -> str:
 def _licence(measured: Measured) -> str:
     paper = measured.paper
     about = ", ".join(text for text in (paper.authors, paper.title, paper.venue, paper.link) if text)
-    return f"{licences(measured)} The model: {about}. D-ReLU is due to:"
+    return f"{licences(measured)} The model: {about}."
+
+
+def _licence_name(measured: Measured) -> str:
+    """As the Hub spells it: the strictest that may hold."""
+    if generated_images(measured):
+        return "cc-by-nc-sa-4.0"
+    return "other" if is_pretrained(measured) else "mit"
+
+
+def _drelu(measured: Measured) -> list[str]:
+    """The tag of models of this project's architectures; none for others."""
+    return ["drelu"] if measured.config["train"]["model"].endswith("_drelu") else []
 
 
 def _list(items: Iterable[str]) -> str:

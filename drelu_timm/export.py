@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import tyro
 
+from .attacks import ThreatModel
 from .cards import SHIPPED, model_card
 from .command_line import read_flags
 from .curves import draw_curve
@@ -34,13 +35,14 @@ from .data import Images, load_images, to_float
 from .entries import AUTOATTACK, Measured, Paper, card_record, check_entry, from_record, model_info
 from .errors import InputError, one_line, unknown
 from .models import sha256_of
+from .published import published_sha256
 from .recipes import recipe
-from .records import choose_results, measured_run, read_results
+from .records import check_no_worse_verdict, choose_results, measured_run, read_results
 from .robust_models import check_name_is_free, register_robust_model, robust_model_name
 from .robustbench import adapt
 from .runs import Run, read_json, write_json, write_text, written_whole
-from .submission import adversarial_images, autoattack_log, has_adaptive_results, new_evaluation, new_model
-from .verification import checks_page, read_evaluated, verify
+from .submission import autoattack_log, is_external, new_evaluation, new_model
+from .verification import Evaluated, checks_page, read_evaluated, verify
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,8 +58,14 @@ class ExportConfig:
     """Run directory, evaluated by a suite that holds AutoAttack (--suite standard)."""
     key: str
     """RobustBench's name of the model: authors, year, first word of the title, and what tells its models apart."""
+    dataset: str | None = None
+    """RobustBench's name of the dataset, for a run on a folder of its images: imagenet."""
+    norm: str | None = None
+    """Norm of the entry, Linf or L2; by default the training's."""
+    eps: str | None = None
+    """Radius of the entry, such as 8/255; by default the training's."""
     results: str | None = None
-    """Name of the evaluation; by default the one with most examples, then attacks, in the run's threat model."""
+    """Name of the evaluation; by default the one with AutoAttack, then most examples and attacks, at that norm, eps."""
     n_examples: int | None = None
     """Refuse an evaluation of fewer test images than this."""
     seeds: tuple[Path, ...] = ()
@@ -126,9 +134,19 @@ def push_exported(output_dir: Path, repo: str, *, run: Run) -> str:
     measured = from_record(read_json(records[0]))
     if measured.weights.sha256 != run.model_digest:
         raise InputError(f"--output-dir {output_dir} holds an export of other weights than {run.path}; remove it first")
-    write_text(output_dir / "hub" / "README.md", model_card(measured, source=f"hf-hub:{repo}"))
-    write_text(output_dir / "submission" / "new-model.md", new_model(measured, repo))
-    return str(push(output_dir / "hub", repo))
+    card = output_dir / "hub" / "README.md"
+    before = card.read_text()
+    write_text(card, model_card(measured, source=f"hf-hub:{repo}"))
+    there = False
+    try:
+        pushed = push(output_dir / "hub", repo)
+        there = pushed.commit is not None
+    finally:
+        if not there:  # what is not there must not be named
+            write_text(card, before)
+    if there:
+        write_text(output_dir / "submission" / "new-model.md", new_model(measured, repo))
+    return str(pushed)
 
 
 def _check_repository(repo: str) -> None:
@@ -153,24 +171,32 @@ def export(config: ExportConfig) -> Path:
             did. Nothing is left behind.
     """
     run = Run.open(config.run)
-    results_path = choose_results(run, config.results)
+    train = run.config["train"]
+    threat_model = ThreatModel.parse(config.norm or train["norm"], config.eps or train["eps"])
+    dataset = _dataset(config, train["dataset"])
+    name = robust_model_name(config.key, dataset, threat_model.norm)
+    results_path = choose_results(run, threat_model, config.results)
     results = read_results(results_path, run)
-    name = robust_model_name(config.key, results["dataset"], results["norm"])
     output_dir = _output_dir(config)
     if output_dir.exists():
         raise InputError(f"--output-dir {output_dir} exists already; give another one or remove it")
-    robustbench = _robustbench_or_reason()
-    _check_key_is_free(config.key, name, results, robustbench)
     _check_exportable(config, results)
+    check_no_worse_verdict(run, results_path, results)
     paper = _paper(config, results)
+    _check_not_published(config.key, name, run)
+    robustbench = _robustbench_or_reason()
+    _check_key_is_free(config.key, name, dataset, threat_model.norm, robustbench)
 
-    test = _test_images(run, results["dataset"], config.data_dir)
-    measured = measured_run(run, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test))
+    test = _test_images(run, train["dataset"], config.data_dir)
+    results = {**results, "dataset": dataset}
+    measured = measured_run(
+        run, results_path, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
+    )
     check_entry(model_info(measured))
-    evaluated, adversarial = read_evaluated(results_path.with_suffix(".csv"), results, test)
+    evaluated = read_evaluated(results_path.with_suffix(".csv"), results, test)
     with _whole_or_not_at_all(output_dir) as folder:
         _write_model(folder, measured, run)
-        _write_submission(folder, measured, test, adversarial)
+        _write_submission(folder, measured, test, evaluated)
         checks = verify(folder, measured, evaluated, robustbench, config.benchmark_examples)
         write_text(folder / "CHECKS.md", checks_page(measured, checks))
     register_robust_model(
@@ -182,8 +208,19 @@ def export(config: ExportConfig) -> Path:
 # What may be exported
 
 
+def _dataset(config: ExportConfig, trained_on: str) -> str:
+    """As RobustBench calls what a run was trained on."""
+    if config.dataset not in (None, trained_on) and (trained_on, config.dataset) != ("folder", "imagenet"):
+        raise InputError(
+            f"--dataset {config.dataset}: the run was trained on {trained_on}; only a folder may stand for imagenet"
+        )
+    return config.dataset or trained_on
+
+
 def _check_exportable(config: ExportConfig, results: dict[str, Any]) -> None:
     """Raise what RobustBench's rules, or the flags, do not allow."""
+    if config.benchmark_examples < 0:
+        raise InputError(f"--benchmark-examples {config.benchmark_examples} must be 0 or more")
     if config.n_examples is not None and results["n_examples"] < config.n_examples:
         raise InputError(
             f"--n-examples {config.n_examples}: the evaluation has {results['n_examples']}; evaluate anew, with "
@@ -209,8 +246,7 @@ def _paper(config: ExportConfig, results: dict[str, Any]) -> Paper:
         missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {config.run} --suite standard)")
     if missing:
         raise InputError(
-            f"RobustBench's entry lacks {', '.join(missing)}; give --title, --authors, --link and --venue (or --paper "
-            'FILE.toml); "N/A" is a venue'
+            f"RobustBench's entry lacks {', '.join(missing)}; --paper FILE.toml may hold title, authors, link and venue"
         )
     return Paper(**given)
 
@@ -286,15 +322,16 @@ register_robust_model({named}, Path(__file__).parent / "hub", sha256=SHA256)
 '''
 
 
-def _write_submission(folder: Path, measured: Measured, test: Images, adversarial: dict[str, torch.Tensor]) -> None:
+def _write_submission(folder: Path, measured: Measured, test: Images, evaluated: Evaluated) -> None:
     """What goes to RobustBench by hand."""
     submission = folder / "submission"
     write_text(submission / "new-model.md", new_model(measured, None))
     write_text(submission / "autoattack.log", autoattack_log(measured.results))
-    if has_adaptive_results(measured):
+    if is_external(measured):
         images = f"{measured.key}_adversarial.pt"
         write_text(submission / "new-external-evaluation.md", new_evaluation(measured, images))
-        whole = adversarial_images(to_float(test.images), adversarial["index"], adversarial["images"])
+        whole = to_float(test.images)
+        whole[evaluated.index[evaluated.broken]] = evaluated.adversarial
         with written_whole(submission / images) as beside:
             torch.save(whole, beside)
 
@@ -303,7 +340,10 @@ def _write_submission(folder: Path, measured: Measured, test: Images, adversaria
 def _whole_or_not_at_all(output_dir: Path) -> Iterator[Path]:
     """A new folder beside ``output_dir``, which takes its name at the end, or vanishes with an error."""
     folder = output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {output_dir} cannot be made ({one_line(error)}); give another one") from error
     try:
         yield folder
         folder.replace(output_dir)
@@ -322,13 +362,20 @@ def _robustbench_or_reason() -> Any:
         return str(error)
 
 
-def _check_key_is_free(key: str, name: str, results: dict[str, Any], robustbench: Any) -> None:
+def _check_not_published(key: str, name: str, run: Run) -> None:
+    """Raise where this package publishes other weights under that key; the same may be exported again."""
+    published = published_sha256(name)
+    if published not in (None, run.model_digest):
+        raise InputError(f"--key {key!r}: drelu_timm publishes other weights as {name}; choose another key")
+
+
+def _check_key_is_free(key: str, name: str, dataset: str, norm: str, robustbench: Any) -> None:
     """Raise where timm or RobustBench has a model of that key, in whatever case."""
     check_name_is_free(name)
     if isinstance(robustbench, str):
         return
     enums = robustbench.model_zoo.enums
-    zoo = robustbench.model_zoo.model_dicts.get(enums.BenchmarkDataset(results["dataset"]), {})
-    for other in zoo.get(enums.ThreatModel(results["norm"]), {}):
-        if name == robust_model_name(other, results["dataset"], results["norm"]):
+    zoo = robustbench.model_zoo.model_dicts.get(enums.BenchmarkDataset(dataset), {})
+    for other in zoo.get(enums.ThreatModel(norm), {}):
+        if name == robust_model_name(other, dataset, norm):
             raise InputError(f"--key {key!r}: RobustBench has a model {other!r} already; choose another key")

@@ -23,9 +23,7 @@ def register_published(folder: Path | None = None) -> None:
     Args:
         folder: Holds the cards; by default the package's own.
     """
-    if folder is None:
-        folder = INSTALLED if INSTALLED.is_dir() else IN_CHECKOUT
-    for card in sorted(folder.glob("*/*/*.json")):
+    for card in _cards(folder):
         with suppress(InputError):  # a stray file or a name that is taken must not stop `import drelu_timm`
             register(robust_model_name(*_identity(card)), partial(_published, card))
 
@@ -33,6 +31,19 @@ def register_published(folder: Path | None = None) -> None:
 def _identity(card: Path) -> tuple[str, str, str]:
     """Key, dataset and threat model, as the card's place says them."""
     return card.stem, card.parents[1].name, card.parent.name
+
+
+def _cards(folder: Path | None = None) -> list[Path]:
+    folder = folder or (INSTALLED if INSTALLED.is_dir() else IN_CHECKOUT)
+    return sorted(folder.glob("*/*/*.json"))
+
+
+def published_sha256(name: str) -> str | None:
+    """sha256 of the weights that a card gives for a name of `robust_model_name`; None where there is no such card."""
+    for card in _cards():
+        if robust_model_name(card.stem, card.parents[1].name, card.parent.name) == name:
+            return read_json(card).get("measured", {}).get("weights", {}).get("sha256")
+    return None
 
 
 def _published(card: Path, cache_dir: Path | None) -> SavedModel:

@@ -6,10 +6,10 @@ from textwrap import wrap
 from typing import Any
 
 from .entries import Measured, percent
+from .presets import PRESETS
 from .train_config import TrainConfig, flag
 
-_DEFAULTS = {field.name: None if field.default is MISSING else field.default for field in fields(TrainConfig)}
-_SEED = "SEED"  # stands for the loop's variable, which must not be quoted
+_SEED = "@seed@"  # stands for the loop's variable, which must not be quoted; no key and no setting holds an @
 OBJECTIVES = {"natural": "natural training", "at": "adversarial training", "trades": "TRADES", "mart": "MART"}
 
 
@@ -30,9 +30,16 @@ def training_commands(config: dict[str, Any], output_dir: str, seed: int | str |
         before = training_commands(config["init_from"], earlier, seed if same else None)
         start = {"init_from": earlier}
     settings = {**train, "seed": seed, **start, "output_dir": output_dir}
-    said = {name: value for name, value in settings.items() if value not in (_DEFAULTS[name], [])}
+    defaults = _defaults(train["preset"])
+    said = {name: value for name, value in settings.items() if value not in (defaults[name], [])}
     lines = [shlex.join([flag(name), *_arguments(value)]) for name, value in said.items()]
     return [*before, " \\\n    ".join([f"{_launch(config)} train", *lines])]
+
+
+def _defaults(preset: str | None) -> dict[str, Any]:
+    """What a flag that is not given stands for; of those that must be given, nothing."""
+    defaults = {field.name: None if field.default is MISSING else field.default for field in fields(TrainConfig)}
+    return defaults | (PRESETS[preset].settings | {"preset": None} if preset in PRESETS else {})
 
 
 def _arguments(value: Any) -> list[str]:
@@ -63,13 +70,14 @@ def recipe(measured: Measured) -> str:
         f"attacks {percent(results['worst'])} %, gradient masking: {measured.verdict}. {measured.sample}",
         f"{len(seeds)} run{'s' if len(seeds) > 1 else ''}, seed {', '.join(map(str, seeds))}; the figures are those "
         f"of seed {seed}.",
-        f"Training: {duration(measured.training['seconds'])}; {made_with(config)}.",
+        f"Training: {duration(measured.training['seconds'])} (the last, where there are several); {made_with(config)}.",
         f"Evaluation: {duration(results['seconds'])}; {made_with(results)}.",
     ]
-    each = [*training_commands(config, f"{run}/seed{_SEED}", _SEED), _evaluation(measured, f"{run}/seed{_SEED}")]
+    last = "/last" if measured.training["weights"] == "last" else ""
+    each = [*training_commands(config, f"{run}/seed{_SEED}", _SEED), _evaluation(measured, f"{run}/seed{_SEED}{last}")]
     script = [
         "#!/usr/bin/env bash",
-        f"# {measured.key}: {OBJECTIVES[config['train']['objective']]} on {results['dataset_title']}, "
+        f"# {measured.key}: {OBJECTIVES[config['train']['objective']]} on {results['dataset_title']}, evaluated for "
         f"{measured.threat_model}.",
         "#",
         *(f"# {line}" for fact in facts for line in wrap(fact, 118)),
@@ -78,35 +86,46 @@ def recipe(measured: Measured) -> str:
         f"for seed in {' '.join(map(str, seeds))}; do",
         *("    " + line for command in each for line in command.replace(_SEED, "$seed").splitlines()),
         "done",
-        *_sweep(measured, f"{run}/seed{seed}"),
-        _export(measured, f"{run}/seed{seed}", [f"{run}/seed{other}" for other in seeds if other != seed]),
+        *_sweep(measured, f"{run}/seed{seed}{last}"),
+        _export(measured, f"{run}/seed{seed}{last}", [f"{run}/seed{other}{last}" for other in seeds if other != seed]),
     ]
     return "\n".join(script) + "\n"
 
 
 def _evaluation(measured: Measured, run: str) -> str:
     results = measured.results
-    words = ["drelu-timm", "evaluate", run, "--suite", results["suite"], "--n-examples", str(results["n_examples"])]
-    if results["eps"] != measured.config["train"]["eps"]:
-        words += ["--eps", results["eps"]]
-    if results["precision"] != "float32":
-        words += ["--precision", results["precision"]]
-    return shlex.join(words)
+    return shlex.join(["drelu-timm", "evaluate", run, *_threat_model(measured), *_attacked(results)])
 
 
 def _sweep(measured: Measured, run: str) -> list[str]:
     if measured.curve is None:
         return []
     curve = measured.curve
-    words = ["drelu-timm", "evaluate", run, "--suite", curve["suite"], "--n-examples", str(curve["n_examples"])]
-    return [shlex.join([*words, "--eps", ",".join(at["eps"] for at in curve["curve"])])]
+    radii = ["--norm", curve["norm"], "--eps", ",".join(at["eps"] for at in curve["curve"])]
+    return [shlex.join(["drelu-timm", "evaluate", run, *radii, *_attacked(curve)])]
+
+
+def _threat_model(measured: Measured) -> list[str]:
+    """The flags for norm and eps, where they are not those of the training."""
+    train, results = measured.config["train"], measured.results
+    if (train["norm"], train["eps"]) == (results["norm"], results["eps"]):
+        return []
+    return ["--norm", results["norm"], "--eps", results["eps"]]
+
+
+def _attacked(results: dict[str, Any]) -> list[str]:
+    """The flags of an evaluation beside run, norm and eps, less those at their defaults."""
+    words = ["--suite", results["suite"], "--n-examples", str(results["n_examples"])]
+    for name, default in {"precision": "float32", "transfer_from": None, "seed": 0}.items():
+        if results.get(name, default) != default:
+            words += [flag(name), str(results[name])]
+    return words
 
 
 def _export(measured: Measured, run: str, others: list[str]) -> str:
-    paper = measured.paper
-    words = ["drelu-timm", "export", run, "--key", measured.key]
+    words = ["drelu-timm", "export", run, "--key", measured.key, *_threat_model(measured)]
     for name in ("title", "authors", "link", "venue"):
-        words += [flag(name), getattr(paper, name)]
+        words += [flag(name), getattr(measured.paper, name)]
     if measured.verdict == "masked":
         words.append("--as-masked")
     if others:

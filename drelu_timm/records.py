@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .attacks import ThreatModel
 from .caps import cap_statistics
 from .cards import VERDICTS
 from .entries import AUTOATTACK, Measured, Paper, Seed, Weights
@@ -18,11 +19,11 @@ _FIELDS = (
 )
 
 
-def choose_results(run: Run, name: str | None) -> Path:
-    """The result file of that name, or the one with the most examples, then attacks, in the run's threat model.
+def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> Path:
+    """The result file of that name, or the best in the threat model: with AutoAttack, then most examples and attacks.
 
     Raises:
-        InputError: No evaluation, none of that name, or none in the run's own threat model.
+        InputError: No evaluation, none of that name, or none of the run's dataset in the threat model.
     """
     paths = {path.stem: path for path in sorted(run.results_folder.glob("*.json"))}
     if not paths:
@@ -30,21 +31,41 @@ def choose_results(run: Run, name: str | None) -> Path:
     if name is not None:
         if name not in paths:
             raise unknown("--results", name, paths)
-        return paths[name]
-    sizes = {path: _size(read_json(path), run) for path in paths.values()}
-    best = max(sizes, key=lambda path: sizes[path])
-    if sizes[best] == (0, 0):
+        paths = {name: paths[name]}
+    asked = {"dataset": run.config["train"]["dataset"], "norm": threat_model.norm, "eps": threat_model.written}
+    results = {path: read_json(path) for path in paths.values()}
+    found = [path for path in results if all(results[path].get(field) == asked[field] for field in asked)]
+    if not found:
         raise InputError(
-            f"{run.path} has no evaluation at its own dataset, norm and eps; choose by --results: {', '.join(paths)}"
+            f"{run.path} has no evaluation on {asked['dataset']} for {threat_model} in {', '.join(paths)}; evaluate "
+            "it so, or export what there is by --norm and --eps"
         )
-    return best
+    return max(found, key=lambda path: _size(results[path]))
 
 
-def _size(results: dict[str, Any], run: Run) -> tuple[int, int]:
-    """Number of examples and of attacks of an evaluation; (0, 0) where the dataset, norm or eps is not the run's."""
-    if any(results.get(field) != run.config["train"][field] for field in ("dataset", "norm", "eps")):
-        return 0, 0
-    return results.get("n_examples", 0), len(results.get("accuracy", {}))
+def _size(results: dict[str, Any]) -> tuple[bool, int, int]:
+    """Whether an evaluation has AutoAttack, how many examples, and how many attacks."""
+    accuracy = results.get("accuracy", {})
+    return AUTOATTACK in accuracy, results.get("n_examples", 0), len(accuracy)
+
+
+def check_no_worse_verdict(run: Run, chosen: Path, results: dict[str, Any]) -> None:
+    """Raise where another evaluation of the same weights in the same threat model says that gradients are masked.
+
+    Raises:
+        InputError: One does.
+    """
+    same = ("dataset", "norm", "eps", "model_digest")
+    for path in sorted(run.results_folder.glob("*.json")):
+        other = read_json(path)
+        alike = all(other.get(field) == results[field] for field in same)
+        if alike and _verdict(other) == "masked" != _verdict(results):
+            raise InputError(f"{path} says masked, {chosen} {_verdict(results)}; export by --results {path.stem}")
+
+
+def _verdict(results: dict[str, Any]) -> Any:
+    verdict = results.get("verdict")
+    return verdict.get("verdict") if isinstance(verdict, dict) else None
 
 
 def read_results(path: Path, run: Run) -> dict[str, Any]:
@@ -57,7 +78,7 @@ def read_results(path: Path, run: Run) -> dict[str, Any]:
     again = f"delete it and evaluate anew: drelu-timm evaluate {run.path}"
     if missing := [field for field in _FIELDS if field not in results]:
         raise InputError(f"{path} lacks {', '.join(missing)}; {again}")
-    if results["verdict"].get("verdict") not in VERDICTS:
+    if _verdict(results) not in VERDICTS:
         raise InputError(f"{path} has no verdict on gradient masking, and no number leaves without one; {again}")
     if results["model_digest"] != run.model_digest:
         raise InputError(
@@ -68,12 +89,20 @@ def read_results(path: Path, run: Run) -> dict[str, Any]:
 
 
 def measured_run(
-    run: Run, results: dict[str, Any], *, key: str, paper: Paper, other_seeds: Sequence[Path], test_size: int
+    run: Run,
+    results_path: Path,
+    results: dict[str, Any],
+    *,
+    key: str,
+    paper: Paper,
+    other_seeds: Sequence[Path],
+    test_size: int,
 ) -> Measured:
     """All that cards and entries say of an evaluated run.
 
     Args:
         run: The run.
+        results_path: Of `choose_results`.
         results: Of `read_results`.
         key: RobustBench's name of the model.
         paper: About the model.
@@ -91,7 +120,7 @@ def measured_run(
         training=_training(run),
         results=_without_paths(results),
         curve=_curve(run, results),
-        seeds=_seeds(run, results, other_seeds),
+        seeds=_seeds(run, results_path, results, other_seeds),
         caps=cap_statistics(model),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         test_size=test_size,
@@ -103,7 +132,9 @@ def measured_run(
 
 def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
     """A config.json or a result without what only this machine knows: it is going to be published."""
-    kept = {name: value for name, value in record.items() if name not in ("command", "run", "transfer_from")}
+    kept = {name: value for name, value in record.items() if name not in ("command", "run")}
+    if record.get("transfer_from"):
+        kept["transfer_from"] = Path(record["transfer_from"]).name  # of a folder, whose path is nobody's business
     if "train" in kept:
         train = kept["train"]
         generated = [Path(file).name for file in train.get("generated", ())]
@@ -120,11 +151,12 @@ def _training(run: Run) -> dict[str, Any]:
         epochs = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
         seconds = sum(epoch["seconds"] for epoch in epochs)
         last = epochs[-1]
-        kept = last["best_epoch"] if run.weights == "model" else None
+        kept = last["best_epoch"] if run.weights == "model" else last["epoch"]
         speed = sum(epoch["images_per_second"] for epoch in epochs) / len(epochs)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{run.path / 'log.jsonl'} is no whole log of a training ({error!r}); train anew") from error
-    return {"epochs": last["epoch"], "epoch": kept, "seconds": round(seconds, 1), "images_per_second": round(speed, 1)}
+    times = {"seconds": round(seconds, 1), "images_per_second": round(speed, 1)}
+    return {"epochs": last["epoch"], "epoch": kept, "weights": run.weights, **times}
 
 
 def _curve(run: Run, results: dict[str, Any]) -> dict[str, Any] | None:
@@ -140,31 +172,38 @@ def _curve(run: Run, results: dict[str, Any]) -> dict[str, Any] | None:
     return _without_paths(max(ours, key=lambda sweep: (sweep["n_examples"], len(sweep["curve"]))))
 
 
-def _seeds(run: Run, results: dict[str, Any], others: Sequence[Path]) -> list[Seed]:
+def _seeds(run: Run, results_path: Path, results: dict[str, Any], others: Sequence[Path]) -> list[Seed]:
     """The run and those of other seeds, by seed; none where there are no others."""
     seeds = {run.config["train"]["seed"]: _seed(run, results)} if others else {}
     for path in others:
         other = Run.open(path)
-        differing = _differing(run.config["train"], other.config["train"])
-        if differing:
+        if differing := _differing(run.config, other.config):
             raise InputError(f"--seeds {path}: it differs from {run.path} not by its seed only ({differing})")
         seed = other.config["train"]["seed"]
-        if seed in seeds:
-            raise InputError(f"--seeds {path}: seed {seed} is there twice; give each run once")
-        found = read_results(choose_results(other, None), other)
-        if (found["eps"], found["suite"], found["dataset"]) != (results["eps"], results["suite"], results["dataset"]):
-            raise InputError(
-                f"--seeds {path}: evaluated by suite {found['suite']} at eps {found['eps']}, {run.path} by "
-                f"{results['suite']} at {results['eps']}; evaluate both alike"
-            )
+        if seed in seeds or other.model_digest in [one.model_digest for one in seeds.values()]:
+            raise InputError(f"--seeds {path}: its seed, {seed}, or its weights are there twice; give each run once")
+        found_path = other.results_folder / results_path.name
+        found = read_results(found_path, other)
+        alike = ("dataset", "dataset_title", "norm", "eps", "suite", "n_examples", "seed", "precision", "settings")
+        unlike = ", ".join(field for field in alike if found[field] != results[field])
+        if unlike:
+            raise InputError(f"{found_path} and {results_path} differ in {unlike}; evaluate both alike")
+        if _verdict(found) == "masked" != _verdict(results):
+            raise InputError(f"--seeds {path}: its gradients are masked, those of {run.path} are not; leave it out")
         seeds[seed] = _seed(other, found)
     return [seeds[seed] for seed in sorted(seeds)]
 
 
-def _differing(train: dict[str, Any], other: dict[str, Any]) -> str:
-    """Names of the settings but for the seed, and for where data and the weights to start from lie, that differ."""
+def _differing(config: dict[str, Any], other: dict[str, Any]) -> str:
+    """What of two configs differs, but for the seed and for where files lie; also of the trainings they began from."""
     may = ("seed", "data_dir", "generated", "init_from")
-    return ", ".join(name for name in {**train, **other} if name not in may and train.get(name) != other.get(name))
+    train, others = config["train"], other["train"]
+    names = [name for name in {**train, **others} if name not in may and train.get(name) != others.get(name)]
+    names += [name for name in ("launch", "generated", "dataset_title") if config.get(name) != other.get(name)]
+    start, others_start = config.get("init_from"), other.get("init_from")
+    if bool(start) != bool(others_start) or (start and others_start and _differing(start, others_start)):
+        names.append("init_from")
+    return ", ".join(names)
 
 
 def _seed(run: Run, results: dict[str, Any]) -> Seed:
@@ -174,6 +213,6 @@ def _seed(run: Run, results: dict[str, Any]) -> Seed:
         clean=results["clean"],
         autoattack=results["accuracy"].get(AUTOATTACK),
         worst=results["worst"],
-        verdict=results["verdict"]["verdict"],
+        verdict=_verdict(results),
         model_digest=results["model_digest"],
     )

@@ -15,6 +15,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import takewhile
+from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor
@@ -94,8 +95,13 @@ def _clean_loader(dataset: str):
 
 def main(argv: Sequence[str]) -> None:
     """Run registration files, then RobustBench's own evaluation with the arguments that follow them."""
-    adapt()
     files = list(takewhile(lambda argument: not argument.startswith("-"), argv))
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"{file} is no file; give the register.py of an exported folder")
+    if not any(argument.startswith(("--model_name", "--help", "-h")) for argument in argv):
+        raise InputError("--model_name KEY is needed; --help lists what else robustbench.eval takes")
+    adapt()
     for file in files:
         runpy.run_path(file)
     sys.argv = ["robustbench.eval", *argv[len(files) :]]

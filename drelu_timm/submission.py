@@ -6,9 +6,6 @@ The forms are those of https://github.com/RobustBench/robustbench/tree/master/.g
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .cards import licences
 from .entries import AUTOATTACK, Measured, architecture, generated_images, model_info, percent
 from .recipes import made_with
@@ -53,10 +50,10 @@ Title: [New Model] {measured.key}
 
 # Model Zoo:
 
-- [x] I want to add my models to the Model Zoo (check if true)
+- [ ] I want to add my models to the Model Zoo (check if true)
 - [x] I use an architecture that is included among those [here]({ZOO}) or in `timm`. If not, I added the link to the \
 architecture implementation so that it can be added. (`{architecture(measured)}`, of timm with `import drelu_timm`)
-- [x] I agree to release my model(s) under MIT license (check if true) **OR** under a custom license, located here: \
+- [ ] I agree to release my model(s) under MIT license (check if true) **OR** under a custom license, located here: \
 {licences(measured)}
 """
 
@@ -65,17 +62,21 @@ def _method(measured: Measured) -> str:
     results = measured.results
     sentences = [
         f"AutoAttack standard: {percent(measured.autoattack)}.",
-        f"Worst case, image by image, of {', '.join(results['accuracy'])}: {percent(results['worst'])}.",
+        f"Worst case, image by image, of {measured.attacks}: {percent(results['worst'])}.",
         f"Gradient masking: {measured.verdict}.",
         measured.sample,
-        f"{made_with(results)}.",
+        f"Attacks searched in {results['precision']} and were judged in float32; {made_with(results)}.",
     ]
     return " ".join(sentences)
 
 
-def has_adaptive_results(measured: Measured) -> bool:
-    """Whether attacks that know of the model's own trick were run beside AutoAttack."""
-    return any(name in ATTACKS and ATTACKS[name].kind == "adaptive" for name in measured.results["accuracy"])
+def is_external(measured: Measured) -> bool:
+    """Whether there is an evaluation to hand in beside AutoAttack's: adaptive attacks, or a worst case below its.
+
+    Not of a copy of the board's images, as an image in the ball of the copy may be outside of the original's.
+    """
+    adaptive = any(name in ATTACKS and ATTACKS[name].kind == "adaptive" for name in measured.results["accuracy"])
+    return (adaptive or measured.external is not None) and not measured.is_copy
 
 
 def new_evaluation(measured: Measured, images: str) -> str:
@@ -83,10 +84,9 @@ def new_evaluation(measured: Measured, images: str) -> str:
 
     Args:
         measured: The model.
-        images: Name of the file of `adversarial_images`.
+        images: Name of the file of adversarial images.
     """
     results = measured.results
-    attacks = ", ".join(results["accuracy"])
     return f"""\
 Title: [New evaluation] {measured.key}
 
@@ -96,11 +96,11 @@ Title: [New evaluation] {measured.key}
 
 ## New evaluation
 + **Link to adversarial images:** (the address of {images}, once it is uploaded: a tensor of the size of the test set, \
-in its order)
+in its order; images that withstood, are wrong as they are, or were not evaluated are clean)
 + **Robust accuracy:** {percent(results["worst"])} (AutoAttack: {percent(measured.autoattack)}). {measured.sample}
 + **Author(s):** {measured.paper.authors}
-+ **Description of the method used:** for every image, whatever first broke it of {attacks}. Gradient masking: \
-{measured.verdict}. {" ".join(results["verdict"]["evidence"])}
++ **Description of the method used:** for every image, whatever first broke it of {measured.attacks}. Gradient \
+masking: {measured.verdict}. {" ".join(results["verdict"]["evidence"])}
 """
 
 
@@ -118,13 +118,3 @@ def _log(results: dict[str, Any]) -> Iterator[str]:
     for attack, left in results["sequences"][AUTOATTACK].items():
         yield f"robust accuracy after {attack.upper()}: {left:.2%}"
     yield f"robust accuracy: {results['accuracy'][AUTOATTACK]:.2%}"
-
-
-def adversarial_images(test: Tensor, index: Tensor, images: Tensor) -> Tensor:
-    """A test set [N, C, H, W] in which the images at ``index`` [M] are adversarial ones [M, C, H, W].
-
-    Clean are those that withstood every attack, those that are wrong as they are, and those that were not evaluated.
-    """
-    whole = test.clone()
-    whole[index] = images.to(torch.float32)
-    return whole

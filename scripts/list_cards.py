@@ -32,7 +32,7 @@ def _row(card: Measured) -> str:
         f"[{card.key}](model_cards/{card.place.as_posix()}.md)",
         f"{train['model'].removesuffix('_drelu')}, {activation}{where}",
         OBJECTIVES[train["objective"]],
-        f"{results['n_examples']:,}",
+        f"{results['n_examples']:,}" + (" (preliminary)" if card.preliminary else ""),
         *(percent(value) or "-" for value in (results["clean"], card.autoattack)),
         f"**{percent(results['worst'])}**",
         worst,

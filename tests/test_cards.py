@@ -9,10 +9,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import timm
+import torch
 import tyro
 from safetensors.torch import load_file
 
+from drelu_timm.attacks import ThreatModel
 from drelu_timm.cards import SHIPPED, VERDICTS, licences, model_card
+from drelu_timm.data import DATASETS, load_images, to_float
 from drelu_timm.entries import AUTOATTACK, Paper, card_record, check_entry, from_record, model_info
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import EvaluateConfig
@@ -22,9 +25,9 @@ from drelu_timm.recipes import recipe, training_commands
 from drelu_timm.records import choose_results, measured_run, read_results
 from drelu_timm.robust_models import robust_model_name
 from drelu_timm.runs import Run
-from drelu_timm.submission import autoattack_log, has_adaptive_results, new_evaluation, new_model
+from drelu_timm.submission import autoattack_log, is_external, new_evaluation, new_model
 from drelu_timm.suites import SUITES
-from drelu_timm.train_config import TrainConfig
+from drelu_timm.train_config import TrainConfig, preset_in
 
 KEY = "Tester2026Cards_dense"
 TEST_SIZE = 359
@@ -35,9 +38,10 @@ PUBLISHED = sorted((REPOSITORY / "model_cards").glob("*/*/*.json"))
 @pytest.fixture(scope="module")
 def measured(evaluated):
     run = Run.open(evaluated)
-    results = read_results(choose_results(run, None), run)
+    path = choose_results(run, ThreatModel.parse("Linf", "0.1"), None)
+    results = read_results(path, run)
     paper = Paper("A Title", "A. One, B. Two", "https://example.org", "ICLR 2026")
-    return measured_run(run, results, key=KEY, paper=paper, other_seeds=(), test_size=TEST_SIZE)
+    return measured_run(run, path, results, key=KEY, paper=paper, other_seeds=(), test_size=TEST_SIZE)
 
 
 def judged(measured, verdict, **results):
@@ -134,8 +138,9 @@ def test_an_entry_of_another_form_is_refused_whole(measured, spoil, message):
 def test_fewer_examples_than_the_board_asks_for_are_called_preliminary_everywhere(
     measured, dataset, n, test_size, preliminary
 ):
-    results = {**measured.results, "dataset": dataset, "n_examples": n}
-    measured = replace(measured, results=results, test_size=test_size)
+    title = DATASETS[dataset].title if dataset in DATASETS else "a folder"
+    results = {**measured.results, "dataset": dataset, "dataset_title": title, "n_examples": n}
+    measured = replace(measured, results=results, test_size=test_size, curve=None)
     for text in (model_card(measured), model_info(measured)["footnote"], recipe(measured), new_model(measured, None)):
         assert ("reliminary" in text) == preliminary
     assert model_card(measured).count("preliminary") == (2 if preliminary else 0)
@@ -184,7 +189,8 @@ def test_the_card_of_a_masked_model_says_that_it_is_not_robust(measured):
 def test_the_card_of_a_large_model_says_what_its_weights_are_and_how_to_make_them(measured):
     large = replace(measured, weights=replace(measured.weights, bytes=SHIPPED + 1))
     card = model_card(large)
-    assert f"sha256 {measured.weights.sha256}. `scripts/digits/Linf/{KEY}.sh` makes them" in card
+    assert f"sha256 {measured.weights.sha256} (bit-equal on the same" in card
+    assert f"`scripts/digits/Linf/{KEY}.sh` makes the model" in card
     assert "come with `drelu_timm`." in model_card(measured)
 
 
@@ -245,10 +251,59 @@ def test_the_forms_are_filled_in(measured):
     ):
         assert line in form.splitlines()
     assert f"https://huggingface.co/ORG/NAME, sha256 of model.safetensors {measured.weights.sha256}" in form
-    assert has_adaptive_results(measured)
+    assert is_external(measured)
     evaluation = new_evaluation(measured, "images.pt")
     assert f"+ **Model identifier(s):** {KEY}" in evaluation.splitlines()
     assert "images.pt" in evaluation and f"{100 * measured.results['worst']:.2f} (AutoAttack: " in evaluation
+
+
+def test_a_copy_of_the_boards_images_is_preliminary_and_no_external_evaluation(measured):
+    results = {**measured.results, "dataset": "cifar10", "dataset_title": "CIFAR-10 (JPEG copy)", "n_examples": 10_000}
+    copy = replace(measured, results=results, test_size=10_000)
+    assert copy.preliminary and not is_external(copy)
+    assert copy.sample == "Preliminary: measured on all 10,000 test images of CIFAR-10 (JPEG copy)."
+    original = replace(copy, results={**results, "dataset_title": "CIFAR-10"})
+    assert is_external(original) and not original.preliminary
+
+
+def test_what_earlier_trainings_had_is_told_too(measured):
+    earlier = trained(measured, generated_fraction=0.3, pretrained=True).config
+    later = replace(measured, config={**measured.config, "init_from": earlier})
+    entry, card = model_info(later), model_card(later)
+    assert entry["additional_data"] and "It uses additional synthetic images in training (30%" in entry["footnote"]
+    assert "CC BY-NC-SA 4.0" in card and "ImageNet weights" in card and "license: cc-by-nc-sa-4.0" in card
+    assert "for the last of its 2 trainings" in card
+
+
+def test_a_plain_model_has_nothing_of_d_relu_on_its_card(measured):
+    plain = replace(trained(measured, model="resnet10t"), caps={})
+    assert "drelu\n" not in model_card(plain).split("---")[1]
+    assert "bibtex" not in model_card(plain)
+
+
+def test_the_recipe_repeats_the_evaluation(measured):
+    told = {"eps": "0.2", "norm": "L2", "precision": "bfloat16", "seed": 3, "transfer_from": "resnet18"}
+    training = {**measured.training, "weights": "last"}
+    script = recipe(replace(measured, results={**measured.results, **told}, training=training))
+    commands = [line for line in script.splitlines() if " evaluate " in line and "seed$seed" in line]
+    (words,) = map(shlex.split, commands)
+    config = tyro.cli(EvaluateConfig, args=words[2:])
+    assert config.run == f"runs/{KEY}/seed$seed/last"
+    assert {name: getattr(config, name) for name in told} == told
+    assert (config.suite, config.n_examples) == ("standard", 60)
+    export_words = shlex.split(script.splitlines()[-1])[2:]
+    assert tyro.cli(ExportConfig, args=export_words).eps == "0.2"
+
+
+def test_a_preset_that_flags_went_back_from_is_repeated(measured):
+    settings = {**TrainConfig.from_preset("wang2023", model="dense", dataset="cifar10").__dict__}
+    train = {name: settings[name] for name in measured.config["train"]}
+    back = {"optimizer": "adam", "schedule": "constant", "ema_decay": 0.0, "weight_decay": 0.0, "generated": []}
+    (command,) = training_commands({"train": {**train, **back}}, "runs/x")
+    words = shlex.split(command.replace("\\\n", " "))
+    flags = words[words.index("train") + 1 :]
+    settings = asdict(tyro.cli(TrainConfig, args=flags, default=preset_in(flags)))
+    assert {name: settings[name] for name in back} == {**back, "generated": ()}
 
 
 def test_the_log_tells_what_every_attack_of_autoattack_left(measured):
@@ -298,6 +353,20 @@ def test_the_commands_of_a_published_recipe_are_understood(path):
         words = shlex.split(command)
         verb = next(word for word in words if word in configs)
         tyro.cli(configs[verb], args=words[words.index(verb) + 1 :])
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_weights_give_the_clean_accuracy_of_the_card(path, data_folder):
+    measured = from_record(json.loads(path.read_text()))
+    if not path.with_suffix(".safetensors").exists():
+        pytest.skip(f"{measured.key} is published without its weights")
+    folder = data_folder({"mnist": "MNIST", "cifar10": "cifar10-jpeg"}[measured.dataset])
+    root = folder.parent if measured.dataset == "mnist" else folder
+    test = load_images(measured.dataset, root, "test")[: measured.results["n_examples"]]
+    model = timm.create_model(measured.name, pretrained=True)
+    with torch.no_grad():
+        right = torch.cat([model(to_float(batch)).argmax(1) for batch in test.images.split(500)]) == test.labels
+    assert right.double().mean().item() == pytest.approx(measured.results["clean"], abs=1e-3)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import _factory
 from torch import nn
 
@@ -51,10 +51,12 @@ def copy_of(run: Path, to: Path) -> Path:
 
 
 def another_seed(run: Path, seed: int) -> Path:
-    """A copy of a run that says that it has another seed."""
+    """A copy of a run that says that it has another seed and, as would be, other weights."""
     other = copy_of(run, run.with_name(f"seed{seed}"))
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "train": {**config["train"], "seed": seed}}))
+    _edit_train(other, seed=seed)
+    weights = other / "model" / "model.safetensors"
+    save_file({name: tensor + seed for name, tensor in load_file(weights).items()}, weights)
+    _edit(other / "results" / f"{RESULTS}.json", model_digest=sha256_of(weights))
     return other
 
 
@@ -271,8 +273,16 @@ def _results(**changes):
         (_no_worst, {}, r"\.json lacks seed, worst; delete it and evaluate anew"),
         (_verdict, {}, r"no verdict on gradient masking, and no number leaves without one; delete it"),
         (_other_weights, {}, r"\.json was measured on other weights \(sha256 \w{12}\) than .*model holds"),
-        (_results(eps="0.2"), {}, r"no evaluation at its own dataset, norm and eps; choose by"),
-        (_results(norm="L2"), {}, r"no evaluation at its own dataset, norm and eps; choose by"),
+        (_results(eps="0.2"), {}, r"no evaluation on digits for Linf, eps 0\.1 in standard-Linf-0\.1; evaluate it so"),
+        (_results(norm="L2"), {"results": RESULTS}, r"no evaluation on digits for Linf, eps 0\.1 in standard-Linf"),
+        (None, {"dataset": "imagenet"}, r"--dataset imagenet: the run was trained on digits; only a folder may stand"),
+        (None, {"eps": "0.2"}, r"no evaluation on digits for Linf, eps 0\.2 in standard-Linf-0\.1; evaluate it so, or"),
+        (_results(clean=0.99), {}, r"\.csv has another clean accuracy than .*\.json; delete the result and evaluate"),
+        (_results(worst=0.01), {}, r"\.csv has another worst accuracy than .*\.json"),
+        (_results(verdict="sound"), {}, r"no verdict on gradient masking, and no number leaves without one; delete it"),
+        (None, {"benchmark_examples": -3}, r"--benchmark-examples -3 must be 0 or more"),
+        (None, {"output_dir": Path("/proc/x/y")}, r"--output-dir /proc/x/y cannot be made \(.*\); give another one"),
+        (None, {"title": "Two\nlines"}, r"the entry is none that RobustBench could file \(name: 'Two"),
         (lambda run: (run / "results" / f"{RESULTS}.csv").unlink(), {}, r"\.csv is no whole table of an evaluation"),
         (_drop_column, {}, r"\.csv is no whole table of an evaluation \(KeyError\('clean_prediction'\)\)"),
         (_fewer_rows, {}, r"\.csv has 59 rows, the evaluation 60 examples; delete the result and evaluate anew"),
@@ -281,7 +291,7 @@ def _results(**changes):
         (
             _other_predictions,
             {},
-            r"timm.create_model loads is not the one .* \(58 of 60 predictions equal, clean accuracy",
+            r"\.csv has another clean accuracy than|timm.create_model loads is not .* \(58 of 60 predictions equal, cl",
         ),
         (
             _results(verdict={"verdict": "masked", "evidence": []}, worst=0.0123),
@@ -296,7 +306,7 @@ def _results(**changes):
         (
             _results(accuracy={"pgd": 0.5}),
             {"title": None, "venue": None},
-            r"entry lacks --title, --venue, AutoAttack's accuracy \(drelu-timm evaluate .* --suite standard\); give",
+            r"entry lacks --title, --venue, AutoAttack's accuracy \(drelu-timm evaluate .* --suite standard\); --paper",
         ),
         (lambda run: (run / "log.jsonl").write_text('{"epoch'), {}, r"log\.jsonl is no whole log of a training"),
         (None, {"n_examples": 10_000}, r"--n-examples 10000: the evaluation has 60; evaluate anew"),
@@ -339,9 +349,18 @@ def test_a_paper_that_is_none_is_refused(run, text, message):
     ("spoil", "message"),
     [
         (lambda run: _edit_train(run, lr=0.1), r"--seeds .*seed1: it differs from .*run not by its seed only \(lr\)"),
-        (lambda run: _edit_train(run, seed=0), r"--seeds .*seed1: seed 0 is there twice; give each run once"),
-        (_results(suite="quick"), r"--seeds .*seed1: evaluated by suite quick at eps 0\.1, .* by standard at 0\.1"),
-        (_other_weights, r"was measured on other weights"),
+        (lambda run: _edit_train(run, seed=0), r"--seeds .*seed1: its seed, 0, or its weights are there twi"),
+        (
+            _results(suite="quick"),
+            r"seed1/results/standard-.* and .*/run/results/standard-.*\.json differ in suite",
+        ),
+        (_results(norm="L2", n_examples=30), r"differ in norm, n_examples; evaluate both alike"),
+        (
+            _results(verdict={"verdict": "masked", "evidence": []}),
+            r"seed1: its gradients are masked, those of",
+        ),
+        (lambda run: _edit(run / "config.json", init_from={"train": {}}), r"not by its seed only \(init_from\)"),
+        (lambda run: shutil.rmtree(run / "results"), r"standard-Linf-0\.1\.json cannot be read as JSON"),
     ],
 )
 def test_runs_of_other_seeds_that_do_not_match_are_refused(run, spoil, message):
@@ -358,6 +377,7 @@ def _edit_train(run, **changes):
 
 def test_a_key_of_robustbench_is_taken_in_whatever_case(run, robustbench):
     _edit(run / "results" / f"{RESULTS}.json", dataset="cifar10")
+    _edit_train(run, dataset="cifar10")
     with pytest.raises(
         InputError, match="--key 'rice2020overfitting': RobustBench has a model 'Rice2020Overfitting' al"
     ):
@@ -373,10 +393,35 @@ def test_a_masked_model_is_exported_as_such(run):
     assert "--as-masked" in (folder / f"scripts/digits/Linf/{KEY}.sh").read_text()
 
 
+def test_identical_weights_are_no_other_seed(run):
+    other = another_seed(run, 1)
+    shutil.copytree(run / "model", other / "model", dirs_exist_ok=True)
+    with pytest.raises(InputError, match=r"--seeds .*seed1: its seed, 1, or its weights are there twice"):
+        export(ExportConfig(run, KEY, **PAPER, seeds=(other,)))
+
+
+def test_another_evaluation_that_says_masked_is_not_passed_over(run):
+    shutil.copy(run / "results" / f"{RESULTS}.json", run / "results" / "adaptive.json")
+    _edit(run / "results" / "adaptive.json", verdict={"verdict": "masked", "evidence": []}, accuracy={"pgd": 0.5})
+    with pytest.raises(InputError, match=r"adaptive\.json says masked, .*standard.* export by --results adaptive$"):
+        export(ExportConfig(run, KEY, **PAPER))
+
+
+def test_a_published_key_is_not_given_to_other_weights(run, tmp_path, monkeypatch):
+    card = tmp_path / "cards" / "digits" / "Linf" / f"{KEY.upper()}.json"
+    card.parent.mkdir(parents=True)
+    card.write_text(json.dumps({"measured": {"weights": {"sha256": "0" * 64}}}))
+    monkeypatch.setattr("drelu_timm.published.INSTALLED", tmp_path / "cards")
+    with pytest.raises(InputError, match=rf"--key '{KEY}': drelu_timm publishes other weights as {NAME}"):
+        export(ExportConfig(run, KEY, **PAPER))
+
+
 def test_of_several_evaluations_the_largest_in_the_runs_threat_model_is_exported(run):
     for suffix in ("json", "csv", "adversarial.safetensors"):
         shutil.copy(run / "results" / f"{RESULTS}.{suffix}", run / "results" / f"small.{suffix}")
-    _edit(run / "results" / "small.json", accuracy={"autoattack": 0.5}, suite="autoattack")
+    read = json.loads((run / "results" / "small.json").read_text())
+    accuracy = {"autoattack": read["accuracy"]["autoattack"]}
+    _edit(run / "results" / "small.json", accuracy=accuracy, suite="autoattack")
     once = {**PAPER, "benchmark_examples": 0}
     assert "suite standard" in (export(ExportConfig(run, KEY, **once)) / "hub" / "README.md").read_text()
     named = export(ExportConfig(run, KEY, results="small", output_dir=run / "small", **once))
@@ -399,8 +444,8 @@ def test_the_command_says_where_the_files_are_and_what_a_push_would_do(run, caps
     assert "next: the same command with --push ORG/NAME uploads" in said
     main([*flags, "--push", "tester/dense"])
     assert "Dry run, as there is no token: 4 files would go to https://" in capsys.readouterr().out
-    assert '"hf-hub:tester/dense"' in (run / "here" / "hub" / "README.md").read_text()
-    assert "https://huggingface.co/tester/dense, sha256" in (run / "here" / "submission" / "new-model.md").read_text()
+    for file in ("hub/README.md", "submission/new-model.md"):  # it is not there, so nothing names it
+        assert "tester/dense" not in (run / "here" / file).read_text()
 
 
 def test_a_push_of_what_is_none_is_refused_before_any_work(run, no_token):
