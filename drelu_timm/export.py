@@ -359,7 +359,7 @@ def _robustbench_or_reason() -> Any:
     try:
         return adapt()
     except InputError as error:
-        return str(error)
+        return str(error).partition("; mend it with")[0]  # a command for this machine only
 
 
 def _check_not_published(key: str, name: str, run: Run) -> None:

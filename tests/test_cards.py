@@ -360,8 +360,8 @@ def test_published_weights_give_the_clean_accuracy_of_the_card(path, data_folder
     measured = from_record(json.loads(path.read_text()))
     if not path.with_suffix(".safetensors").exists():
         pytest.skip(f"{measured.key} is published without its weights")
-    folder = data_folder({"mnist": "MNIST", "cifar10": "cifar10-jpeg"}[measured.dataset])
-    root = folder.parent if measured.dataset == "mnist" else folder
+    folder = {"mnist": "MNIST", "cifar10": "cifar10-jpeg"}[measured.dataset]
+    root = data_folder(folder) if measured.dataset == "mnist" else data_folder(folder) / folder
     test = load_images(measured.dataset, root, "test")[: measured.results["n_examples"]]
     model = timm.create_model(measured.name, pretrained=True)
     with torch.no_grad():
