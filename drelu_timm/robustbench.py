@@ -32,8 +32,8 @@ def adapt() -> ModuleType:
     - The module ``autoattack``, which robustbench imports but does not declare, is ours (`drelu_timm.autoattack`, on
       top of pyautoattack), unless the real one is installed.
     - The datasets of `drelu_timm.data` that RobustBench does not know (digits, mnist, ...) become further values of
-      its ``BenchmarkDataset``, by the hook that Python's enumerations have for that, ``_missing_``. So
-      ``load_model(key, dataset="mnist")`` finds a registered model, and ``benchmark(model, dataset="mnist")`` images.
+      its enumeration ``BenchmarkDataset``. So ``load_model(key, dataset="mnist")`` finds a registered model, and
+      ``benchmark(model, dataset="mnist")`` images.
 
     Raises:
         InputError: RobustBench, or something that it needs, is missing or has been overwritten; the message says how to
@@ -70,17 +70,15 @@ def _stand_in_for_autoattack() -> None:
 def _add_datasets(robustbench: ModuleType) -> None:
     """Let ``BenchmarkDataset(name)`` know the datasets of this package."""
     enumeration = robustbench.model_zoo.enums.BenchmarkDataset
-    known = {member.value for member in enumeration}
-    added = {}
-    for name in DATASETS.keys() - known:
-        added[name] = member = object.__new__(enumeration)
+    for name in DATASETS.keys() - {member.value for member in enumeration}:
+        member = object.__new__(enumeration)
         member._name_ = member._value_ = name
-        enumeration._member_map_[name] = member  # by which it is listed: robustbench.eval's --dataset allows what is
+        # As Python keeps an enumeration's members: found by value, and listed, as robustbench.eval's --dataset needs.
+        enumeration._value2member_map_[name] = enumeration._member_map_[name] = member
         enumeration._member_names_.append(name)
         # None: timm drops the argument, and the model has the number of classes that it was exported with.
         robustbench.utils.DATASET_CLASSES[member] = None
         robustbench.data._clean_dataset_loaders[member] = _clean_loader(name)
-    enumeration._missing_ = classmethod(lambda cls, value: added.get(value))
 
 
 def _clean_loader(dataset: str):
