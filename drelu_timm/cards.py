@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from .entries import PROBES, Measured, architecture, generated_images, is_pretrained, percent
-from .recipes import OBJECTIVES, duration, made_with, training_commands
+from .recipes import OBJECTIVES, duration, made_with, training_commands, training_time
 
 CITATION = """\
 @article{sooksatra2024dynamic,
@@ -166,7 +166,7 @@ def _seeds(measured: Measured) -> str:
         "clean": [seed.clean for seed in measured.seeds],
         "worst case": [seed.worst for seed in measured.seeds],
     }.items():
-        spreads.append(f"{name} {100 * mean(values):.2f} +- {100 * stdev(values):.2f}")
+        spreads.append(f"{name} {100 * mean(values):.2f} ± {100 * stdev(values):.2f}")
     return (
         "The same training with other seeds; this model is that of seed "
         f"{measured.config['train']['seed']}.\n\n"
@@ -255,17 +255,12 @@ def _training(measured: Measured) -> str:
             if measured.caps
             else "none; there is no D-ReLU in it."
         ),
-        f"Time: {duration(training['seconds'])}{_of_the_last(measured)}, {training['images_per_second']:,.0f} images a "
-        f"second, on {config['hardware']}.",
+        f"Time: {training_time(measured)} on {config['hardware']}, {training['images_per_second']:,.0f} images a second.",
         f"Versions: {made_with(config)}.",
     ]
     if generated := generated_images(measured):
         facts.insert(1, generated)
     return f"```bash\n{commands}\n```\n\n{_list(facts)}"
-
-
-def _of_the_last(measured: Measured) -> str:
-    return "" if len(measured.trainings) == 1 else f" for the last of its {len(measured.trainings)} trainings"
 
 
 def _settings(settings: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def recipe(measured: Measured) -> str:
         f"attacks {percent(results['worst'])} %, gradient masking: {measured.verdict}. {measured.sample}",
         f"{len(seeds)} run{'s' if len(seeds) > 1 else ''}, seed {', '.join(map(str, seeds))}; the figures are those "
         f"of seed {seed}.",
-        f"Training: {duration(measured.training['seconds'])} (the last, where there are several); {made_with(config)}.",
+        f"Training: {training_time(measured)}; {made_with(config)}.",
         f"Evaluation: {duration(results['seconds'])}; {made_with(results)}.",
     ]
     last = "/last" if measured.training["weights"] == "last" else ""
@@ -138,6 +138,12 @@ def made_with(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
     revision = environment.get("git_revision")
     return f"{versions}" + (f" (revision {revision})" if revision else "") + f" on {environment['hardware']}"
+
+
+def training_time(measured: Measured) -> str:
+    """How long it took; where it was begun from another training, of the last one alone."""
+    count = len(measured.trainings)
+    return duration(measured.training["seconds"]) + (f" for the last of its {count} trainings" if count > 1 else "")
 
 
 def duration(seconds: float) -> str:
