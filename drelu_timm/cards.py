@@ -255,7 +255,7 @@ def _training(measured: Measured) -> str:
             if measured.caps
             else "none; there is no D-ReLU in it."
         ),
-        f"Time: {training_time(measured)} on {config['hardware']}, {training['images_per_second']:,.0f} images a second.",
+        f"Time: {training_time(measured)} on {config['hardware']}, {training['images_per_second']:,.0f} images/s.",
         f"Versions: {made_with(config)}.",
     ]
     if generated := generated_images(measured):

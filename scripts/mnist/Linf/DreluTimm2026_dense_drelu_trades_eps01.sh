@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# DreluTimm2026_dense_drelu_trades_eps01: TRADES on MNIST, evaluated for Linf, eps 0.1.
+#
+# Clean 96.50 %, AutoAttack 85.40 %, worst case over all attacks 85.40 %, gradient masking: sound. Preliminary: measured
+# on the first 1,000 of the 10,000 test images of MNIST.
+# 3 runs, seed 0, 1, 2; the figures are those of seed 0.
+# Training: 4 min; python 3.11.7, drelu-timm 0.1.0, torch 2.15.0, timm 1.0.9, accelerate 1.15.0, pyautoattack 0.2.0,
+# foolbox 3.3.4, robustbench 1.1.1 (revision 56f562cad5f544f58c41787affd3ccf8211d3ef7) on 2 x AMD EPYC.
+# Evaluation: 2 min; python 3.11.7, drelu-timm 0.1.0, torch 2.15.0, timm 1.0.9, accelerate 1.15.0, pyautoattack 0.2.0,
+# foolbox 3.3.4, robustbench 1.1.1 (revision 1af8a1246bc7c1cce8673ce95b8488cc201c07be) on 2 x AMD EPYC.
+set -euo pipefail
+
+for seed in 0 1 2; do
+    drelu-timm train \
+        --model dense_drelu \
+        --dataset mnist \
+        --objective trades \
+        --norm Linf \
+        --eps 0.1 \
+        --step-size 0.025 \
+        --cap-weight 0.01 \
+        --monitor pgd \
+        --seed $seed \
+        --output-dir runs/DreluTimm2026_dense_drelu_trades_eps01/seed$seed
+    drelu-timm evaluate runs/DreluTimm2026_dense_drelu_trades_eps01/seed$seed --suite standard --n-examples 1000
+done
+drelu-timm evaluate runs/DreluTimm2026_dense_drelu_trades_eps01/seed0 --norm Linf --eps 0,0.02,0.05,0.1,0.15,0.2,0.3 --suite quick --n-examples 500
+drelu-timm export runs/DreluTimm2026_dense_drelu_trades_eps01/seed0 --key DreluTimm2026_dense_drelu_trades_eps01 --title 'D-ReLU variants of timm classifiers, measured under the strongest attacks known' --authors 'The drelu_timm developers' --link https://doi.org/10.3390/math12223551 --venue N/A --seeds runs/DreluTimm2026_dense_drelu_trades_eps01/seed1 runs/DreluTimm2026_dense_drelu_trades_eps01/seed2
