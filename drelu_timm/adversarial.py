@@ -1,6 +1,5 @@
 """The adversarial images of an evaluation: kept while they are found, one an example, and saved together."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -8,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import InputError
+from .models import sha256_of
 from .runs import written_whole
+
+ADVERSARIAL = ".adversarial.safetensors"  # the suffix of the file with the images, beside a result's .json
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Adversarial:
         with written_whole(path) as beside:
             tensors = {"index": self.index, "images": self.images}
             save_file(tensors, beside, metadata={"identity": json.dumps(dict(identity))})
-            return hashlib.sha256(np.memmap(beside, np.uint8, "r").data).hexdigest()
+            return sha256_of(beside)
 
 
 def write_images(path: Path, images: Mapping[int, Tensor]) -> None:

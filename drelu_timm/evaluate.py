@@ -25,6 +25,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 
+from .adversarial import ADVERSARIAL
 from .attacks import ThreatModel
 from .command_line import read_flags
 from .curves import draw_curve, require_matplotlib
@@ -39,7 +40,6 @@ from .suites import SUITES
 
 __all__ = ["EvaluateConfig", "Evaluation", "evaluate", "evaluate_model", "evaluate_sweep", "main"]
 
-ADVERSARIAL = ".adversarial.safetensors"  # the suffix of the file with the images
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -20,7 +20,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from .curves import draw_curve
 from .data import Images, load_images, to_float
 from .entries import AUTOATTACK, Measured, Paper, card_record, check_entry, from_record, model_info
 from .errors import InputError, one_line, unknown
-from .models import sha256_of
+from .models import CONFIG, WEIGHTS, sha256_of
 from .published import published_sha256
 from .recipes import recipe
 from .records import check_no_worse_verdict, choose_results, measured_run, read_results
@@ -188,10 +188,10 @@ def export(config: ExportConfig) -> Path:
     _check_key_is_free(config.key, name, dataset, threat_model.norm, robustbench)
 
     test = _test_images(run, train["dataset"], config.data_dir)
-    results = {**results, "dataset": dataset}
     measured = measured_run(
         run, results_path, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
     )
+    measured = replace(measured, results={**measured.results, "dataset": dataset})
     check_entry(model_info(measured))
     evaluated = read_evaluated(results_path.with_suffix(".csv"), results, test)
     with _whole_or_not_at_all(output_dir) as folder:
@@ -279,10 +279,10 @@ def _write_model(folder: Path, measured: Measured, run: Run) -> None:
     hub, weights = folder / "hub", folder / "weights"
     for place in (hub, weights):
         place.mkdir()
-    for file in ("model.safetensors", "config.json"):
+    for file in (WEIGHTS, CONFIG):
         shutil.copyfile(run.model_folder / file, hub / file)
     write_text(hub / "README.md", model_card(measured, source="."))
-    shutil.copyfile(hub / "model.safetensors", weights / f"{measured.key}.safetensors")
+    shutil.copyfile(hub / WEIGHTS, weights / f"{measured.key}.safetensors")
     with written_whole(weights / f"{measured.key}.pt") as beside:
         torch.save(run.load_model().state_dict(), beside)
     names = [f"{measured.key}.safetensors", f"{measured.key}.pt"]
@@ -293,7 +293,7 @@ def _write_model(folder: Path, measured: Measured, run: Run) -> None:
     write_json(cards / f"{measured.key}.json", card_record(measured))
     write_text(cards / f"{measured.key}.md", model_card(measured))
     if measured.weights.bytes <= SHIPPED:
-        shutil.copyfile(hub / "model.safetensors", cards / f"{measured.key}.safetensors")
+        shutil.copyfile(hub / WEIGHTS, cards / f"{measured.key}.safetensors")
     if measured.curve is not None:
         curve, dataset = measured.curve, measured.results["dataset_title"]
         title = f"{measured.key}\n{dataset}, {measured.norm}, first {curve['n_examples']:,} test images"

@@ -180,7 +180,11 @@ def read_config(path: Path) -> Any:
 
 def sha256_of(file: Path) -> str:
     """A file's SHA-256, as sha256sum prints it."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):  # a file of adversarial images may be larger than the memory
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _check_config(config: Any, where: Path) -> None:

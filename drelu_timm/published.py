@@ -41,7 +41,7 @@ def _cards(folder: Path | None = None) -> list[Path]:
 def published_sha256(name: str) -> str | None:
     """sha256 of the weights that a card gives for a name of `robust_model_name`; None where there is no such card."""
     for card in _cards():
-        if robust_model_name(card.stem, card.parents[1].name, card.parent.name) == name:
+        if robust_model_name(*_identity(card)) == name:
             return read_json(card).get("measured", {}).get("weights", {}).get("sha256")
     return None
 

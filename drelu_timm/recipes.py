@@ -1,7 +1,7 @@
 """The commands that make an evaluated run again, as a shell script and for its card."""
 
 import shlex
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from textwrap import wrap
 from typing import Any
 
@@ -124,8 +124,10 @@ def _attacked(results: dict[str, Any]) -> list[str]:
 
 def _export(measured: Measured, run: str, others: list[str]) -> str:
     words = ["drelu-timm", "export", run, "--key", measured.key, *_threat_model(measured)]
-    for name in ("title", "authors", "link", "venue"):
-        words += [flag(name), getattr(measured.paper, name)]
+    if measured.dataset != measured.config["train"]["dataset"]:
+        words += ["--dataset", measured.dataset]
+    for name, text in asdict(measured.paper).items():
+        words += [flag(name), text]
     if measured.verdict == "masked":
         words.append("--as-masked")
     if others:

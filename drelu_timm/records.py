@@ -10,6 +10,7 @@ from .caps import cap_statistics
 from .cards import VERDICTS
 from .entries import AUTOATTACK, Measured, Paper, Seed, Weights
 from .errors import InputError, unknown
+from .models import CONFIG, WEIGHTS
 from .runs import Run, read_json
 
 _FIELDS = (
@@ -113,7 +114,6 @@ def measured_run(
         InputError: A log that is cut, or other seeds' runs that do not match.
     """
     model = run.load_model()
-    weights = run.model_folder / "model.safetensors"
     return Measured(
         key=key,
         config=_without_paths(run.config),
@@ -125,8 +125,8 @@ def measured_run(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         test_size=test_size,
         paper=paper,
-        timm=read_json(run.model_folder / "config.json"),
-        weights=Weights(run.model_digest, weights.stat().st_size),
+        timm=read_json(run.model_folder / CONFIG),
+        weights=Weights(run.model_digest, (run.model_folder / WEIGHTS).stat().st_size),
     )
 
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .adversarial import ADVERSARIAL
 from .data import Images, to_float
 from .entries import AUTOATTACK, Measured, check_entry, model_info
 from .errors import InputError
-from .models import sha256_of
+from .models import WEIGHTS, sha256_of
 
 _BATCH = 256
 
@@ -94,7 +95,7 @@ def read_evaluated(rows: Path, results: dict[str, Any], test: Images) -> Evaluat
     for name, flags in {"clean": predictions == labels, "worst": withstood, **columns}.items():
         if abs(flags.double().mean().item() - told[name]) > 1e-9:
             raise InputError(f"{rows} has another {name} accuracy than {rows.with_suffix('.json')}; {again}")
-    adversarial = rows.with_suffix(".adversarial.safetensors")
+    adversarial = rows.with_suffix(ADVERSARIAL)
     if not adversarial.is_file() or sha256_of(adversarial) != results["adversarial_sha256"]:
         raise InputError(f"{adversarial} is not there, or not what the evaluation wrote (by its sha256); {again}")
     found = load_file(adversarial)
@@ -161,7 +162,7 @@ def _check_files(folder: Path, measured: Measured) -> Check:
     for name, digest in sums.items():
         if sha256_of(folder / "weights" / name) != digest:
             raise InputError(f"weights/{name} is not what its sha256 says; export again")
-    if sha256_of(folder / "hub" / "model.safetensors") != measured.results["model_digest"]:
+    if sha256_of(folder / "hub" / WEIGHTS) != measured.results["model_digest"]:
         raise InputError("hub/model.safetensors is not what was evaluated; export again")
     check_entry(model_info(measured))
     how = "sha256 of the weights against the evaluation's; the entry against a schema made from RobustBench's entries"

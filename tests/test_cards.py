@@ -295,6 +295,13 @@ def test_the_recipe_repeats_the_evaluation(measured):
     assert tyro.cli(ExportConfig, args=export_words).eps == "0.2"
 
 
+def test_a_folder_that_stands_for_a_board_is_named_in_the_recipe(measured):
+    folder = replace(trained(measured, dataset="folder"), results={**measured.results, "dataset": "imagenet"})
+    words = shlex.split(recipe(folder).splitlines()[-1])[2:]
+    assert tyro.cli(ExportConfig, args=words).dataset == "imagenet"
+    assert tyro.cli(ExportConfig, args=shlex.split(recipe(measured).splitlines()[-1])[2:]).dataset is None
+
+
 def test_a_preset_that_flags_went_back_from_is_repeated(measured):
     settings = {**TrainConfig.from_preset("wang2023", model="dense", dataset="cifar10").__dict__}
     train = {name: settings[name] for name in measured.config["train"]}

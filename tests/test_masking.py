@@ -9,9 +9,9 @@ from masking_battery import NETS, Digits, judged, train_and_judge
 from torch import nn
 
 from drelu_timm.adaptive import restarts
+from drelu_timm.attacked import Attacked
 from drelu_timm.attacks import ThreatModel, random_start_pgd
 from drelu_timm.drelu import DReLU
-from drelu_timm.driver import Attacked
 from drelu_timm.evaluation import evaluate_model
 from drelu_timm.masking import averaged, farthest, from_image, probes, signals, verdict, wilson_interval
 from drelu_timm.suites import ATTACKS, SUITES
