@@ -13,12 +13,15 @@ VERBS = {
     "train": "train a timm model, naturally, adversarially or by TRADES; writes a run directory",
     "evaluate": "attack a trained model with the strongest attacks known; writes results into its run",
     "export": "a run as a RobustBench entry, a timm / Hugging Face folder and a model card",
+    "sweep": "a grid of trainings and evaluations, the paper's or your own, here or on a cluster",
+    "report": "tables, statistics and figures of evaluated runs, beside the paper's",
     "doctor": "what is installed here, what of it clashes, and the commands that mend it",
 }
 
 HOW_TO_GO_ON = {
     "train": "; the same command with --resume goes on from the last state",
     "evaluate": "; the same command goes on where the last batch ended",
+    "sweep": "; the same command goes on with what is not done",
 }
 
 HELP = "usage: drelu-timm VERB [options]\n\n" + "\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items())
@@ -29,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        0 when done, 1 where doctor found something broken, 2 for input that cannot be used, 75 where SIGTERM stopped
+        0 when done, 1 where doctor, sweep or report found something broken, 2 for input that cannot be used, 75 where SIGTERM stopped
         it, 130 for Ctrl-C.
     """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]

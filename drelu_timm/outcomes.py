@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .attacks import ThreatModel
 from .errors import InputError
 from .models import CONFIG, WEIGHTS, sha256_of
-from .runs import read_json
+from .result_files import VERDICTS, check_accuracies, check_has, read_checked, read_held_out, read_survivors
 
-VERDICTS = ("sound", "undecided", "masked")  # from good to bad
 # Where a file lies, and what the seed changes: all else that a run was trained with is one setting.
 _NOT_SETTINGS = ("seed", "data_dir", "generated", "init_from", "preset")
+_TRAIN = ("model", "dataset", "seed", "objective", "beta", "awp_gamma", "activation", "placement")
+_TRAIN += ("cap_weight", "cap_penalty", "generated_fraction")
 _RESULT = ("dataset", "dataset_title", "norm", "eps", "n_examples", "model_digest")
-_ACCURACIES = ("clean", "accuracy", "worst", "verdict", "zero_gradient_share")
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,15 @@ class Point:
         eps: The radius as written.
         n_examples: Test images.
         clean: Accuracy in [0, 1].
-        accuracy: Likewise, by attack or sequence of attacks.
+        accuracy: Likewise, by attack or sequence of attacks; the first attack of a sequence, which saw all examples,
+            is an attack of its own too.
         worst: Likewise, over all of them and the probes for gradient masking.
         verdict: On gradient masking: "sound", "undecided" or "masked".
         zero_gradient_share: Of the examples classified right, in [0, 1].
+        cw_l2: Accuracy at the L2 radius ``cw_budget`` under Carlini and Wagner's attack, which looks for the nearest
+            adversarial example and knows no ball; its ``accuracy`` counts only what lies in the ball.
+        cw_budget: eps for L2; for Linf the radius of the ball's corners, eps * sqrt(C * H * W).
+        settings: Of each attack, what decides what it finds.
     """
 
     eps: str
@@ -62,6 +69,9 @@ class Point:
     worst: float
     verdict: str
     zero_gradient_share: float
+    cw_l2: float | None = None
+    cw_budget: float | None = None
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def radius(self) -> float:
@@ -83,6 +93,7 @@ class Outcome:
         sources: The result files.
         curve: Accuracies at rising radii, of a sweep in the same norm; empty without one.
         curve_source: Its file.
+        measured_with: Hardware and versions of the evaluations, a line each.
     """
 
     run: Path
@@ -94,6 +105,7 @@ class Outcome:
     sources: tuple[Path, ...]
     curve: tuple[Point, ...] = ()
     curve_source: Path | None = None
+    measured_with: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -113,6 +125,11 @@ class Outcome:
         return self.train["activation"] or "drelu"
 
     @property
+    def placement(self) -> str:
+        """Where the added layer stands; "head" for a net without one."""
+        return self.train["placement"] or "head"
+
+    @property
     def cap_weight(self) -> float | None:
         """The balancer of a D-ReLU; None for other activations."""
         return self.train["cap_weight"] if self.activation == "drelu" else None
@@ -129,15 +146,25 @@ class Outcome:
         return self.method if self.cap_weight is None else f"{self.method}-{self.cap_weight:g}"
 
     @property
-    def settings(self) -> str:
-        """All that runs which differ in their seed only have in common."""
-        return json.dumps([_settings(self.train), self.start and _settings(self.start)], sort_keys=True)
+    def flags(self) -> dict[str, Any]:
+        """All that runs which differ in their seed only have in common, with those of ``start`` as "init_from ..."."""
+        if self.start is None:
+            return _settings(self.train) | {"init_from": "none"}
+        start = {f"init_from {name}": value for name, value in _settings(self.start).items()}
+        return _settings(self.train) | {"init_from": "a run"} | start
 
     @property
-    def rows(self) -> Path | None:
-        """The CSV with a row an example, of the evaluation with the most attacks; None where it was left out."""
-        csv = self.sources[0].with_suffix(".csv")
-        return csv if csv.is_file() else None
+    def settings(self) -> str:
+        """The flags as one string, for comparisons."""
+        return json.dumps(self.flags, sort_keys=True)
+
+    def survivors(self) -> np.ndarray | None:
+        """Which test images [N] nothing broke, 1 or 0; None where rows an example were left out.
+
+        Raises:
+            InputError: Rows that are cut short, or of another version.
+        """
+        return read_survivors(self.sources, self.at.n_examples)
 
     @property
     def _objective(self) -> str:
@@ -149,8 +176,7 @@ class Outcome:
     def _activation(self) -> str:
         names = {"relu": "", "drelu": "D-ReLU", "srelu": "S-ReLU", "relu6": "ReLU6", "silu": "SiLU", "gelu": "GELU"}
         name = names.get(self.activation, self.activation)
-        placement = self.train["placement"] or "head"
-        details = [] if placement == "head" or not name else [placement]
+        details = [] if self.placement == "head" or not name else [self.placement]
         if self.activation == "drelu" and self.train["cap_penalty"] != "squared":
             details.append(self.train["cap_penalty"])
         return f"{name} ({', '.join(details)})" if details else name
@@ -169,6 +195,11 @@ class Outcomes:
     found: list[Outcome] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def skip(self, error: InputError) -> None:
+        """Note a file down that cannot be used, once."""
+        if str(error) not in self.broken:
+            self.broken.append(str(error))
 
     def groups(self) -> dict[Group, list[Outcome]]:
         """Outcomes that can be compared, each group by net, method, balancer and seed."""
@@ -223,13 +254,15 @@ def _is_run(folder: Path) -> bool:
 def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
     """The outcomes of a run, one a threat model; what cannot be used is noted down."""
     try:
-        config = _checked(run / CONFIG, ("train", "dataset_title"))
+        config = read_checked(run / CONFIG, ("train", "dataset_title"))
         train, start = config["train"], (config.get("init_from") or {}).get("train")
-        held_out = _held_out(run)
+        for flags in (train, start) if start is not None else (train,):
+            check_has(run / CONFIG, flags, _TRAIN)
+        held_out = read_held_out(run)
     except InputError as error:
-        outcomes.broken.append(str(error))
+        outcomes.skip(error)
         return []
-    results = _read_all(run, "results", (*_RESULT, *_ACCURACIES), outcomes)
+    results = _read_all(run, "results", _RESULT, outcomes)
     curves = _read_all(run, "sweeps", (*_RESULT, "curve"), outcomes)
     if not results:
         outcomes.notes.append(f"{run} has no evaluation that could be read; drelu-timm evaluate {run} makes one")
@@ -265,6 +298,7 @@ def _outcome(
         sources=tuple(path for path, _ in results),
         curve=() if curve is None else tuple(_point(at, curve["n_examples"]) for at in curve["curve"]),
         curve_source=curve_source,
+        measured_with=tuple(dict.fromkeys(_measured_with(result) for _, result in results)),
     )
 
 
@@ -275,45 +309,18 @@ def _read_all(run: Path, folder: str, fields: Sequence[str], outcomes: Outcomes)
     digest = sha256_of(weights) if weights.is_file() else None  # published results come without
     for path in sorted((run / folder).glob("*.json")):
         try:
-            result = _checked(path, fields)
-            for at in result.get("curve", [result]):
-                _check_accuracies(path, at)
+            result = read_checked(path, fields)
+            points = result.get("curve", [result])
+            for at in points if isinstance(points, list) else [points]:
+                check_accuracies(path, at)
         except InputError as error:
-            outcomes.broken.append(str(error))
+            outcomes.skip(error)
             continue
         if digest not in (None, result["model_digest"]):
-            outcomes.broken.append(f"{path} was measured on other weights than {weights}; delete it and evaluate anew")
+            outcomes.skip(InputError(f"{path} was measured on other weights than {weights}; delete it, evaluate anew"))
             continue
         read.append((path, result))
     return sorted(read, key=lambda one: -len(one[1].get("accuracy", ())))
-
-
-def _checked(path: Path, fields: Sequence[str]) -> dict[str, Any]:
-    """A JSON object with these fields."""
-    content = read_json(path)
-    if missing := [name for name in fields if name not in content]:
-        raise InputError(f"{path} lacks {', '.join(missing)}: it is cut, or of another version; make it anew")
-    return content
-
-
-def _check_accuracies(path: Path, at: Any) -> None:
-    if not isinstance(at, dict) or any(name not in at for name in _ACCURACIES):
-        raise InputError(f"{path} lacks accuracies at some eps: it is cut, or of another version; make it anew")
-    if at["verdict"].get("verdict") not in VERDICTS:
-        raise InputError(f"{path} has no verdict on gradient masking ({', '.join(VERDICTS)}); evaluate anew")
-
-
-def _held_out(run: Path) -> float | None:
-    """Of the epoch that was kept; of the averaged weights if there are any. None without a log."""
-    log = run / "log.jsonl"
-    if not log.is_file():
-        return None
-    try:
-        epochs = {line["epoch"]: line for line in map(json.loads, log.read_text().splitlines())}
-        kept = epochs[epochs[max(epochs)]["best_epoch"]]
-        return kept.get("held_out_ema", kept["held_out"])["pgd"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{log} is no whole log of a training ({error!r}); train anew") from error
 
 
 def _most_examples(
@@ -328,14 +335,19 @@ def _most_examples(
 
 
 def _point(at: dict[str, Any], n_examples: int) -> Point:
+    first = [next(iter(stages.items())) for stages in at.get("sequences", {}).values() if stages]
+    cw = at.get("cw_l2") or {}
     return Point(
         eps=at["eps"],
         n_examples=n_examples,
         clean=at["clean"],
-        accuracy=at["accuracy"],
+        accuracy={**dict(first), **at["accuracy"]},
         worst=at["worst"],
         verdict=at["verdict"]["verdict"],
         zero_gradient_share=at["zero_gradient_share"],
+        cw_l2=cw.get("accuracy_at_budget"),
+        cw_budget=cw.get("budget"),
+        settings=at.get("settings", {}),
     )
 
 
@@ -343,9 +355,12 @@ def _lowest(points: Sequence[Point]) -> Point:
     """Several evaluations of one net on the same examples: each attack's lowest accuracy, and the worst verdict."""
     first = points[0]
     accuracy: dict[str, float] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for point in points:
         for attack, left in point.accuracy.items():
-            accuracy[attack] = min(left, accuracy.get(attack, left))
+            if attack not in accuracy or left < accuracy[attack]:
+                accuracy[attack], settings[attack] = left, point.settings.get(attack, {})
+    cw = min(points, key=lambda point: 1 if point.cw_l2 is None else point.cw_l2)
     return Point(
         eps=first.eps,
         n_examples=first.n_examples,
@@ -354,11 +369,23 @@ def _lowest(points: Sequence[Point]) -> Point:
         worst=min(point.worst for point in points),
         verdict=max((point.verdict for point in points), key=VERDICTS.index),
         zero_gradient_share=max(point.zero_gradient_share for point in points),
+        cw_l2=cw.cw_l2,
+        cw_budget=cw.cw_budget,
+        settings=settings,
     )
 
 
+def _measured_with(result: dict[str, Any]) -> str:
+    versions = (f"{package} {version}" for package, version in (result.get("versions") or {}).items())
+    return f"{result.get('hardware') or 'hardware not known'}; {', '.join(versions) or 'versions not known'}"
+
+
 def _settings(train: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in train.items() if name not in _NOT_SETTINGS}
+    """The flags but for those that change no setting, an added layer's defaults filled in."""
+    settings = {name: value for name, value in train.items() if name not in _NOT_SETTINGS}
+    if train["model"].endswith("_drelu"):
+        settings |= {"placement": train["placement"] or "head", "activation": train["activation"] or "drelu"}
+    return settings
 
 
 def _order(outcome: Outcome) -> tuple[Any, ...]:

@@ -116,9 +116,9 @@ def measured_run(
     model = run.load_model()
     return Measured(
         key=key,
-        config=_without_paths(run.config),
+        config=without_paths(run.config),
         training=_training(run),
-        results=_without_paths(results),
+        results=without_paths(results),
         curve=_curve(run, results),
         seeds=_seeds(run, results_path, results, other_seeds),
         caps=cap_statistics(model),
@@ -130,7 +130,7 @@ def measured_run(
     )
 
 
-def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
+def without_paths(record: dict[str, Any]) -> dict[str, Any]:
     """A config.json or a result without what only this machine knows: it is going to be published."""
     kept = {name: value for name, value in record.items() if name not in ("command", "run")}
     if record.get("transfer_from"):
@@ -141,7 +141,7 @@ def _without_paths(record: dict[str, Any]) -> dict[str, Any]:
         published = {name: value for name, value in train.items() if name not in ("data_dir", "init_from")}
         kept["train"] = {**published, "generated": generated}
     if isinstance(kept.get("init_from"), dict):
-        kept["init_from"] = _without_paths(kept["init_from"])
+        kept["init_from"] = without_paths(kept["init_from"])
     return kept
 
 
@@ -169,7 +169,7 @@ def _curve(run: Run, results: dict[str, Any]) -> dict[str, Any] | None:
     ]
     if not ours:
         return None
-    return _without_paths(max(ours, key=lambda sweep: (sweep["n_examples"], len(sweep["curve"]))))
+    return without_paths(max(ours, key=lambda sweep: (sweep["n_examples"], len(sweep["curve"]))))
 
 
 def _seeds(run: Run, results_path: Path, results: dict[str, Any], others: Sequence[Path]) -> list[Seed]:

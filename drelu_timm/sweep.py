@@ -1,0 +1,180 @@
+"""`drelu-timm sweep`: a grid of trainings and evaluations, each in a run directory of its own.
+
+    drelu-timm sweep paper-mnist-smoke --jobs 2
+    drelu-timm sweep paper-cifar10 --dry-run
+    drelu-timm sweep my-grid.toml --num-processes 4 --mixed-precision bf16
+    drelu-timm sweep paper-cifar10 --cluster slurm --partition gpu --num-processes 4 --hours 12
+
+`grids` says what a grid is. Every cell is a `train` and its `evaluate`s, as processes of their own; what they print
+lies in ``<cell>.log`` beside the run directory. Cells that are done are skipped, others go on where they were: the same
+command again ends what was stopped, in whatever way.
+"""
+
+import fcntl
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from .cells import Cell, Launch
+from .command_line import read_flags
+from .errors import InputError, one_line, unknown
+from .grids import Grid, read_grid
+from .jobs import Here, Place, threads_of_a_process
+from .recipes import duration
+from .scheduler import Scheduler
+
+__all__ = ["SweepConfig", "main", "sweep"]
+
+_PRECISIONS = ("no", "bf16")
+_CLUSTERS = ("slurm", "local")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train and evaluate every cell of a grid: the paper's tables and figures, or your own."""
+
+    grid: tyro.conf.Positional[str]
+    """One that comes with the package (paper-mnist, paper-cifar10, paper-cifar100, paper-tiny-imagenet,
+    paper-edm-cifar10, paper-edm-cifar100, paper-edm-tiny-imagenet, paper-placement, paper-eps, activations), or a TOML
+    file; with -smoke behind it, a version that ends in minutes on two cores."""
+    output_dir: Path | None = None
+    """Folder for the run directories; by default runs/ and the grid's name."""
+    data_dir: Path = Path("data")
+    """Where the datasets lie, or are downloaded to."""
+    generated: tuple[Path, ...] = ()
+    """Generated images, for grids that mix some in: .npz files, as of train."""
+    jobs: int = 1
+    """Cells at once, on this machine."""
+    dry_run: bool = False
+    """Print the cells, what they cost at most, and their commands; write nothing."""
+    num_processes: int = 1
+    """Processes a cell, a GPU each; several are started by accelerate launch."""
+    mixed_precision: str = "no"
+    """no or bf16, of accelerate launch."""
+    cluster: str = ""
+    """slurm for a job a cell, through submitit; local for trying that here; by default neither."""
+    partition: str = ""
+    """SLURM: the partition; what else is needed sbatch takes from the environment (SBATCH_ACCOUNT, ...)."""
+    hours: float = 24.0
+    """SLURM: limit of a job, after which it goes on in another one."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the flags and run the grid; 1 if a cell failed."""
+    return sweep(read_flags(SweepConfig, "sweep", argv))
+
+
+def sweep(config: SweepConfig) -> int:
+    """Run all cells of a grid that are not done.
+
+    Returns:
+        0, or 1 if a cell failed.
+
+    Raises:
+        InputError: A grid or flags that cannot be used, or another sweep in the same folder.
+        Preempted: SIGTERM came; what ran has saved its state.
+    """
+    _check(config)
+    grid = read_grid(config.grid)
+    output_dir = config.output_dir or Path("runs") / grid.name
+    cells = grid.cells(output_dir, data_dir=config.data_dir, generated=config.generated)
+    launch = Launch(
+        config.num_processes, config.mixed_precision, not torch.cuda.is_available() and config.cluster != "slurm"
+    )
+    if config.dry_run:
+        _show_plan(grid, cells, launch, config)
+        return 0
+    with _held(output_dir) as lock:
+        place = _place(output_dir, config)
+        scheduler = Scheduler(grid.name, cells, place, launch, keep_open=() if config.cluster else (lock,))
+        failed = scheduler.run()
+    print(f"next: drelu-timm report {output_dir}")
+    return 1 if failed else 0
+
+
+def _check(config: SweepConfig) -> None:
+    for flag, value in (("--jobs", config.jobs), ("--num-processes", config.num_processes), ("--hours", config.hours)):
+        if not 0 < value < float("inf"):
+            raise InputError(f"{flag} {value} is not possible; give a number above 0")
+    if config.mixed_precision not in _PRECISIONS:
+        raise unknown("--mixed-precision", config.mixed_precision, _PRECISIONS)
+    if config.cluster not in ("", *_CLUSTERS):
+        raise unknown("--cluster", config.cluster, _CLUSTERS)
+    if config.partition and config.cluster != "slurm":
+        raise InputError(f"--partition {config.partition} is for --cluster slurm; add that, or leave it out")
+    if torch.cuda.is_available() and not config.cluster and config.num_processes > torch.cuda.device_count():
+        raise InputError(f"--num-processes {config.num_processes}: this machine has {torch.cuda.device_count()} GPUs")
+
+
+@contextmanager
+def _held(output_dir: Path) -> Iterator[int]:
+    """The folder's lock, for one sweep alone, as a descriptor.
+
+    Trainings inherit it, so that those which a killed sweep has left are not begun a second time.
+    """
+    path = output_dir / ".lock"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a")
+    except OSError as error:
+        raise InputError(f"--output-dir {output_dir} cannot be written to ({one_line(error)}); name another") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"--output-dir {output_dir} is in use by another sweep, or by what a killed one has left running; "
+                f"wait, or end it (fuser {path} names the processes)"
+            ) from error
+        yield lock.fileno()
+
+
+def _place(output_dir: Path, config: SweepConfig) -> Place:
+    """Where cells run."""
+    if not config.cluster:
+        return Here(config.jobs, config.num_processes)
+    from .cluster import Cluster
+
+    return Cluster(
+        config.cluster,
+        output_dir / "jobs",
+        partition=config.partition,
+        hours=config.hours,
+        num_processes=config.num_processes,
+    )
+
+
+def _show_plan(grid: Grid, cells: Sequence[Cell], launch: Launch, config: SweepConfig) -> None:
+    """Print every cell with its commands and what it costs at most."""
+    from .cost import Clock, cost  # what a sweep that runs has no need of
+
+    print(f"{grid.name}: {grid.title}\n{grid.source}\n")
+    clock = Clock(threads_of_a_process(config.jobs, config.num_processes))
+    total = 0.0
+    for cell in cells:
+        state = _state(cell)
+        if not state:
+            bound = cost(cell, clock.model(cell.train))
+            seconds = bound.forwards * clock.seconds(cell.train) / config.num_processes
+            state = f"at most {duration(seconds)}, {bound}"
+            total += seconds
+        print(f"{cell.name}: {state}")
+        for command in cell.commands(launch):
+            print(f"    {shlex.join(command)}")
+    print(
+        f"\n{len(cells)} cells, at most {duration(total / config.jobs)} with --jobs {config.jobs}: all epochs, and "
+        f"attacks on examples that all withstand; a forward pass was timed on {clock.machine}"
+    )
+
+
+def _state(cell: Cell) -> str:
+    """What there is of a cell that would not be run; "" for one that would."""
+    try:
+        return "done" if cell.is_done() else ""
+    except InputError as error:
+        return f"fails: {error}"

@@ -1,0 +1,119 @@
+"""model_cards/reproduction.md, from the result files beside it.
+
+    python scripts/reproduction.py                     all reports and the text anew, from what is there
+    python scripts/reproduction.py --topic mnist RUNS  takes over the results of these runs first
+
+model_cards/reproduction/<topic>/runs/ holds, of every run, config.json, log.jsonl and all results but the rows an
+example; model_cards/reproduction/<topic>/report/ is what `drelu-timm report` makes of them. The text is
+scripts/reproduction/reproduction.md.j2: whatever accuracy it says, it asks for by net, training and attack.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from drelu_timm.averages import Average, lines_of
+from drelu_timm.outcomes import read_outcomes
+from drelu_timm.records import without_paths
+from drelu_timm.report import ReportConfig, report
+from drelu_timm.runs import read_json, write_json, write_text
+
+HERE = Path(__file__).parent
+TEXT = HERE / "reproduction" / "reproduction.md.j2"
+FOLDER = HERE.parent / "model_cards" / "reproduction"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write model_cards/reproduction.md, its reports and its pictures from result files."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run directories whose results are taken over first."""
+    topic: str = "mnist"
+    """What they belong to: a folder of model_cards/reproduction/."""
+
+
+def take_over(runs: tuple[Path, ...], topic: str) -> None:
+    """Copy what a report reads of some runs, without rows, weights and what only one machine knows."""
+    for outcome in read_outcomes(runs).found:
+        folder = FOLDER / topic / "runs" / outcome.run.name
+        for file in _json_files(outcome.run):
+            write_json(folder / file.relative_to(outcome.run), without_paths(read_json(file)))
+        shutil.copyfile(outcome.run / "log.jsonl", folder / "log.jsonl")
+
+
+def _json_files(run: Path) -> Iterator[Path]:
+    yield run / "config.json"
+    yield from sorted((run / "results").glob("*.json"))
+    yield from sorted((run / "sweeps").glob("*.json"))
+
+
+def topics() -> list[str]:
+    """Every folder that has runs."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/runs"))
+
+
+def make_report(topic: str, output_dir: Path | None = None) -> Path:
+    """`drelu-timm report` of a topic's runs; returns its folder."""
+    output_dir = output_dir or FOLDER / topic / "report"
+    report(ReportConfig(runs=(FOLDER / topic / "runs",), output_dir=output_dir, against_paper=True))
+    return output_dir
+
+
+def text() -> str:
+    """The Markdown, with every number from the result files."""
+    environment = Environment(
+        loader=FileSystemLoader(TEXT.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template(TEXT.name).render(topics={topic: Topic(topic) for topic in topics()})
+
+
+class Topic:
+    """What the text asks for: ``topics.mnist("dense", "D-ReLU-100", "pgd")``.
+
+    Args:
+        name: A folder of model_cards/reproduction/.
+    """
+
+    def __init__(self, name: str):
+        self.folder = f"reproduction/{name}/report"
+        groups = read_outcomes([FOLDER / name / "runs"]).groups()
+        self.lines = [line for group, outcomes in groups.items() for line in lines_of(group, outcomes).all]
+
+    def __call__(self, net: str, training: str, column: str, digits: int = 1) -> str:
+        """A mean over seeds in percent, with its standard deviation where there are several."""
+        mean = self.line(net, training).mean(column)
+        if mean is None:
+            raise KeyError(f"{training} has no {column}")
+        return f"{mean.mean:.{digits}f}" + ("" if mean.std is None else f" ± {mean.std:.{digits}f}")
+
+    def line(self, net: str, training: str) -> Average:
+        """The runs of a net and a training, as the tables call it."""
+        found = [line for line in self.lines if (line.first.net, line.training) == (net, training)]
+        if len(found) != 1:
+            there = ", ".join(f"{line.first.net} {line.training}" for line in self.lines)
+            raise KeyError(f"{len(found)} lines are {net} {training}, among {there}")
+        return found[0]
+
+    def table(self, name: str) -> str:
+        """A table of the report, with its caption and without its heading."""
+        lines = (FOLDER.parent / self.folder / "tables" / f"{name}.md").read_text().splitlines()
+        return "\n".join(lines[2:])
+
+
+def main(arguments: Arguments) -> None:
+    """Take over, report, write."""
+    if arguments.runs:
+        take_over(arguments.runs, arguments.topic)
+    for topic in topics():
+        make_report(topic)
+    write_text(FOLDER.with_suffix(".md"), text())
+    print(FOLDER.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

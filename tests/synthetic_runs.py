@@ -1,0 +1,123 @@
+"""Run directories as train and evaluate leave them, made up: no net is trained, and no weights are there."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TRAIN = {
+    "model": "dense_drelu",
+    "dataset": "mnist",
+    "data_dir": "data",
+    "generated": [],
+    "generated_fraction": 0.0,
+    "init_from": None,
+    "preset": None,
+    "objective": "natural",
+    "beta": 6.0,
+    "awp_gamma": 0.0,
+    "norm": "Linf",
+    "eps": "0.1",
+    "placement": None,
+    "activation": None,
+    "cap_weight": 0.1,
+    "cap_penalty": "squared",
+    "cap_lr": 0.1,
+    "epochs": 10,
+    "seed": 0,
+}
+TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "Digits"}
+RELU = {"activation": "relu", "cap_weight": 0.0}
+ATTACKS = {"fgsm": 0.93, "pgd": 0.9, "apgd-ce": 0.89, "apgd-dlr": 0.88, "cw-l2": 0.7, "square": 0.85}
+
+
+def write_run(path: Path, *, held_out: float | None = 0.5, start: dict[str, Any] | None = None, **train: Any) -> Path:
+    """config.json and log.jsonl of a run; ``start`` are flags of the run that it went on from."""
+    path.mkdir(parents=True)
+    train = TRAIN | train
+    config = {"train": train, "dataset_title": TITLES[train["dataset"]]}
+    if start is not None:
+        config["init_from"] = {"run": "runs/start", "train": TRAIN | start}
+    write_json(path / "config.json", config)
+    if held_out is not None:
+        epochs = [{"epoch": 1, "held_out": {"pgd": 0.0}}, {"epoch": 2, "held_out": {"pgd": held_out}, "best_epoch": 2}]
+        (path / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+    return path
+
+
+def write_result(
+    run: Path,
+    *,
+    suite: str = "paper",
+    accuracy: dict[str, float] | None = None,
+    worst: float = 0.8,
+    verdict: str = "sound",
+    n_examples: int = 20,
+    rows: bool = True,
+    **result: Any,
+) -> Path:
+    """results/<suite>-Linf-<eps>.json of a run, with a row an example beside it."""
+    train = json.loads((run / "config.json").read_text())["train"]
+    content = {
+        "dataset": train["dataset"],
+        "dataset_title": TITLES[train["dataset"]],
+        "norm": "Linf",
+        "n_examples": n_examples,
+        "model_digest": "0" * 64,
+        "hardware": "2 x Processor",
+        "versions": {"drelu-timm": "0.1.0", "torch": "2.0.0"},
+        **point(accuracy=ATTACKS if accuracy is None else accuracy, worst=worst, verdict=verdict),
+        **result,
+    }
+    path = run / "results" / f"{suite}-Linf-{content['eps'].replace('/', '_')}.json"
+    write_json(path, content)
+    if rows:
+        survivors = round(worst * n_examples)
+        write_rows(path.with_suffix(".csv"), ["" if index < survivors else "pgd" for index in range(n_examples)])
+    return path
+
+
+def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 10) -> Path:
+    """sweeps/quick-Linf.json of a run."""
+    train = json.loads((run / "config.json").read_text())["train"]
+    content = {
+        "dataset": train["dataset"],
+        "dataset_title": TITLES[train["dataset"]],
+        "norm": "Linf",
+        "eps": [at["eps"] for at in points],
+        "n_examples": n_examples,
+        "model_digest": "0" * 64,
+        "curve": points,
+    }
+    path = run / "sweeps" / "quick-Linf.json"
+    write_json(path, content)
+    return path
+
+
+def point(
+    *, eps: str = "0.1", clean: float = 0.95, accuracy: dict[str, float] = ATTACKS, worst: float, verdict: str = "sound"
+) -> dict[str, Any]:
+    """What a result file says at one radius."""
+    return {
+        "eps": eps,
+        "clean": clean,
+        "accuracy": accuracy,
+        "worst": worst,
+        "settings": {attack: {"steps": 40} for attack in accuracy},
+        "sequences": {},
+        "zero_gradient_share": 0.0,
+        "cw_l2": {"median_l2": 1.0, "budget": 2.8, "accuracy_at_budget": 0.3} if "cw-l2" in accuracy else None,
+        "verdict": {"verdict": verdict, "evidence": []},
+    }
+
+
+def write_rows(path: Path, broken_by: Sequence[str]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("index", "label", "broken_by"), *((index, 0, by) for index, by in enumerate(broken_by))])
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))

@@ -1,0 +1,260 @@
+"""The verb: what it writes, where, that it says the same again, and what it says of bad input."""
+
+import json
+import shutil
+from statistics import fmean
+
+import pytest
+import tyro
+from synthetic_runs import ATTACKS, RELU, point, write_json, write_result, write_rows, write_run, write_sweep
+
+from drelu_timm.errors import InputError
+from drelu_timm.report import ReportConfig, main, report
+
+REPORT = {"files.json", "numbers.json", "report.html", "report.md"}
+
+
+def make_runs(folder):
+    """Two nets with three methods and two seeds, D-ReLU with two balancers and masked; a sweep."""
+    for model in ("dense_drelu", "shallow_cnn_drelu"):
+        for seed in range(2):
+            for name, worst, train in (
+                ("at", 0.8, {"objective": "at", **RELU}),
+                ("trades", 0.75, {"objective": "trades", **RELU}),
+                ("drelu-0.1", 0.1, {}),
+                ("drelu-1", 0.05, {"cap_weight": 1.0, "held_out": 0.3}),
+            ):
+                run = write_run(folder / f"{model}-{name}-{seed}", model=model, seed=seed, **train)
+                accuracy = {**ATTACKS, "pgd": 0.9 - seed / 100 - worst / 10}
+                write_result(run, accuracy=accuracy, worst=worst, verdict="masked" if worst < 0.5 else "sound")
+    write_sweep(folder / "dense_drelu-at-0", [point(eps=eps, worst=0.5) for eps in ("0.1", "0.2")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """To be read only."""
+    return make_runs(tmp_path_factory.mktemp("made") / "runs")
+
+
+@pytest.fixture(scope="module")
+def made(runs, tmp_path_factory):
+    """A report with everything, of `runs`."""
+    folder = tmp_path_factory.mktemp("report") / "report"
+    report(ReportConfig((runs,), folder, against_paper=True))
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder with one run."""
+    write_result(write_run(tmp_path / "runs" / "x"))
+    return tmp_path / "runs"
+
+
+def written(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_files_are_there(made):
+    tables = ["against-paper-mnist", "rows-mnist", "table-1-mnist", "table-square-mnist"]
+    figures = ["balancers-dense-d-relu-mnist", "balancers-shallow-cnn-d-relu-mnist"]
+    figures += ["methods-mnist", "methods-worst-mnist", "over-eps-dense-mnist"]
+    assert written(made) == {
+        *REPORT,
+        *(f"tables/{table}-linf-eps-0.1.{suffix}" for table in tables for suffix in ("md", "tex", "csv")),
+        *(f"figures/{figure}-linf-eps-0.1.png" for figure in figures),
+    }
+
+
+def test_worst_case_and_warning_come_first(made):
+    text = (made / "report.md").read_text()
+    head, _, _ = text.partition("## Beside the paper")
+    assert "The accuracy of a masked row under gradient attacks is not robustness" in head
+    assert "Masked: Dense, D-ReLU-0.1; Shallow CNN, D-ReLU-0.1." in head
+    assert "| Dense | D-ReLU-0.1 | 95.00 ± 0.00 (1) |" in head and "| 10.00 ± 0.00 (3) | masked | 20 | 2 |" in head
+
+
+def test_statistics_figures_and_origin_are_on_the_page(made):
+    text = (made / "report.md").read_text()
+    assert "Over 12 blocks: one-way ANOVA F = " in text
+    assert "## Methods in the worst case: MNIST, Linf, eps 0.1\n\nOver 2 blocks: " in text
+    assert "## Methods in the paper's table 1\n\nOver 12 blocks: " in text
+    assert "| Dense | AT | TRADES-6 | 0 | 20 | 1 | 0 | +5.00 (" in text
+    assert (
+        "![Balancers: Dense, D-ReLU: MNIST, Linf, eps 0.1](figures/balancers-dense-d-relu-mnist-linf-eps-0.1.png)"
+        in text
+    )
+    assert "16 runs, 16 result files and 1 sweep over eps" in text
+    assert "Measured with: 2 x Processor; drelu-timm 0.1.0, torch 2.0.0." in text
+    html = (made / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 5
+    assert "is not robustness" in html
+
+
+def test_every_number_follows_from_the_files_that_it_names(made, runs):
+    records = json.loads((made / "numbers.json").read_text())
+    assert {record["column"] for record in records} == {"held-out", "clean", *ATTACKS, "worst"}
+    for record in records:
+        if record["column"] == "held-out":
+            assert all(source.endswith("/log.jsonl") for source in record["sources"])
+            continue
+        results = [json.loads((runs / source).read_text()) for source in record["sources"]]
+        if record["column"] == "cw-l2":
+            values = [result["cw_l2"]["accuracy_at_budget"] for result in results]
+        else:
+            values = [{**result, **result["accuracy"]}[record["column"]] for result in results]
+        assert record["mean"] == pytest.approx(100 * fmean(values))
+        assert (record["n_seeds"], record["n_examples"]) == (2, [20])
+
+
+def test_the_same_files_give_the_same_report_anywhere(made, runs, tmp_path, monkeypatch):
+    shutil.copytree(runs, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    assert main(["copy", "--against-paper"]) == 0
+    again = tmp_path / "copy" / "report"
+    assert written(again) == written(made)
+    assert all((again / name).read_bytes() == (made / name).read_bytes() for name in written(made))
+
+
+def test_notes_name_no_folder_that_runs_lie_in(small, tmp_path, monkeypatch):
+    write_run(small / "y", seed=1)
+    monkeypatch.chdir(tmp_path)
+    report(ReportConfig((small.relative_to(tmp_path),)))
+    report(ReportConfig((small,), tmp_path / "second"))
+    texts = [(folder / "report.md").read_text() for folder in (small / "report", tmp_path / "second")]
+    assert texts[0] == texts[1]
+    assert "\n\ny has no evaluation that could be read; drelu-timm evaluate y makes one\n" in texts[0]
+    assert "## What 1 run withstands" in texts[0]
+
+
+def test_terminal(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([str(runs), "--output-dir", str(tmp_path / "r")]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith(" Dense")]
+    assert rows[-1] == ["Dense", "D-ReLU-0.1", "95.00", "70.00", "–", "10.00", "masked", "2"]
+    assert "Of masked rows the white-box accuracy is not robustness" in out
+    assert out.endswith(f"report in {tmp_path / 'r'}: look at {tmp_path / 'r' / 'report.html'} first\n")
+
+
+def test_a_run_of_train_and_evaluate(evaluated, tmp_path):
+    outcomes = report(ReportConfig((evaluated,), tmp_path / "r"))
+    assert not outcomes.broken
+    assert {"figures/learned-caps-dense-digits-linf-eps-0.1.png", "tables/table-digits-linf-eps-0.1.md"} < written(
+        tmp_path / "r"
+    )
+
+
+# The folder
+
+
+def test_a_report_is_replaced_and_no_run_afterwards(small):
+    report(ReportConfig((small,)))
+    assert "rows-mnist-linf-eps-0.1" in (small / "report" / "report.md").read_text()
+    shutil.rmtree(small / "x")
+    write_result(write_run(small / "y", dataset="digits"))
+    (small / "report" / "tables" / "mine.md").write_text("kept")
+    report(ReportConfig((small,)))
+    suffixes = ("md", "tex", "csv")
+    names = ("rows", "table", "table-square")
+    assert written(small / "report") == {
+        *REPORT,
+        "tables/mine.md",
+        *(f"tables/{name}-digits-linf-eps-0.1.{suffix}" for name in names for suffix in suffixes),
+    }
+    assert not list(small.glob(".report*"))
+
+
+def test_what_no_report_wrote_is_not_overwritten(small, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "report.md").write_text("mine")
+    with pytest.raises(
+        InputError, match=r"report\.md is in the way, and no report wrote it; give another --output-dir"
+    ):
+        report(ReportConfig((small,), tmp_path / "docs"))
+    assert written(tmp_path / "docs") == {"report.md"}
+    assert (tmp_path / "docs" / "report.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("files", [{"files": ["../x"]}, {"files": "report.md"}, {"other": 1}])
+def test_a_list_of_files_that_no_report_wrote(small, tmp_path, files):
+    write_json(tmp_path / "r" / "files.json", files)
+    with pytest.raises(InputError, match=r"files\.json is no list of a report's files; move it away"):
+        report(ReportConfig((small,), tmp_path / "r"))
+
+
+def test_a_place_that_cannot_be_written(small, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--output-dir .*file/r cannot be written \(.*\); give another one"):
+        report(ReportConfig((small,), tmp_path / "file" / "r"))
+
+
+# Bad input
+
+
+def test_broken_files_are_named_and_the_exit_code_is_1(small, tmp_path, capsys):
+    broken = write_result(write_run(small / "y", seed=1))
+    broken.write_text("{")
+    assert main([str(small), "--output-dir", str(tmp_path / "r")]) == 1
+    assert f"broken, left out: {broken} cannot be read as JSON" in capsys.readouterr().out
+    assert (
+        "## Broken files, left out\n\ny/results/paper-Linf-0.1.json cannot be"
+        in (tmp_path / "r" / "report.md").read_text()
+    )
+
+
+def test_rows_cut_short_are_named_and_the_rest_is_made(small, tmp_path):
+    other = write_run(small / "y", **RELU)
+    write_rows(write_result(other).with_suffix(".csv"), [""])
+    outcomes = report(ReportConfig((small,), tmp_path / "r"))
+    assert len(outcomes.broken) == 1 and "has 1 rows" in outcomes.broken[0]
+    assert "Not made: no two methods of a net have a seed in common" in (tmp_path / "r" / "report.md").read_text()
+
+
+def test_nothing_that_could_be_read(tmp_path, capsys):
+    write_result(write_run(tmp_path / "x")).write_text("")
+    with pytest.raises(InputError, match=r"nothing to report \| .* cannot be read as JSON .* \| .*x has no evaluation"):
+        report(ReportConfig((tmp_path,)))
+    assert not (tmp_path / "report").exists()
+    with pytest.raises(InputError, match="RUNS is missing; give run directories"):
+        report(ReportConfig(()))
+
+
+def test_mixed_radii_and_missing_seeds_are_said(small, tmp_path):
+    write_result(write_run(small / "y", seed=1))
+    write_result(write_run(small / "z", seed=1, objective="at", **RELU), n_examples=10)
+    write_result(write_run(small / "w"), eps="0.3")
+    report(ReportConfig((small,), tmp_path / "r"))
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert "These 2 groups cannot be compared with one another and are kept apart: MNIST, Linf, eps 0.1; MNIST" in text
+    assert "MNIST, Linf, eps 0.1: seed 0, which other rows have, is missing of Dense AT." in text
+    assert "MNIST, Linf, eps 0.1: not all rows have as many test images: 10, 20." in text
+    assert "Not made: 2 methods over 1 blocks cannot be compared; Friedman's test needs at least 3 methods" in text
+    assert "| sound | 10 | 1 of 2 |" in text
+
+
+def test_attacks_of_other_strength_are_said(small, tmp_path):
+    strong = write_result(write_run(small / "y", seed=1))
+    content = json.loads(strong.read_text())
+    content["settings"]["pgd"] = {"steps": 100}
+    write_json(strong, content)
+    report(ReportConfig((small,), tmp_path / "r"))
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert "Not all rows were attacked alike by pgd: their accuracies under it cannot be compared." in text
+
+
+def test_a_missing_matplotlib_is_said_and_the_tables_are_made(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("drelu_timm.curves.find_spec", lambda name: None)
+    report(ReportConfig((runs,), tmp_path / "r"))
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert text.count("Not drawn: matplotlib") == 5
+    assert "tables/table-1-mnist-linf-eps-0.1.md" in written(tmp_path / "r")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert "--against-paper" in out and "RUNS" in out
+    assert tyro.cli(ReportConfig, args=["a", "b"]).runs[1].name == "b"

@@ -1,0 +1,283 @@
+"""Tables from outcomes: means, ranks, labels, the chosen balancer, what the paper printed, and their formats."""
+
+import pytest
+from synthetic_runs import ATTACKS, RELU, write_result, write_run
+
+from drelu_timm.averages import average, choose_balancers, lines_of
+from drelu_timm.formats import csv, latex, markdown_table
+from drelu_timm.outcomes import read_outcomes
+from drelu_timm.sections import scores
+from drelu_timm.tables import Table, against_paper, all_rows, paper_table, square_tables
+
+
+@pytest.fixture
+def add(tmp_path):
+    """Adds a run with a result; ``result`` are its fields, the rest flags and the held-out accuracy."""
+    count = 0
+
+    def add_run(result=None, **train):
+        nonlocal count
+        count += 1
+        run = write_run(tmp_path / f"run{count}", **train)
+        write_result(run, **(result or {}))
+        return run
+
+    return add_run
+
+
+@pytest.fixture
+def groups(tmp_path):
+    return lambda: [lines_of(group, outcomes) for group, outcomes in read_outcomes([tmp_path]).groups().items()]
+
+
+def cells(table: Table, *columns: str) -> list[tuple[str, ...]]:
+    return [tuple(row) for row in table.cells[list(columns)].itertuples(index=False)]
+
+
+# Lines
+
+
+def test_mean_and_deviation_over_seeds(add, groups):
+    for seed, worst in enumerate((0.7, 0.8, 0.9)):
+        add({"worst": worst}, seed=seed)
+    (line,) = groups()[0].all
+    mean = line.mean("worst")
+    assert mean is not None
+    assert (mean.mean, mean.std, mean.n_seeds, len(mean.sources)) == (pytest.approx(80), pytest.approx(10), 3, 3)
+
+
+def test_one_seed_has_no_deviation_and_a_missing_attack_no_mean(add, groups):
+    add()
+    (line,) = groups()[0].all
+    assert line.mean("clean").std is None
+    assert line.mean("autoattack") is None
+    assert line.mean("white-box").mean == pytest.approx(100 * ATTACKS["cw-l2"])
+    assert line.mean("cw-l2").mean == pytest.approx(30)  # within its L2 budget, not the ball
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "text"),
+    [
+        (["sound", "sound"], "sound"),
+        (["masked", "sound", "masked"], "masked 2 of 3"),
+        (["undecided", "sound"], "undecided 1 of 2"),
+    ],
+)
+def test_the_worst_verdict_of_several_seeds(add, groups, verdicts, text):
+    for seed, verdict in enumerate(verdicts):
+        add({"verdict": verdict}, seed=seed)
+    assert groups()[0].all[0].verdict == text
+
+
+def test_other_settings_are_other_rows_and_said_in_their_names(add, groups):
+    for seed in range(2):
+        add(seed=seed)
+    add(cap_lr=0.001, epochs=270)
+    (lines,) = groups()
+    assert [one.training for one in lines.all] == ["D-ReLU-0.1", "D-ReLU-0.1, cap_lr 0.001, epochs 270"]
+    assert lines.remarks == ["Dense: D-ReLU without more words is D-ReLU with cap_lr 0.1, epochs 10."]
+
+
+def test_settings_of_as_many_runs_are_all_said(add, groups):
+    add(**RELU)
+    add(**RELU, start={"epochs": 5})
+    (lines,) = groups()
+    assert [one.training for one in lines.all] == ["natural, init_from none", "natural, init_from a run"]
+
+
+def test_many_settings_get_a_number_and_a_sentence(add, groups):
+    add(seed=0)
+    add(seed=1)
+    add(cap_lr=0.001, epochs=270, eps="0.2", cap=5.0)
+    (lines,) = groups()
+    assert lines.all[1].training == "D-ReLU-0.1, settings 2"
+    assert "Dense: D-ReLU, settings 2 is D-ReLU with eps 0.2, cap_lr 0.001, epochs 270, cap 5." in lines.remarks
+
+
+# The balancer
+
+
+def test_the_balancer_with_the_highest_held_out_accuracy_is_shown(add, groups):
+    for cap_weight, held_outs in ((0.01, (0.2, 0.9)), (0.1, (0.6, 0.7)), (1.0, (0.1, 0.3))):
+        for seed, held_out in enumerate(held_outs):
+            add({"worst": 1 - held_out}, cap_weight=cap_weight, held_out=held_out, seed=seed)
+    add(**RELU)
+    (lines,) = groups()
+    assert [one.training for one in lines.shown] == ["natural", "D-ReLU-0.1"]
+    (remark,) = lines.remarks
+    assert remark.endswith("held-out training images: Dense, D-ReLU-0.1 (of 0.01, 0.1, 1; 65.00 %).")
+    table = paper_table(lines)
+    assert remark in table.caption and "Other balancers and placements are in the table of all rows." in table.caption
+    assert list(all_rows(lines).cells["Training"]) == ["natural", "D-ReLU-0.01", "D-ReLU-0.1", "D-ReLU-1"]
+
+
+def test_of_equal_balancers_the_smaller(add, tmp_path):
+    for cap_weight in (1.0, 0.01, 0.1):
+        add(cap_weight=cap_weight, held_out=0.5 if cap_weight < 1 else 0.4)
+    averages, _ = average(read_outcomes([tmp_path]).found)
+    shown, _ = choose_balancers(averages)
+    assert [one.training for one in shown] == ["D-ReLU-0.01"]
+
+
+def test_a_masked_choice_is_said_to_be_fooled(add, groups):
+    add(cap_weight=0.01, held_out=0.1)
+    add({"verdict": "masked"}, cap_weight=0.1, held_out=0.9)
+    remark = groups()[0].remarks[-1]
+    assert remark.startswith("Of these, masked: Dense, D-ReLU-0.1. There the attack on held-out images is fooled")
+
+
+def test_without_logs_all_balancers_are_shown(add, groups):
+    for cap_weight in (0.01, 0.1):
+        add(cap_weight=cap_weight, held_out=None)
+    (lines,) = groups()
+    assert len(lines.shown) == 2
+    assert lines.remarks == ["Dense, D-ReLU: no run has a log, so all balancers are shown: 0.01, 0.1."]
+
+
+def test_square_and_scores_of_several_shown_balancers_name_them(add, groups):
+    for dataset in ("cifar10", "cifar100"):
+        for cap_weight in (0.01, 0.1) if dataset == "cifar10" else (0.1, 1.0):
+            add({"eps": "0.01"}, dataset=dataset, cap_weight=cap_weight, held_out=None)
+    (table,) = square_tables(groups())
+    assert list(table.cells["Training"]) == ["D-ReLU-0.01", "D-ReLU-0.1", "D-ReLU-1"]
+    assert list(scores(groups()[0], ["clean"]).columns) == ["D-ReLU-0.01", "D-ReLU-0.1"]
+
+
+def test_other_placements_are_in_the_table_of_all_rows_only(add, groups):
+    add()
+    add(placement="stem")
+    (lines,) = groups()
+    assert [one.training for one in lines.shown] == ["D-ReLU-0.1"]
+    assert [one.training for one in lines.all] == ["D-ReLU-0.1", "D-ReLU (stem)-0.1"]
+
+
+# The paper's layout
+
+
+def test_layout_and_ranks_within_a_net(add, groups):
+    add({"worst": 0.1, "verdict": "masked"}, seed=0)
+    add({"worst": 0.2, "verdict": "masked"}, seed=1)
+    add({"accuracy": {**ATTACKS, "pgd": 0.95, "autoattack": 0.81}, "worst": 0.8}, objective="at", **RELU)
+    add({"worst": 0.5, "n_examples": 30}, model="shallow_cnn_drelu")
+    (lines,) = groups()
+    table = paper_table(lines)
+    assert (table.name, table.title) == ("table-1-mnist-linf-eps-0.1", "Table 1: MNIST, Linf, eps 0.1")
+    assert list(table.cells.columns) == [
+        *("Model", "Training", "Clean", "FGSM", "PGD", "APGD_CE", "APGD_DLR", "CW_L2"),
+        *("AutoAttack", "Worst case", "Masking", "Test images", "Seeds"),
+    ]
+    assert cells(table, "Model", "Training", "PGD", "AutoAttack", "Worst case", "Masking", "Test images", "Seeds") == [
+        ("Dense", "AT", "95.00 (1)", "81.00", "80.00 (1)", "sound", "20", "1 of 2"),
+        ("Dense", "D-ReLU-0.1", "90.00 ± 0.00 (2)", "–", "15.00 ± 7.07 (2)", "masked", "20", "2"),
+        ("Shallow CNN", "D-ReLU-0.1", "90.00 (1)", "–", "50.00 (1)", "sound", "30", "1 of 2"),
+    ]
+    assert cells(table, "FGSM")[:2] == [("93.00 (1)",), ("93.00 ± 0.00 (1)",)]  # ties share the rank
+    assert "at an L2 distance of 2.8 " in table.caption and "bound of 18" in table.caption
+    assert list(table.values["pgd rank"]) == [1, 2, 1]
+
+
+def test_an_attack_that_some_seeds_lack_says_its_n(add, groups):
+    add({"accuracy": {**ATTACKS, "autoattack": 0.8}}, seed=0)
+    add(seed=1)
+    assert cells(paper_table(groups()[0]), "AutoAttack") == [("80.00 [n = 1]",)]
+
+
+@pytest.mark.parametrize(
+    ("train", "result", "title", "sentence"),
+    [
+        ({"dataset": "digits"}, {}, "Digits, Linf, eps 0.1", None),
+        ({"dataset": "cifar10"}, {"eps": "8/255"}, "Table 2: CIFAR-10, Linf, eps 8/255", "are at Linf, eps 0.01."),
+        (
+            {"dataset": "cifar100", "generated_fraction": 0.7},
+            {"eps": "0.01"},
+            "Table 7: CIFAR-100, Linf, eps 0.01, with generated images",
+            None,
+        ),
+    ],
+)
+def test_number_of_the_table(add, groups, train, result, title, sentence):
+    add(result, **train)
+    table = paper_table(groups()[0])
+    assert table.title == title
+    assert ("The paper's numbers" in table.caption) == (sentence is not None)
+    assert sentence is None or sentence in table.caption
+
+
+def test_square_over_the_datasets(add, groups):
+    add({"eps": "0.01", "accuracy": {"square": 0.4}, "worst": 0.3}, dataset="cifar10", cap_weight=1.0)
+    add({"eps": "0.01", "accuracy": {"square": 0.2}, "worst": 0.1}, dataset="cifar100", cap_weight=10.0)
+    add({"eps": "0.01", "accuracy": {"square": 0.5}, "worst": 0.1}, dataset="cifar100", objective="at", **RELU)
+    add({"eps": "0.01"})
+    add({"eps": "0.02", "accuracy": {"pgd": 0.4}}, dataset="cifar10")
+    square, mnist = square_tables(groups())
+    assert square.title == "Table 5: Square, Linf, eps 0.01" and mnist.title == "Square: MNIST, Linf, eps 0.01"
+    assert cells(square, "Model", "Training", "CIFAR-10 Square", "CIFAR-100 Square", "CIFAR-100 Worst case") == [
+        ("Dense", "D-ReLU", "40.00 (1)", "20.00 (2)", "10.00 (1)"),
+        ("Dense", "AT", "–", "50.00 (1)", "10.00 (1)"),
+    ]
+    assert "CIFAR-100, Dense: D-ReLU is D-ReLU-10." in square.caption
+
+
+# Beside the paper
+
+
+def test_beside_the_paper(add, groups):
+    add({"accuracy": {"pgd": 0.8}, "worst": 0.7}, objective="at", **RELU)
+    (lines,) = groups()
+    table = against_paper(lines)
+    assert table is not None
+    assert cells(table, "Table", "Model", "Training", "Attack", "Ours", "Paper", "Difference", "Our worst case") == [
+        ("1", "Dense", "AT", "Clean", "95.00", "98.10", "-3.10", "70.00"),
+        ("1", "Dense", "AT", "PGD", "80.00", "87.70", "-7.70", "70.00"),
+    ]
+
+
+def test_the_papers_balancer_comes_before_the_chosen_one(add, groups):
+    add({"accuracy": {}}, cap_weight=1.0, held_out=0.9)
+    stands_in = against_paper(groups()[0])
+    assert stands_in is not None
+    assert cells(stands_in, "Training") == [("D-ReLU-1 (paper: D-ReLU-100)",)]
+    add({"accuracy": {}}, cap_weight=100.0, held_out=0.1)
+    table = against_paper(groups()[0])
+    assert table is not None
+    assert cells(table, "Training", "Paper") == [("D-ReLU-100", "97.77")]
+
+
+def test_trades_with_generated_images_is_the_papers_beta_5(add, groups):
+    add({"eps": "0.01"}, dataset="cifar10", generated_fraction=0.7, objective="trades", beta=5.0, **RELU)
+    table = against_paper(groups()[0])
+    assert table is not None
+    assert set(table.cells["Table"]) == {"6", "9"}
+
+
+def test_nothing_to_set_beside(add, groups):
+    add(dataset="digits")
+    assert against_paper(groups()[0]) is None
+
+
+# For the statistics, and the formats
+
+
+def test_scores_leave_out_what_is_not_there_for_all(add, groups):
+    for model in ("dense_drelu", "shallow_cnn_drelu"):
+        add(model=model)
+        add({"accuracy": {"pgd": 0.5}}, model=model, objective="at", **RELU)
+    add(**RELU)
+    frame = scores(groups()[0], ["clean", "pgd", "fgsm"])
+    assert list(frame.columns) == ["AT", "D-ReLU"]
+    assert list(frame.index) == [(net, column) for net in ("dense", "shallow_cnn") for column in ("clean", "pgd")]
+
+
+def test_formats(add, groups):
+    add(seed=0)
+    add(cap_lr=0.5)
+    table = paper_table(groups()[0])
+    lines = markdown_table(table.cells).splitlines()
+    assert lines[1] == "| " + " | ".join(["---"] * 13) + " |"
+    assert lines[2].startswith("| Dense | D-ReLU-0.1, cap_lr 0.1 | 95.00 (1) |")
+    text = latex(table)
+    assert r"\toprule" in text and r"D-ReLU-0.1, cap\_lr 0.1" in text and r"mean $\pm$ standard" in text
+    assert "\n\n" not in text and r"\label{tab:table-1-mnist-linf-eps-0.1}" in text
+    heading, first, *_ = csv(table).splitlines()
+    assert heading.startswith("net,training,clean,clean std,clean rank,clean seeds,fgsm")
+    assert first.startswith('dense,"D-ReLU-0.1, cap_lr 0.1",95.0,,1.0,1,93.0')
