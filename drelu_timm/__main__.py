@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        0 when done, 1 where doctor, sweep or report found something broken, 2 for input that cannot be used, 75 where SIGTERM stopped
-        it, 130 for Ctrl-C.
+        0 when done, 1 where doctor, sweep or report found something broken, 2 for input that cannot be used, 75 where
+        SIGTERM stopped it, 130 for Ctrl-C.
     """
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("-h", "--help"):

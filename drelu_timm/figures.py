@@ -260,7 +260,7 @@ def _rank_diagram(axes: "Axes", comparison: Comparison) -> None:
     labels = {method: _wrapped(method, 32) for method in comparison.mean_ranks}
     ranks = {labels[method]: rank for method, rank in comparison.mean_ranks.items()}
     margin = 0.015 * len(ranks)
-    critical_difference_diagram(
+    drawn = critical_difference_diagram(
         ranks,
         comparison.nemenyi_p.rename(index=labels, columns=labels),
         cd=comparison.critical_difference,
@@ -272,6 +272,8 @@ def _rank_diagram(axes: "Axes", comparison: Comparison) -> None:
         marker_props={"color": "black"},
         text_h_margin=margin,
     )
+    for bar in [bar for bars in drawn["crossbars"] for bar in bars]:
+        bar.set_xdata(sorted(bar.get_xdata()))  # the library goes through a set, in an order that every process changes
     last = max(len(ranks), min(ranks.values()) + comparison.critical_difference)
     axes.set_xlim(1 - margin, last + margin)
     axes.set_xticks(range(1, len(ranks) + 1))
