@@ -1,14 +1,15 @@
 """A cell of a grid: one training with its evaluations, as commands that a person could type, and how far it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .attacks import ThreatModel
+from .command_line import written_flags
 from .evaluate import EvaluateConfig
 from .runs import read_json
-from .train_config import TrainConfig, flag, preset_in, resolve
+from .train_config import TrainConfig, preset_in, resolve
 
 _ASKED = ("suite", "n_examples", "seed", "precision", "transfer_from")
 
@@ -127,12 +128,4 @@ def _is_of(result: dict[str, Any], asked: dict[str, Any]) -> bool:
 
 def _flags(config: Any, default: Any) -> list[str]:
     """The flags that make a config of its defaults."""
-    words = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value == getattr(default, field.name):
-            continue
-        words.append(flag(field.name))
-        if value is not True:
-            words += map(str, value if isinstance(value, tuple) else [value])
-    return words
+    return [word for words in written_flags(vars(config), vars(default)) for word in words]

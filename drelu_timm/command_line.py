@@ -1,6 +1,6 @@
 """How every verb reads its flags: a frozen dataclass becomes the flags, their types, defaults and help."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,22 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
     if not groups:
         return flags
     return config(**{name: value for group in vars(flags).values() for name, value in vars(group).items()})
+
+
+def flag(name: str) -> str:
+    """A field's name as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def written_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[list[str]]:
+    """The flags that give a config's settings, each with its values; those at their defaults are left out."""
+    flags = []
+    for name, value in settings.items():
+        if value == defaults.get(name) or (value in ([], ()) and not defaults.get(name)):
+            continue
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        flags.append([flag(name), *map(str, values)])
+    return flags
 
 
 def _flags(config: type, groups: Sequence[type]) -> type:

@@ -38,7 +38,7 @@ from .runs import environment, read_json, write_json, write_text
 from .subjects import Subject, find_subject
 from .suites import SUITES
 
-__all__ = ["EvaluateConfig", "Evaluation", "evaluate", "evaluate_model", "evaluate_sweep", "main"]
+__all__ = ["EvaluateConfig", "Evaluation", "check_flags", "evaluate", "evaluate_model", "evaluate_sweep", "main"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     Raises:
         InputError: Anything in the config that cannot be used, or a result of other settings in the same place.
     """
-    _check(config)
+    check_flags(config)
     subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
     dataset = _dataset(config, subject)
     threat_models = _threat_models(config, subject, dataset)
@@ -174,8 +174,12 @@ def _write(
     shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
 
 
-def _check(config: EvaluateConfig) -> None:
-    """Raise what is wrong with the flags before anything is loaded."""
+def check_flags(config: EvaluateConfig) -> None:
+    """Raise what is wrong with the flags, before anything is loaded.
+
+    Raises:
+        InputError: The first flag with a value that is not possible.
+    """
     for flag, value, allowed in (
         ("--suite", config.suite, SUITES),
         ("--precision", config.precision, PRECISIONS),

@@ -44,8 +44,7 @@ from typing import Any, get_args, get_type_hints
 from .attacks import ThreatModel
 from .cells import Cell
 from .errors import InputError, unknown
-from .evaluate import EvaluateConfig
-from .evaluate import _check as check_evaluation
+from .evaluate import EvaluateConfig, check_flags
 from .train_config import TrainConfig, resolve
 
 if sys.version_info >= (3, 11):
@@ -153,7 +152,7 @@ class Grid:
         resolved = resolve(replace(config, output_dir=_NOWHERE))
         evaluations = tuple(EvaluateConfig(run=str(path), **table) for table in self.evaluate)
         for evaluation in evaluations:
-            check_evaluation(evaluation)
+            check_flags(evaluation)
             for radius in (evaluation.eps or resolved.threat_model.written).split(","):
                 ThreatModel.parse(evaluation.norm or resolved.threat_model.norm, radius)
         return Cell(name, replace(config, output_dir=path, resume=True), evaluations, start)

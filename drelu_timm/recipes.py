@@ -5,9 +5,10 @@ from dataclasses import MISSING, asdict, fields
 from textwrap import wrap
 from typing import Any
 
+from .command_line import flag, written_flags
 from .entries import Measured, percent
 from .presets import PRESETS
-from .train_config import TrainConfig, flag
+from .train_config import TrainConfig
 
 _SEED = "@seed@"  # stands for the loop's variable, which must not be quoted; no key and no setting holds an @
 OBJECTIVES = {"natural": "natural training", "at": "adversarial training", "trades": "TRADES", "mart": "MART"}
@@ -31,8 +32,7 @@ def training_commands(config: dict[str, Any], output_dir: str, seed: int | str |
         start = {"init_from": earlier}
     settings = {**train, "seed": seed, **start, "output_dir": output_dir}
     defaults = _defaults(train["preset"])
-    said = {name: value for name, value in settings.items() if value not in (defaults[name], [])}
-    lines = [shlex.join([flag(name), *_arguments(value)]) for name, value in said.items()]
+    lines = [shlex.join(words) for words in written_flags(settings, defaults)]
     return [*before, " \\\n    ".join([f"{_launch(config)} train", *lines])]
 
 
@@ -40,13 +40,6 @@ def _defaults(preset: str | None) -> dict[str, Any]:
     """What a flag that is not given stands for; of those that must be given, nothing."""
     defaults = {field.name: None if field.default is MISSING else field.default for field in fields(TrainConfig)}
     return defaults | (PRESETS[preset].settings | {"preset": None} if preset in PRESETS else {})
-
-
-def _arguments(value: Any) -> list[str]:
-    """What follows a flag: nothing, a value, or several."""
-    if value is True:
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def _launch(config: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import nn
 
-from .command_line import read_flags
+from .command_line import flag, read_flags
 from .data import DATASETS, Images, load_images
 from .errors import InputError, one_line, unknown
 from .generated import GeneratedImages
@@ -26,7 +26,7 @@ from .presets import PRESETS
 from .processes import launched_on_cpu
 from .runs import Run, environment, write_json
 from .sharding import check_sharding, sharding
-from .train_config import TrainConfig, flag, model_options, preset_in, resolve, saved
+from .train_config import TrainConfig, model_options, preset_in, resolve, saved
 from .trainer import Trainer
 
 __all__ = ["TrainConfig", "main", "train"]

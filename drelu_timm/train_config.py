@@ -13,6 +13,7 @@ from . import train_flags as flags
 from .attacks import ThreatModel
 from .augment import Augmentation
 from .caps import CAP_PENALTIES
+from .command_line import flag
 from .data import DATASETS
 from .errors import InputError, unknown
 from .objectives import make_objective
@@ -156,11 +157,6 @@ def _check_preset(config: TrainConfig, name: str) -> None:
         )
     if name == "paper-at" and config.init_from is None:
         raise InputError("--preset paper-at goes on from natural training; give that run by --init-from RUN")
-
-
-def flag(name: str) -> str:
-    """A field's name as it is written on the command line."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _run_name(config: TrainConfig) -> str:
