@@ -18,9 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from drelu_timm.averages import Average, lines_of
 from drelu_timm.outcomes import read_outcomes
+from drelu_timm.paper import paper_scores, read_paper
 from drelu_timm.records import without_paths
 from drelu_timm.report import ReportConfig, report
 from drelu_timm.runs import read_json, write_json, write_text
+from drelu_timm.statistics import compare_methods
 
 HERE = Path(__file__).parent
 TEXT = HERE / "reproduction" / "reproduction.md.j2"
@@ -43,7 +45,9 @@ def take_over(runs: tuple[Path, ...], topic: str) -> None:
         folder = FOLDER / topic / "runs" / outcome.run.name
         for file in _json_files(outcome.run):
             write_json(folder / file.relative_to(outcome.run), without_paths(read_json(file)))
-        shutil.copyfile(outcome.run / "log.jsonl", folder / "log.jsonl")
+        log = outcome.run / "log.jsonl"
+        if log.is_file():
+            shutil.copyfile(log, folder / log.name)
 
 
 def _json_files(run: Path) -> Iterator[Path]:
@@ -69,11 +73,38 @@ def text() -> str:
     environment = Environment(
         loader=FileSystemLoader(TEXT.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    return environment.get_template(TEXT.name).render(topics={topic: Topic(topic) for topic in topics()})
+    template = environment.get_template(TEXT.name)
+    topics_by_name = {topic.replace("-", "_"): Topic(topic) for topic in topics()}
+    return template.render(**topics_by_name, faithful=Faithful(), papers=papers, papers_statistics=papers_statistics)
+
+
+def papers(net: str, training: str, column: str) -> str:
+    """An accuracy on MNIST that the paper prints, in percent."""
+    printed = read_paper()
+    of = (printed["table"] == 1) & (printed["net"] == net) & (printed["training"] == training)
+    (accuracy,) = printed[of & (printed["column"] == column)]["accuracy"]
+    return f"{accuracy:.1f}"
+
+
+def papers_statistics(table: int, field: str) -> str:
+    """A figure of `compare_methods` over a table of the paper."""
+    return f"{getattr(compare_methods(paper_scores(table)), field):.2f}"
+
+
+class Faithful:
+    """The run with the paper's recipe to the letter, from its result file, which has no report."""
+
+    def __init__(self):
+        self.result = read_json(FOLDER / "faithful" / "results" / "adaptive-Linf-0.1.json")
+
+    def __call__(self, column: str) -> str:
+        """An accuracy, or the share of zero gradients, in percent."""
+        result = self.result
+        return f"{100 * {**result, **result['accuracy']}[column]:.1f}"
 
 
 class Topic:
-    """What the text asks for: ``topics.mnist("dense", "D-ReLU-100", "pgd")``.
+    """What the text asks for: ``mnist("dense", "D-ReLU-100", "pgd")``.
 
     Args:
         name: A folder of model_cards/reproduction/.

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import list_cards
@@ -13,10 +15,40 @@ import drelu_timm
 from drelu_timm.command_line import read_flags
 from drelu_timm.evaluate import EvaluateConfig
 from drelu_timm.export import ExportConfig
+from drelu_timm.grids import read_grid
+from drelu_timm.report import ReportConfig
+from drelu_timm.sweep import SweepConfig
 from drelu_timm.train_config import TrainConfig, preset_in, resolve
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-CONFIGS = {"train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
+CONFIGS = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "sweep": SweepConfig,
+    "report": ReportConfig,
+}
+# What the README's commands need that a test lacks: other data, a GPU, a network, time; all else runs as it stands.
+ON_DIGITS = {
+    "--num_processes 4": "--num_processes 1 --cpu",
+    "preact_resnet18_drelu --dataset cifar10": "dense_drelu --dataset digits --epochs 2",
+    "--n-examples 10000": "--n-examples 60",
+    "0,2/255,4/255,8/255,16/255": "0,8/255 --n-examples 20",
+    "paper-mnist-smoke --jobs 2": "digits.toml",
+    "runs/paper-mnist-smoke": "runs/digits",
+}
+LEFT_OUT = ("Carmon2019Unlabeled", "resnet50.a1_in1k", "--push", "paper-cifar10")  # a network, or a cluster
+GRID = """
+title = "digits"
+source = "a test"
+[train]
+dataset = "digits"
+model = "dense_drelu"
+epochs = 1
+cap_weight = [0.0, 0.1]
+[[evaluate]]
+n_examples = 20
+"""
 
 
 def python_block(text: str) -> str:
@@ -25,8 +57,8 @@ def python_block(text: str) -> str:
     return "\n".join(line for line in block.splitlines() if "pretrained=True" not in line)
 
 
-def commands() -> list[str]:
-    return [line.split("#")[0] for line in README.splitlines() if re.match(r"(drelu-timm|accelerate launch) ", line)]
+def commands(text: str = README) -> list[str]:
+    return [line.split("#")[0] for line in text.splitlines() if re.match(r"(drelu-timm|accelerate launch) ", line)]
 
 
 def test_first_lines_give_a_drelu():
@@ -58,6 +90,24 @@ def test_commands_shown_are_understood(command, tmp_path, monkeypatch):
     config = read_flags(CONFIGS[verb], verb, flags, preset_in(flags) if verb == "train" else None)
     if verb == "train":
         assert resolve(config).output_dir
+    if verb == "sweep":
+        assert read_grid(config.grid).train
+
+
+def test_five_things_run_on_digits(tmp_path):
+    """Every command of the README's five things, in its order, in a folder of its own."""
+    (tmp_path / "paper.toml").write_text('title = "A"\nauthors = "B"\nlink = "https://example.org"\nvenue = "C"\n')
+    (tmp_path / "digits.toml").write_text(GRID)
+    things = README.partition("## Five things")[2].partition("## Published models")[0]
+    for command in [command for command in commands(things) if not any(word in command for word in LEFT_OUT)]:
+        for said, run in ON_DIGITS.items():
+            command = command.replace(said, run)
+        words = shlex.split(command)
+        program = ["accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else ["drelu_timm", *words[1:]]
+        done = subprocess.run([sys.executable, "-m", *program], cwd=tmp_path, capture_output=True, text=True)
+        assert not done.returncode, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs" / "digits" / "report" / "report.html").is_file()
+    assert len(list(tmp_path.glob("runs/x/results/*.json"))) == 2
 
 
 def test_the_published_models_are_those_of_the_cards():
