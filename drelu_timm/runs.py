@@ -93,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: A file that is cut short or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); restore it or make it anew") from error
     if not isinstance(content, dict):
@@ -116,7 +116,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
     with written_whole(path) as beside:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

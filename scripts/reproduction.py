@@ -95,7 +95,7 @@ class Faithful:
     """The run with the paper's recipe to the letter, from its result file, which has no report."""
 
     def __init__(self):
-        self.result = read_json(FOLDER / "faithful" / "results" / "adaptive-Linf-0.1.json")
+        self.result = read_json(FOLDER / "faithful" / "run" / "results" / "adaptive-Linf-0.1.json")
 
     def __call__(self, column: str) -> str:
         """An accuracy, or the share of zero gradients, in percent."""
