@@ -68,7 +68,8 @@ EXTRAS = {
     "train": Extra(("tyro", "accelerate"), "drelu-timm train, and the datasets"),
     "evaluate": Extra(("tyro", "pyautoattack"), "drelu-timm evaluate and evaluate_model"),
     "robustbench": Extra(("robustbench",), "RobustBench's models and benchmark, entries for its leaderboard"),
-    "report": Extra(("tyro", "tensorboard"), "curves, and --log-with tensorboard"),
+    "sweep": Extra(("tyro", "pyautoattack", "submitit"), "drelu-timm sweep on a cluster"),
+    "report": Extra(("tyro", "tensorboard"), "drelu-timm report, curves, and --log-with tensorboard"),
 }
 
 # What a package breaks that is missing, of a wrong version, or not what it should be.

@@ -1,0 +1,68 @@
+"""What model_cards/reproduction.md says follows from the result files beside it."""
+
+import json
+import re
+from filecmp import cmp
+
+import pytest
+import reproduction
+from reproduction import FOLDER, TEXT, Topic, make_report, text, topics
+
+from drelu_timm.runs import read_json
+
+
+@pytest.mark.parametrize("topic", topics())
+def test_reports_follow_from_the_result_files(topic, tmp_path):
+    made = make_report(topic, tmp_path / "report")
+    published = FOLDER / topic / "report"
+    files = [path.relative_to(made) for path in made.rglob("*") if path.suffix in (".md", ".tex", ".csv", ".json")]
+    assert files
+    for file in files:
+        assert cmp(made / file, published / file, shallow=False), file
+    assert all((published / file.relative_to(made)).is_file() for file in made.rglob("*.png"))
+
+
+@pytest.mark.parametrize("topic", topics())
+def test_every_number_names_result_files_that_hold_it(topic):
+    for record in read_json_list(FOLDER / topic / "report" / "numbers.json"):
+        sources = [FOLDER / topic / "runs" / source for source in record["sources"]]
+        if record["n_seeds"] == len(sources) and record["column"] in ("clean", "worst", "autoattack"):
+            values = [{**result, **result["accuracy"]}[record["column"]] for result in map(read_json, sources)]
+            assert record["mean"] == pytest.approx(100 * sum(values) / len(values))
+        assert all(source.is_file() for source in sources)
+
+
+def read_json_list(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_page_is_what_the_result_files_say():
+    assert FOLDER.with_suffix(".md").read_text(encoding="utf-8") == text()
+
+
+def test_no_accuracy_is_typed_into_the_page():
+    typed = re.sub(r"\{\{.*?\}\}", "", TEXT.read_text(encoding="utf-8"))
+    assert not re.search(r"\d %", typed)
+    assert not re.search(r"\|\s*\*{0,2}\d+\.\d+\*{0,2}\s*\|", typed)
+
+
+def test_a_line_that_is_not_there_is_an_error():
+    topic = Topic(topics()[0])
+    with pytest.raises(KeyError, match="0 lines are dense nothing, among dense"):
+        topic("dense", "nothing", "worst")
+    line = topic.lines[0]
+    with pytest.raises(KeyError, match="has no such-attack"):
+        topic(line.first.net, line.training, "such-attack")
+
+
+def test_what_only_one_machine_knows_is_not_taken_over(tmp_path, monkeypatch, evaluated):
+    monkeypatch.setattr(reproduction, "FOLDER", tmp_path / "reproduction")
+    reproduction.take_over((evaluated,), "digits")
+    taken = tmp_path / "reproduction" / "digits" / "runs" / evaluated.name
+    assert sorted(path.name for path in taken.rglob("*") if path.is_file()) == [
+        "config.json",
+        "log.jsonl",
+        "quick-Linf-up-to-0.2.json",
+        "standard-Linf-0.1.json",
+    ]
+    assert str(evaluated.parent) not in "".join(path.read_text() for path in taken.rglob("*.json"))
