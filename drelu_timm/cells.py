@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .attacks import ThreatModel
 from .command_line import written_flags
-from .evaluate import EvaluateConfig
+from .evaluate import EvaluateConfig, threat_models
 from .runs import read_json
 from .train_config import TrainConfig, preset_in, resolve
 
@@ -111,12 +110,11 @@ class Cell:
     def _asked(self, evaluation: EvaluateConfig) -> dict[str, Any]:
         """What the result of an evaluation has to say of itself."""
         trained = resolve(self.train).threat_model
-        norm = evaluation.norm or trained.norm
-        radii = (evaluation.eps or trained.written).split(",")
-        balls = sorted((ThreatModel.parse(norm, radius) for radius in radii), key=lambda ball: ball.eps)
+        balls = threat_models(evaluation.norm or trained.norm, evaluation.eps or trained.written)
         eps = [ball.written for ball in balls]
         return {
-            "norm": norm,
+            "dataset": evaluation.dataset or self.train.dataset,
+            "norm": balls[0].norm,
             "eps": eps if len(eps) > 1 else eps[0],
             **{key: getattr(evaluation, key) for key in _ASKED},
         }

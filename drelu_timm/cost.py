@@ -1,6 +1,7 @@
 """What a cell costs at most, in forward passes of one image, and what one of these takes on this machine.
 
-A bound: training runs all its epochs, and every test image withstands every attack.
+A bound of the passes: training runs all its epochs, and every test image withstands every attack. None of the time, as
+the start of processes, the data and the optimiser's steps come on top.
 """
 
 import json
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive import substitutable_layers
-from .attacks import ThreatModel, channels_last
+from .attacks import channels_last
 from .cells import Cell
 from .data import DATASETS, Images, load_images, to_float
-from .evaluate import EvaluateConfig
+from .evaluate import EvaluateConfig, threat_models
 from .masking import PROBED, probes
 from .objectives import make_objective
 from .runs import environment
@@ -109,13 +110,12 @@ def evaluation(train: TrainConfig, config: EvaluateConfig, model: nn.Module) -> 
         config.suite, dataset.num_classes or _CLASSES, adaptive=bool(substitutable_layers(model))
     ).values()
     attacks = {attack.name: attack for column in suite for attack in column}  # one in several columns runs once
-    radii = (config.eps or trained.written).split(",")
-    ball = ThreatModel.parse(config.norm or trained.norm, radii[-1])
-    probing = [probe.attack for probe in probes(model, ball, dataset.in_chans * side * side)]
+    balls = threat_models(config.norm or trained.norm, config.eps or trained.written)
+    probing = [probe.attack for probe in probes(model, balls[-1], dataset.in_chans * side * side)]
     clean = 1 + 2 * GRADIENT
     of_radius = config.n_examples * _of_attacks([*attacks.values()])
     of_radius += min(config.n_examples, PROBED) * _of_attacks(probing)
-    return config.n_examples * clean + len(radii) * of_radius
+    return config.n_examples * clean + len(balls) * of_radius
 
 
 def _of_attacks(attacks: Sequence[Attack]) -> int:

@@ -38,7 +38,17 @@ from .runs import environment, read_json, write_json, write_text
 from .subjects import Subject, find_subject
 from .suites import SUITES
 
-__all__ = ["EvaluateConfig", "Evaluation", "check_flags", "evaluate", "evaluate_model", "evaluate_sweep", "main"]
+__all__ = [
+    "EvaluateConfig",
+    "Evaluation",
+    "check_flags",
+    "evaluate",
+    "evaluate_model",
+    "evaluate_sweep",
+    "main",
+    "result_path",
+    "threat_models",
+]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -97,18 +107,18 @@ def evaluate(config: EvaluateConfig) -> Path:
     check_flags(config)
     subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
     dataset = _dataset(config, subject)
-    threat_models = _threat_models(config, subject, dataset)
+    balls = _threat_models(config, subject, dataset)
     images = _test_images(config, subject, dataset)
-    sweep = len(threat_models) > 1
+    sweep = len(balls) > 1
     if sweep:
         require_matplotlib()
-    radii = [ball.written for ball in threat_models]
+    radii = [ball.written for ball in balls]
     asked = {
         "run": subject.run,
         "model": subject.model,
         "dataset": dataset.name,
         "dataset_title": images.title,
-        "norm": threat_models[0].norm,
+        "norm": balls[0].norm,
         "eps": radii if sweep else radii[0],
         "suite": config.suite,
         "n_examples": len(images),
@@ -117,10 +127,10 @@ def evaluate(config: EvaluateConfig) -> Path:
         "transfer_from": config.transfer_from,
         "model_digest": subject.digest,
     }
-    path = _path(config, subject, threat_models)
+    path = result_path(subject.results_folder, config.suite, balls)
     processes = Processes(path.with_suffix(".state"))
     eps = f"up to {radii[-1]}" if sweep else radii[0]
-    title = f"{subject.run}, {images.title}, {threat_models[0].norm}, eps {eps}, {len(images)} examples"
+    title = f"{subject.run}, {images.title}, {balls[0].norm}, eps {eps}, {len(images)} examples"
     if path.is_file():
         results = _already(path, asked)
         title = f"{path} is there already; delete it to evaluate anew"
@@ -130,7 +140,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             images.images,
             images.labels,
             eps=radii,
-            norm=threat_models[0].norm,
+            norm=balls[0].norm,
             suite=config.suite,
             seed=config.seed,
             batch_size=config.batch_size,
@@ -183,21 +193,37 @@ def check_flags(config: EvaluateConfig) -> None:
     for flag, value, allowed in (
         ("--suite", config.suite, SUITES),
         ("--precision", config.precision, PRECISIONS),
+        ("--dataset", config.dataset, DATASETS),
     ):
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise unknown(flag, value, allowed)
     for flag, value in (("--n-examples", config.n_examples), ("--batch-size", config.batch_size)):
         if value < 1:
             raise InputError(f"{flag} {value} is not possible; give 1 or more")
 
 
-def _path(config: EvaluateConfig, subject: Subject, threat_models: Sequence[ThreatModel]) -> Path:
-    """Where the result goes: of one radius into ``results``, of several into ``sweeps`` beside it."""
-    largest = threat_models[-1]
-    folder, radius = subject.results_folder, largest.written.replace("/", "_")
-    if len(threat_models) > 1:
+def threat_models(norm: str, eps: str) -> list[ThreatModel]:
+    """One for each radius of ``--eps``, from the smallest.
+
+    Raises:
+        InputError: An unknown norm, text that is no radius, one named twice, or none above 0.
+    """
+    balls = sorted((ThreatModel.parse(norm, radius) for radius in eps.split(",")), key=lambda ball: ball.eps)
+    for smaller, larger in pairwise(balls):
+        if smaller.eps == larger.eps:
+            raise InputError(f"--eps {eps} names {larger.written} twice; give each radius once")
+    if balls[-1].eps == 0:
+        raise InputError(f"--eps {eps} leaves nothing to attack; give a radius above 0")
+    return balls
+
+
+def result_path(folder: Path, suite: str, balls: Sequence[ThreatModel]) -> Path:
+    """Where a result goes: of one radius into ``folder``, of several into ``sweeps`` beside it."""
+    largest = balls[-1]
+    radius = largest.written.replace("/", "_")
+    if len(balls) > 1:
         folder, radius = folder.with_name("sweeps"), f"up-to-{radius}"
-    return folder / f"{config.suite}-{largest.norm}-{radius}.json"
+    return folder / f"{suite}-{largest.norm}-{radius}.json"
 
 
 def _second_model(config: EvaluateConfig) -> nn.Module | None:
@@ -218,14 +244,9 @@ def _dataset(config: EvaluateConfig, subject: Subject) -> Dataset:
 
 
 def _threat_models(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> list[ThreatModel]:
-    """One for each radius, from the smallest."""
+    """Those that are asked for, or else the subject's, or the dataset's."""
     norm = config.norm or subject.defaults.get("norm") or dataset.norm
-    eps = config.eps or subject.defaults.get("eps") or dataset.eps
-    threat_models = sorted((ThreatModel.parse(norm, radius) for radius in eps.split(",")), key=lambda ball: ball.eps)
-    for smaller, larger in pairwise(threat_models):
-        if smaller.eps == larger.eps:
-            raise InputError(f"--eps {eps} names {larger.written} twice; give each radius once")
-    return threat_models
+    return threat_models(norm, config.eps or subject.defaults.get("eps") or dataset.eps)
 
 
 def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> Images:

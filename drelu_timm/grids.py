@@ -44,7 +44,7 @@ from typing import Any, get_args, get_type_hints
 from .attacks import ThreatModel
 from .cells import Cell
 from .errors import InputError, unknown
-from .evaluate import EvaluateConfig, check_flags
+from .evaluate import EvaluateConfig, check_flags, result_path, threat_models
 from .train_config import TrainConfig, resolve
 
 if sys.version_info >= (3, 11):
@@ -106,15 +106,11 @@ class Grid:
             if point.name in cells:
                 raise InputError(f"{self.name} has two cells called {point.name}; give them other names or values")
             start = self._start(point, points)
-            train = {**point.settings, "data_dir": data_dir}
-            if point.settings.get("generated_fraction"):
-                if not generated:
-                    raise InputError(f"{self.name} mixes in generated images; give them by --generated FILE.npz [...]")
-                train["generated"] = tuple(generated)
+            settings = {**point.settings, "data_dir": data_dir, "output_dir": output_dir / point.name, "resume": True}
             if start is not None:
-                train["init_from"] = output_dir / start
+                settings["init_from"] = output_dir / start
             try:
-                cells[point.name] = self._cell(point.name, train, output_dir / point.name, start)
+                cells[point.name] = self._cell(point.name, settings, tuple(generated), start)
             except InputError as error:
                 raise InputError(f"{self.name}, cell {point.name}: {error}") from error
         return list(cells.values())
@@ -144,18 +140,29 @@ class Grid:
             )
         return fit[0]
 
-    def _cell(self, name: str, train: Table, path: Path, start: str | None) -> Cell:
-        if missing := {"model", "dataset"} - train.keys():
+    def _cell(self, name: str, settings: Table, generated: tuple[Path, ...], start: str | None) -> Cell:
+        if missing := {"model", "dataset"} - settings.keys():
             raise InputError(f"it has no {' and no '.join(sorted(missing))}; [train] or [[net]] sets it")
-        preset = train.pop("preset", None)
-        config = TrainConfig(**train) if preset is None else TrainConfig.from_preset(preset, **train)
-        resolved = resolve(replace(config, output_dir=_NOWHERE))
-        evaluations = tuple(EvaluateConfig(run=str(path), **table) for table in self.evaluate)
-        for evaluation in evaluations:
-            check_flags(evaluation)
-            for radius in (evaluation.eps or resolved.threat_model.written).split(","):
-                ThreatModel.parse(evaluation.norm or resolved.threat_model.norm, radius)
-        return Cell(name, replace(config, output_dir=path, resume=True), evaluations, start)
+        preset = settings.pop("preset", None)
+        config = TrainConfig(**settings) if preset is None else TrainConfig.from_preset(preset, **settings)
+        if config.generated_fraction:  # of the grid, or of its preset
+            config = replace(config, generated=generated)
+        resolved = resolve(replace(config, output_dir=_NOWHERE, resume=False))
+        evaluations = tuple(EvaluateConfig(run=str(config.output_dir), **table) for table in self.evaluate)
+        _check_evaluations(evaluations, resolved.threat_model)
+        return Cell(name, config, evaluations, start)
+
+
+def _check_evaluations(evaluations: Sequence[EvaluateConfig], trained: ThreatModel) -> None:
+    """Refuse what `evaluate` would refuse, and two evaluations whose results would go into one file."""
+    paths = set()
+    for evaluation in evaluations:
+        check_flags(evaluation)
+        balls = threat_models(evaluation.norm or trained.norm, evaluation.eps or trained.written)
+        path = result_path(Path("results"), evaluation.suite, balls)
+        if path in paths:
+            raise InputError(f"two [[evaluate]] would write {path}; give them other suites, norms or radii")
+        paths.add(path)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The commands of a cell, run one after the other as processes of their own: here, some cells at once, or in a job."""
 
 import contextlib
+import fcntl
 import os
 import shlex
 import signal
@@ -11,12 +12,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import psutil
 import torch
 
 _END_OF_LOG = 20_000  # bytes of a log that are searched for what went wrong
+
+
+def locked(path: Path) -> BinaryIO:
+    """A file to add to, locked until it is closed here and by every process that was started with it.
+
+    Raises:
+        BlockingIOError: It is locked already.
+    """
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 @dataclass
@@ -25,20 +41,25 @@ class CellJob:
 
     Attributes:
         commands: "python" stands for this one.
-        log: File that everything they print is added to.
-        keep_open: Descriptors that they inherit.
+        log: File that everything they print is added to. It is locked as long as any of them runs, be it one that
+            a killed sweep has left: no cell is begun twice at once.
     """
 
     commands: Sequence[Sequence[str]]
     log: Path
-    keep_open: tuple[int, ...] = ()
     _process: subprocess.Popen | None = field(default=None, init=False, repr=False)
     _stopped: bool = field(default=False, init=False, repr=False)
 
     def __call__(self, environment: Mapping[str, str] | None = None) -> str:
         """Run them; "" when all are done, else what the failed one said last."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return next(filter(None, (self._run(command, environment or {}) for command in self.commands)), "")
+            log = locked(self.log)
+        except BlockingIOError:
+            return f"runs already; wait, or end it (fuser {self.log} names its processes)"
+        try:
+            with log:
+                return next(filter(None, (self._run(command, log, environment or {}) for command in self.commands)), "")
         finally:
             self.stop()
 
@@ -65,26 +86,24 @@ class CellJob:
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(CellJob(self.commands, self.log))
 
-    def _run(self, command: Sequence[str], environment: Mapping[str, str]) -> str:
+    def _run(self, command: Sequence[str], log: BinaryIO, environment: Mapping[str, str]) -> str:
         if self._stopped:
             return "stopped"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            log.write(f"$ {shlex.join(command)}\n".encode())
-            log.flush()
-            begun = log.tell()
-            with _blocked(signal.SIGUSR2):
-                self._process = subprocess.Popen(
-                    [sys.executable if word == "python" else word for word in command],
-                    env={**os.environ, "TQDM_MININTERVAL": "60", **environment},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=self.keep_open,
-                )
-            if self._stopped:  # between the two
-                self.stop()
-            code = self._process.wait()
+        log.write(f"$ {shlex.join(command)}\n".encode())
+        log.flush()
+        begun = self.log.stat().st_size
+        with _blocked(signal.SIGUSR2):
+            self._process = subprocess.Popen(
+                [sys.executable if word == "python" else word for word in command],
+                env={**os.environ, "TQDM_MININTERVAL": "60", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C goes to its whole group; `stop` says it so that they save
+            )
+        if self._stopped:  # between the two
+            self.stop()
+        code = self._process.wait()
         return self._last_words(begun, code) if code else ""
 
     def _last_words(self, begun: int, code: int) -> str:
@@ -160,7 +179,7 @@ class Here:
 
     def stop(self) -> None:
         """Stop all cells, and wait until they have saved their state."""
-        for job in self._running:
+        for job in [*self._running]:  # a copy, as threads take out what ends
             job.stop()
         self._pool.shutdown()
 

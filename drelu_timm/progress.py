@@ -93,7 +93,7 @@ class Screen:
     def begins(self, cell: Cell) -> None:
         """Say that a cell begins, where no table shows it."""
         if not self._console.is_terminal:
-            self._say(f"begins {cell.name}")
+            self._say(f"begins {escape(cell.name)}")
 
     def ends(self, ended: Ended) -> None:
         """Say how a cell ended."""
@@ -110,17 +110,18 @@ class Screen:
         for column in ("eps", "clean", "worst", "verdict", "time"):
             table.add_column(column, justify="right")
         for ended in self._progress.ended.values():
+            name = escape(ended.cell.name)
             took = "before" if ended.seconds is None else duration(ended.seconds)
             if ended.error:
-                table.add_row(ended.cell.name, "", "", "", "[red]failed", "" if ended.seconds is None else took)
+                table.add_row(name, "", "", "", "[red]failed", "" if ended.seconds is None else took)
                 continue
             outcome = _outcome(ended.cell)
             if outcome is None:
-                table.add_row(ended.cell.name, "", "", "", "", took)
+                table.add_row(name, "", "", "", "", took)
                 continue
             at = outcome.at
             accuracies = [f"{100 * accuracy:.1f}" for accuracy in (at.clean, at.worst)]
-            table.add_row(ended.cell.name, at.eps, *accuracies, f"[{_COLOURS[at.verdict]}]{at.verdict}", took)
+            table.add_row(name, at.eps, *accuracies, f"[{_COLOURS[at.verdict]}]{at.verdict}", took)
         self._console.print(table, soft_wrap=False)
         for ended in self._progress.failed:
             self._say(f"[red]failed[/] {escape(ended.cell.name)}: {escape(ended.error)}")
@@ -134,9 +135,10 @@ class Screen:
         left = progress.seconds_left(self._capacity)
         total = f"{done} done, {len(progress.failed)} failed, {len(progress.waiting)} waiting"
         total += "" if left is None else f", about {duration(left)} left"
-        table = Table("cell", "what it does", "time", title=f"{self._title}: {total}", box=SIMPLE)
+        table = Table("cell", "what it does", "time", title=f"{escape(self._title)}: {total}", box=SIMPLE)
         for running in list(progress.running.values()):
-            table.add_row(running.cell.name, _doing(running.cell), duration(time.monotonic() - running.begun))
+            cells = escape(running.cell.name), escape(_doing(running.cell))
+            table.add_row(*cells, duration(time.monotonic() - running.begun))
         return table
 
 

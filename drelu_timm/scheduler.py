@@ -20,13 +20,10 @@ class Scheduler:
         cells: In the order in which they are begun, but that a cell waits for the one that it begins with.
         place: Where they run.
         launch: How their commands are started.
-        keep_open: Descriptors that their processes inherit.
     """
 
-    def __init__(
-        self, title: str, cells: Sequence[Cell], place: Place, launch: Launch, *, keep_open: tuple[int, ...] = ()
-    ):
-        self._place, self._launch, self._keep_open = place, launch, keep_open
+    def __init__(self, title: str, cells: Sequence[Cell], place: Place, launch: Launch):
+        self._place, self._launch = place, launch
         self._progress = Progress({cell.name: cell for cell in cells})
         self._screen = Screen(title, self._progress, place.capacity)
 
@@ -74,7 +71,7 @@ class Scheduler:
                 self._end(cell, f"not run, since {start.cell.name} failed, which it begins with")
             elif len(progress.running) < self._place.capacity and (cell.start is None or start is not None):
                 self._screen.begins(cell)
-                job = self._place.submit(cell.name, CellJob(cell.commands(self._launch), cell.log, self._keep_open))
+                job = self._place.submit(cell.name, CellJob(cell.commands(self._launch), cell.log))
                 progress.running[cell.name] = Running(progress.waiting.pop(cell.name), job, time.monotonic())
 
     def _end(self, cell: Cell, error: str = "", seconds: float | None = None) -> None:

@@ -10,12 +10,11 @@ lies in ``<cell>.log`` beside the run directory. Cells that are done are skipped
 command again ends what was stopped, in whatever way.
 """
 
-import fcntl
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import tyro
@@ -24,7 +23,7 @@ from .cells import Cell, Launch
 from .command_line import read_flags
 from .errors import InputError, one_line, unknown
 from .grids import Grid, read_grid
-from .jobs import Here, Place, threads_of_a_process
+from .jobs import Here, Place, locked, threads_of_a_process
 from .recipes import duration
 from .scheduler import Scheduler
 
@@ -32,6 +31,7 @@ __all__ = ["SweepConfig", "main", "sweep"]
 
 _PRECISIONS = ("no", "bf16")
 _CLUSTERS = ("slurm", "local")
+_HOURS = 24.0
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class SweepConfig:
     """Where the datasets lie, or are downloaded to."""
     generated: tuple[Path, ...] = ()
     """Generated images, for grids that mix some in: .npz files, as of train."""
-    jobs: int = 1
-    """Cells at once, on this machine."""
+    jobs: int | None = None
+    """Cells at once, on this machine; by default 1."""
     dry_run: bool = False
-    """Print the cells, what they cost at most, and their commands; write nothing."""
+    """Print the cells, what they cost, and their commands; write nothing."""
     num_processes: int = 1
     """Processes a cell, a GPU each; several are started by accelerate launch."""
     mixed_precision: str = "no"
@@ -60,8 +60,8 @@ class SweepConfig:
     """slurm for a job a cell, through submitit; local for trying that here; by default neither."""
     partition: str = ""
     """SLURM: the partition; what else is needed sbatch takes from the environment (SBATCH_ACCOUNT, ...)."""
-    hours: float = 24.0
-    """SLURM: limit of a job, after which it goes on in another one."""
+    hours: float | None = None
+    """With --cluster: limit of a job, after which it goes on in another one; by default 24."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +76,8 @@ def sweep(config: SweepConfig) -> int:
         0, or 1 if a cell failed.
 
     Raises:
-        InputError: A grid or flags that cannot be used, or another sweep in the same folder.
+        InputError: A grid or flags that cannot be used, or a folder in which another sweep, or what one has begun,
+            still runs.
         Preempted: SIGTERM came; what ran has saved its state.
     """
     _check(config)
@@ -89,86 +90,114 @@ def sweep(config: SweepConfig) -> int:
     if config.dry_run:
         _show_plan(grid, cells, launch, config)
         return 0
-    with _held(output_dir) as lock:
-        place = _place(output_dir, config)
-        scheduler = Scheduler(grid.name, cells, place, launch, keep_open=() if config.cluster else (lock,))
-        failed = scheduler.run()
+    with _held(output_dir):
+        _refuse_running(cells, output_dir, config.cluster)
+        failed = Scheduler(grid.name, cells, _place(output_dir, config), launch).run()
     print(f"next: drelu-timm report {output_dir}")
     return 1 if failed else 0
 
 
 def _check(config: SweepConfig) -> None:
     for flag, value in (("--jobs", config.jobs), ("--num-processes", config.num_processes), ("--hours", config.hours)):
-        if not 0 < value < float("inf"):
+        if value is not None and not 0 < value < float("inf"):
             raise InputError(f"{flag} {value} is not possible; give a number above 0")
     if config.mixed_precision not in _PRECISIONS:
         raise unknown("--mixed-precision", config.mixed_precision, _PRECISIONS)
     if config.cluster not in ("", *_CLUSTERS):
         raise unknown("--cluster", config.cluster, _CLUSTERS)
+    if config.cluster and config.jobs is not None:
+        raise InputError(f"--jobs {config.jobs} is for this machine, not for --cluster; leave one of them out")
+    if config.hours is not None and not config.cluster:
+        raise InputError(f"--hours {config.hours:g} is for --cluster slurm; add that, or leave it out")
+    if config.hours is not None and _minutes(config) < 1:
+        raise InputError(f"--hours {config.hours:g} is no minute; give 0.02 or more")
     if config.partition and config.cluster != "slurm":
         raise InputError(f"--partition {config.partition} is for --cluster slurm; add that, or leave it out")
     if torch.cuda.is_available() and not config.cluster and config.num_processes > torch.cuda.device_count():
         raise InputError(f"--num-processes {config.num_processes}: this machine has {torch.cuda.device_count()} GPUs")
 
 
-@contextmanager
-def _held(output_dir: Path) -> Iterator[int]:
-    """The folder's lock, for one sweep alone, as a descriptor.
+def _minutes(config: SweepConfig) -> int:
+    """Limit of a job."""
+    return round(60 * (_HOURS if config.hours is None else config.hours))
 
-    Trainings inherit it, so that those which a killed sweep has left are not begun a second time.
-    """
+
+def _held(output_dir: Path) -> BinaryIO:
+    """The folder's lock, for one sweep alone; what it begins does not inherit it."""
     path = output_dir / ".lock"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a")
+        return locked(path)
+    except BlockingIOError as error:
+        raise InputError(
+            f"--output-dir {output_dir} is in use by another sweep; wait, or end it (fuser {path} names its process)"
+        ) from error
     except OSError as error:
         raise InputError(f"--output-dir {output_dir} cannot be written to ({one_line(error)}); name another") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+
+
+def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> None:
+    """Refuse to begin what runs already, or waits in SLURM's queue; with ``--cluster slurm``, that is found again."""
+    folder = output_dir / "jobs"
+    queued: Collection[str] = ()
+    if folder.exists():
+        from .cluster import NUMBERS, in_queue
+
+        queued = in_queue(folder)
+        if queued and cluster != "slurm":
             raise InputError(
-                f"--output-dir {output_dir} is in use by another sweep, or by what a killed one has left running; "
-                f"wait, or end it (fuser {path} names the processes)"
-            ) from error
-        yield lock.fileno()
+                f"--output-dir {output_dir} has SLURM jobs that have not ended, as far as can be seen here "
+                f"({', '.join(queued)}); go on with --cluster slurm, or scancel them and delete {folder / NUMBERS}"
+            )
+    for cell in cells:
+        if cell.name not in queued and cell.log.exists():
+            try:
+                locked(cell.log).close()
+            except BlockingIOError as error:
+                raise InputError(
+                    f"--output-dir {output_dir}: cell {cell.name} still runs, left by a sweep that was killed; "
+                    f"wait, or end it (fuser {cell.log} names its processes)"
+                ) from error
 
 
 def _place(output_dir: Path, config: SweepConfig) -> Place:
     """Where cells run."""
     if not config.cluster:
-        return Here(config.jobs, config.num_processes)
+        return Here(config.jobs or 1, config.num_processes)
     from .cluster import Cluster
 
     return Cluster(
         config.cluster,
         output_dir / "jobs",
         partition=config.partition,
-        hours=config.hours,
+        minutes=_minutes(config),
         num_processes=config.num_processes,
     )
 
 
 def _show_plan(grid: Grid, cells: Sequence[Cell], launch: Launch, config: SweepConfig) -> None:
-    """Print every cell with its commands and what it costs at most."""
+    """Print every cell with its commands and what it costs."""
     from .cost import Clock, cost  # what a sweep that runs has no need of
 
     print(f"{grid.name}: {grid.title}\n{grid.source}\n")
-    clock = Clock(threads_of_a_process(config.jobs, config.num_processes))
+    jobs = config.jobs or 1
+    clock = Clock(threads_of_a_process(jobs, config.num_processes))
     total = 0.0
     for cell in cells:
         state = _state(cell)
         if not state:
             bound = cost(cell, clock.model(cell.train))
             seconds = bound.forwards * clock.seconds(cell.train) / config.num_processes
-            state = f"at most {duration(seconds)}, {bound}"
+            state = f"about {duration(seconds)} for {bound}"
             total += seconds
         print(f"{cell.name}: {state}")
         for command in cell.commands(launch):
             print(f"    {shlex.join(command)}")
+    how = "in all jobs together" if config.cluster else f"with --jobs {jobs}"
     print(
-        f"\n{len(cells)} cells, at most {duration(total / config.jobs)} with --jobs {config.jobs}: all epochs, and "
-        f"attacks on examples that all withstand; a forward pass was timed on {clock.machine}"
+        f"\n{len(cells)} cells, about {duration(total / jobs)} {how} for their passes: all epochs, and attacks on "
+        "examples that all withstand; the start of processes, the data and the optimiser come on top. A forward pass "
+        f"was timed on {clock.machine}"
     )
 
 

@@ -155,11 +155,20 @@ def test_several_processes_go_through_accelerate():
 
 def test_generated_images_go_to_the_cells_that_mix_them_in(grid_of):
     grid = grid_of(GRID.replace('name = "natural"', 'name = "natural"\ngenerated_fraction = 0.5'))
-    with pytest.raises(InputError, match=r"^g mixes in generated images; give them by --generated FILE.npz"):
+    with pytest.raises(InputError, match=r"^g, cell dense-natural-seed0: --generated-fraction 0.5 .*--generated FILE"):
         cells_of(grid)
     cells = cells_of(grid, generated=[Path("edm.npz")])
     assert cells["dense-natural-seed0"].train.generated == (Path("edm.npz"),)
     assert cells["dense-at-seed0"].train.generated == ()
+
+
+def test_a_preset_can_be_what_mixes_them_in(grid_of):
+    text = GRID.replace('"digits"', '"cifar10"').replace('e = "drelu"\n', 'e = "drelu"\npreset = "paper-drelu-edm"\n')
+    with pytest.raises(InputError, match=r"--generated-fraction 0.7 .*--generated FILE"):
+        cells_of(grid_of(text))
+    cells = cells_of(grid_of(text), generated=[Path("edm.npz")])
+    assert cells["dense-drelu-cap_weight0-seed0"].train.generated == (Path("edm.npz"),)
+    assert cells["dense-natural-seed0"].train.generated == ()
 
 
 @pytest.mark.parametrize(
@@ -187,6 +196,12 @@ def test_generated_images_go_to_the_cells_that_mix_them_in(grid_of):
         ("cap_lr = 1", "cap_lr = -1", "g, cell dense-natural-seed0: --cap-lr -1.0 must be a number above 0"),
         ('suite = "quick"', 'suite = "quik"', "g, cell dense-natural-seed0: --suite 'quik' is unknown; did you mean"),
         ('"0,0.05,0.1"', '"0,x"', "g, cell dense-natural-seed0: .*'x'"),
+        ('"0,0.05,0.1"', '"0.1,0.10"', "--eps 0.1,0.10 names 0.10 twice; give each radius once"),
+        ('"0,0.05,0.1"', '"0"', "--eps 0 leaves nothing to attack; give a radius above 0"),
+        ('"0,0.05,0.1"', '"0.1"', "two .*would write results/quick-Linf-0.1.json; give them other suites"),
+        ('suite = "quick"', 'eps = "0.2/2,0.1"', "names 0.1 twice"),
+        ('suite = "quick"', 'eps = "0.01,0.1"', "two .*would write sweeps/quick-Linf-up-to-0.1.json"),
+        ('suite = "quick"', 'dataset = "mnits"', "--dataset 'mnits' is unknown; did you mean mnist"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(grid_of, old, new, message):
@@ -230,8 +245,9 @@ def test_the_grids_that_come_with_the_package():
 def test_every_shipped_grid_resolves(name):
     whole, short = (cells_of(read_grid(one), generated=[Path("edm.npz")]) for one in (name, f"{name}-smoke"))
     assert len(short) <= 20 < len(whole)
-    assert all(cell.train.cap_lr >= 0.1 for cell in whole.values())
-    assert "caps have their own learning rate" in re.sub(r"\s+", " ", read_grid(name).source)
+    by_adam = {(cell.train.cap, cell.train.cap_lr) for cell in whole.values() if cell.train.optimizer == "adam"}
+    assert by_adam == ({(10.0, 2e-3)} if name.startswith("paper-") else set())
+    assert re.search(r"caps .*learning rate", re.sub(r"\s+", " ", read_grid(name).source))
     last = [*whole.values()][-1]
     train = last.commands(Launch())[0][4:]
     assert read_flags(TrainConfig, "train", train, preset_in(train)) == last.train

@@ -1,12 +1,16 @@
 """Sweeps: cells in order and at once, what is skipped, fails or is killed, and that all ends as if left alone."""
 
+import io
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +19,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from launching import kill_with_workers, log, weights
+from rich.console import Console
 
-from drelu_timm import jobs
+from drelu_timm import __main__, jobs
 from drelu_timm import sweep as sweeping
 from drelu_timm.cells import Cell, Launch
 from drelu_timm.errors import InputError
@@ -24,6 +29,7 @@ from drelu_timm.evaluate import EvaluateConfig
 from drelu_timm.grids import read_grid
 from drelu_timm.jobs import CellJob, Here
 from drelu_timm.preemption import Preempted
+from drelu_timm.progress import Ended, Progress, Running, Screen
 from drelu_timm.scheduler import Scheduler
 from drelu_timm.sweep import SweepConfig, main, sweep
 from drelu_timm.train import TrainConfig
@@ -189,24 +195,62 @@ def test_a_preempted_job_saves_before_it_is_put_back(tmp_path):
     assert "not this" not in (tmp_path / "log").read_text().split("\n", 1)[1]
 
 
+def test_a_terminal_s_ctrl_c_does_not_reach_a_training(tmp_path):
+    CellJob([["python", "-c", "import os; print('group', os.getpgrp() - os.getpid())"]], tmp_path / "log")()
+    assert "group 0" in (tmp_path / "log").read_text()  # its own, so that it hears of it by `stop` alone
+
+
+def test_every_cell_is_told_to_stop():
+    class Told(CellJob):
+        """Ends as soon as it is told to, so that it is taken out of what runs while the others are told."""
+
+        def __call__(self, environment: Mapping[str, str] | None = None) -> str:
+            while not self._stopped:
+                time.sleep(0.001)
+            return ""
+
+        def stop(self) -> None:
+            self._stopped = True
+            time.sleep(0.05)
+
+    here, told = Here(8, 1), [Told([], Path(str(number))) for number in range(8)]
+    pending = [here.submit("x", job) for job in told]
+    threading.Thread(target=here.stop, daemon=True).start()
+    try:
+        assert [job.result(5) for job in pending] == [""] * 8
+    finally:
+        for job in told:
+            job.stop()
+
+
 def test_two_sweeps_in_one_folder(tmp_path, grid):
     with sweeping._held(tmp_path / "x"), pytest.raises(InputError, match="is in use by another sweep") as caught:
         sweep(SweepConfig(str(grid), output_dir=tmp_path / "x"))
     assert "\n" not in str(caught.value) and f"fuser {tmp_path / 'x' / '.lock'}" in str(caught.value)
 
 
-def test_what_a_killed_sweep_has_left_keeps_the_folder_locked(tmp_path):
-    with sweeping._held(tmp_path) as lock:
-        job = CellJob([["python", "-c", "input()"]], tmp_path / "log", (lock,))
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=job.keep_open)
+def test_a_cell_that_a_killed_sweep_has_left_is_not_begun_twice(tmp_path, grid, monkeypatch):
+    log_of = tmp_path / "x" / "natural.log"
+    log_of.parent.mkdir()
+    program = "import time; print('up', flush=True); time.sleep(60)"
+    job = CellJob([["python", "-c", program]], log_of)
+    killed = multiprocessing.get_context("fork").Process(target=job)
+    killed.start()
+    while not log_of.exists() or "\nup\n" not in log_of.read_text():
+        time.sleep(0.01)
+    (left,) = psutil.Process(killed.pid).children()
+    killed.kill()
+    killed.join()
     try:
-        with pytest.raises(InputError, match="what a killed one has left running"), sweeping._held(tmp_path):
-            pass
+        for cluster in ("", "local"):
+            with pytest.raises(InputError, match=r"cell natural still runs, left by a sweep that was killed") as caught:
+                sweep(SweepConfig(str(grid), output_dir=tmp_path / "x", cluster=cluster))
+            assert "\n" not in str(caught.value) and f"fuser {log_of}" in str(caught.value)
+        assert CellJob([["python", "-c", ""]], log_of)().startswith("runs already; wait, or end it")
     finally:
-        child.kill()
-        child.wait()
-    with sweeping._held(tmp_path):
-        pass
+        left.kill()
+        left.wait(10)
+    assert CellJob([["python", "-c", ""]], log_of)() == ""
 
 
 def test_an_output_folder_that_cannot_be_one(grid):
@@ -222,6 +266,9 @@ def test_an_output_folder_that_cannot_be_one(grid):
         ({"mixed_precision": "fp16"}, "--mixed-precision 'fp16' is unknown; did you mean bf16"),
         ({"cluster": "slrum"}, "--cluster 'slrum' is unknown; did you mean slurm"),
         ({"partition": "gpu"}, "--partition gpu is for --cluster slurm; add that, or leave it out"),
+        ({"cluster": "local", "jobs": 1}, "--jobs 1 is for this machine, not for --cluster; leave one of them out"),
+        ({"hours": 2.0}, "--hours 2 is for --cluster slurm; add that, or leave it out"),
+        ({"cluster": "slurm", "hours": 0.005}, "--hours 0.005 is no minute; give 0.02 or more"),
     ],
 )
 def test_flags_that_cannot_be_used(tmp_path, grid, flags, message):
@@ -235,9 +282,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, grid, capsys, mo
     assert main([str(grid), "--dry-run", "--jobs", "2"]) == 0
     text = capsys.readouterr().out
     assert "g: three small nets\na test\n" in text
-    assert re.search(r"^drelu: at most .+ s, [\d,]+ forward passes to train, [\d,]+ to evaluate$", text, re.MULTILINE)
+    assert re.search(r"^drelu: about .+ s for [\d,]+ forward passes to train, [\d,]+ to evaluate$", text, re.MULTILINE)
     assert "    python -m drelu_timm evaluate runs/g/drelu --n-examples 20" in text
-    assert re.search(r"3 cells, at most .+ with --jobs 2: all epochs, and attacks on examples that all withstand", text)
+    assert re.search(r"3 cells, about .+ with --jobs 2 .+ attacks on examples that all withstand; .+ come on top", text)
     assert [path.name for path in tmp_path.iterdir()] == ["g.toml"]
 
 
@@ -245,45 +292,67 @@ def no_process(*_) -> str:
     raise AssertionError("a process was started")
 
 
-def evaluated_cell(run: Path, **changes) -> Cell:
-    """The cell whose run is the fixture's."""
-    train = TrainConfig(
-        "dense_drelu",
-        "digits",
-        output_dir=run,
-        resume=True,
-        **{"epochs": 5, "cap": 20.0, "width": 16, "eps": "0.1"} | changes,
-    )
+def in_this_process(job: CellJob, environment: Mapping[str, str] | None = None) -> str:
+    """A job's commands as their processes read them, without the seconds in which each imports torch."""
+    return "failed" if any(__main__.main(words[3:]) for words in job.commands) else ""
+
+
+def cell_of(run: Path, **changes) -> Cell:
+    """A cell of one small training, an evaluation, and a sweep over radii."""
+    settings = {"epochs": 1, "n_train": 256, "width": 16, "eps": "0.1"} | changes
     evaluations = (
-        EvaluateConfig(str(run), suite="standard", n_examples=60),
-        EvaluateConfig(str(run), suite="quick", n_examples=20, eps="0.2,0.1,0"),
+        EvaluateConfig(str(run), suite="quick", n_examples=4),
+        EvaluateConfig(str(run), suite="quick", n_examples=2, eps="0.2,0.1,0"),
     )
-    return Cell(run.name, train, evaluations)
+    return Cell(run.name, TrainConfig("dense_drelu", "digits", output_dir=run, resume=True, **settings), evaluations)
 
 
-def test_done_cells_start_no_process(evaluated, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def swept_cell(tmp_path_factory) -> Cell:
+    """A cell that is done; not to be spoiled."""
+    cell = cell_of(tmp_path_factory.mktemp("runs") / "digits")
+    assert in_this_process(CellJob(cell.commands(Launch()), cell.log)) == ""
+    return cell
+
+
+def test_the_commands_of_a_cell_end_it_and_done_cells_start_no_process(swept_cell, monkeypatch, capsys):
+    assert swept_cell.is_done() and len(log(swept_cell.path)) == 1
+    assert len([*swept_cell.path.glob("results/*.json")]) == len([*swept_cell.path.glob("sweeps/*.json")]) == 1
     monkeypatch.setattr(CellJob, "__call__", no_process)
-    assert not run([evaluated_cell(evaluated)])
+    assert not run([swept_cell])
     assert re.search(r"done   digits before: clean \d.+ %, worst case .+ % at eps 0.1, \w+", capsys.readouterr().out)
 
 
-def test_a_cell_of_other_settings_fails_with_the_message_of_train(evaluated, monkeypatch, capsys):
+def test_a_cell_of_other_settings_fails_with_the_message_of_train(swept_cell, monkeypatch, capsys):
     monkeypatch.setattr(CellJob, "__call__", no_process)
-    assert run([evaluated_cell(evaluated, epochs=6)])
-    assert f"--resume of {evaluated} with other settings: epochs (5 before, 6 now)" in capsys.readouterr().out
+    path = swept_cell.path
+    assert run([cell_of(path, epochs=2)])
+    assert f"--resume of {path} with other settings: epochs (1 before, 2 now)" in capsys.readouterr().out
 
 
-def test_an_evaluation_of_other_settings_is_not_there(evaluated):
-    cell = evaluated_cell(evaluated)
-    more = replace(
-        cell, evaluations=(*cell.evaluations, EvaluateConfig(str(evaluated), suite="standard", n_examples=61))
-    )
-    assert cell.is_done() and not more.is_done()
-    assert more.doing() == "evaluates: standard"
+@pytest.mark.parametrize("changes", [{"n_examples": 5}, {"dataset": "mnist"}, {"seed": 1}])
+def test_an_evaluation_of_other_settings_is_not_there(swept_cell, changes):
+    other = replace(swept_cell.evaluations[0], **changes)
+    more = replace(swept_cell, evaluations=(*swept_cell.evaluations, other))
+    assert swept_cell.is_done() and not more.is_done()
+    assert more.doing() == "evaluates: quick"
+
+
+def test_names_and_titles_are_no_markup(tmp_path, monkeypatch):
+    cell = replace(cell_of(tmp_path / "x"), name="x[red]")
+    progress = Progress({}, ended={"x": Ended(cell, "no [bold]"), "y": Ended(cell)})
+    progress.running["z"] = Running(cell, Future(), time.monotonic())
+    screen = Screen("a [blue] title", progress, 1)
+    monkeypatch.setattr(screen, "_console", console := Console(record=True, width=100, file=io.StringIO()))
+    screen.begins(cell)
+    screen.end()
+    console.print(screen._table())
+    text = console.export_text()
+    assert text.count("x[red]") == 5 and "no [bold]" in text and "a [blue] title" in text
 
 
 def test_what_a_cell_does_is_read_from_its_files(tmp_path):
-    cell = evaluated_cell(tmp_path / "x")
+    cell = cell_of(tmp_path / "x", epochs=5)
     assert cell.doing() == "trains: epoch 1 of 5"
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "log.jsonl").write_text("{}\n{}\n")
@@ -291,9 +360,7 @@ def test_what_a_cell_does_is_read_from_its_files(tmp_path):
 
 
 def test_time_left_is_that_of_the_cells_that_ended():
-    from drelu_timm.progress import Ended, Progress, Running
-
-    cell = evaluated_cell(Path("x"))
+    cell = cell_of(Path("x"))
     progress = Progress({"a": cell, "b": cell})
     assert progress.seconds_left(1) is None
     progress.ended = {
@@ -329,7 +396,7 @@ def test_a_job_that_is_still_in_the_queue_is_not_submitted_again(tmp_path, monke
     monkeypatch.setattr(submitit, "SlurmJob", lambda folder, job_id: in_queue if job_id == "123" else None)
 
     def queue():
-        return Cluster("slurm", tmp_path, partition="gpu", hours=1.5, num_processes=2)
+        return Cluster("slurm", tmp_path, partition="gpu", minutes=90, num_processes=2)
 
     job = CellJob([["python", "-c", ""]], tmp_path / "log")
     first = queue().submit("a", job)
@@ -338,6 +405,18 @@ def test_a_job_that_is_still_in_the_queue_is_not_submitted_again(tmp_path, monke
     assert queue().submit("a", job) is in_queue
     in_queue.done = lambda: True
     assert queue().submit("a", job).job == job
+
+
+def test_slurm_jobs_that_have_not_ended_are_not_begun_here(tmp_path, grid, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    jobs_folder = tmp_path / "x" / "jobs"
+    jobs_folder.mkdir(parents=True)
+    (jobs_folder / "jobs.json").write_text('{"natural": "123", "at": "124"}')
+    monkeypatch.setattr(submitit, "SlurmJob", lambda folder, job_id: SimpleNamespace(done=lambda: job_id == "124"))
+    for cluster in ("", "local"):
+        with pytest.raises(InputError, match=r"has SLURM jobs that have not ended, .*\(natural\); .*jobs.json"):
+            sweep(SweepConfig(str(grid), output_dir=tmp_path / "x", cluster=cluster))
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"jobs", ".lock"}
 
 
 def test_a_machine_without_slurm(tmp_path, grid, monkeypatch):
@@ -363,11 +442,12 @@ def result(run: Path) -> tuple[dict, str]:
     """What an evaluation says, and its rows, but for times, and what names the folder."""
     (path,) = run.glob("results/*.json")
     content = json.loads(path.read_text())
-    named = ("seconds", "attack_seconds", "command", "run", "adversarial_sha256")
+    named = ("seconds", "attack_seconds", "command", "git_revision", "run", "adversarial_sha256")
     return {key: value for key, value in content.items() if key not in named}, path.with_suffix(".csv").read_text()
 
 
-def test_a_training_and_its_evaluation_by_their_commands(tmp_path, grid, capsys):
+@pytest.mark.slow
+def test_a_training_and_its_evaluation_by_their_processes(tmp_path, grid, capsys):
     grid.write_text(GRID[: GRID.index('[[method]]\nname = "at"')])
     assert main([str(grid), "--output-dir", str(tmp_path / "x")]) == 0
     text = capsys.readouterr().out
@@ -391,7 +471,8 @@ def test_a_sweep_that_is_killed_ends_as_one_left_alone(tmp_path, grid):
         kill_with_workers(process.pid)
         process.communicate()
     stopped = swept(grid, tmp_path / "x", "--jobs", "2")
-    time.sleep(12)
+    while not (tmp_path / "x" / "natural" / "results").exists():
+        time.sleep(0.01)
     stopped.send_signal(signal.SIGTERM)
     stopped.communicate(timeout=120)
     last = swept(grid, tmp_path / "x", "--jobs", "2")
@@ -411,5 +492,4 @@ def test_the_same_through_submitit(tmp_path, grid, capsys):
     text = capsys.readouterr().out
     assert re.search("done   natural in", text) and re.search("done   at in", text)
     assert re.search(r"failed drelu in \d+ s: .*10000", text)
-    assert {*json.loads((tmp_path / "x" / "jobs" / "jobs.json").read_text())} == {"natural", "at", "drelu"}
     assert not psutil.Process().children(recursive=True)
