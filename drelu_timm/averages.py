@@ -1,102 +1,17 @@
-"""Runs that differ in their seed only become one line of a table: means over seeds, labels, the balancer to show."""
+"""The lines of a group's tables: runs that differ in their seed only as one, named, and the balancer to show."""
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from .outcomes import VERDICTS, Group, Outcome
+from .means import HELD_OUT, Average
+from .naming import written
+from .outcomes import Group, Outcome
 from .paper import net_name, paper_order
-from .suites import ATTACKS
 
-HELD_OUT = "held-out"  # under the inner attack, on training images that were held out
 _NAMED = 3  # settings, at most, that go into a name
-WHITE_BOX = "white-box"  # the lowest of a run's accuracies under single white-box attacks
-
-
-@dataclass(frozen=True)
-class Mean:
-    """An accuracy over the seeds that have it.
-
-    Attributes:
-        mean: In percent.
-        std: Standard deviation over seeds (n - 1), in percentage points; None for one seed.
-        n_seeds: How many seeds.
-        sources: The files that it comes from.
-    """
-
-    mean: float
-    std: float | None
-    n_seeds: int
-    sources: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class Average:
-    """Runs of equal settings, by seed.
-
-    Attributes:
-        outcomes: One a seed, at least one.
-        detail: The settings that tell it from others of the same net and method, such as "cap_lr 0.001"; or empty.
-    """
-
-    outcomes: tuple[Outcome, ...]
-    detail: str = ""
-
-    @property
-    def first(self) -> Outcome:
-        """Of the smallest seed; net, method and balancer are those of all."""
-        return self.outcomes[0]
-
-    @property
-    def method(self) -> str:
-        """Without the balancer."""
-        return ", ".join(filter(None, [self.first.method, self.detail]))
-
-    @property
-    def training(self) -> str:
-        """As tables call it: the method with its balancer."""
-        return ", ".join(filter(None, [self.first.training, self.detail]))
-
-    @property
-    def seeds(self) -> list[int]:
-        """Of the trainings."""
-        return [outcome.seed for outcome in self.outcomes]
-
-    @property
-    def n_examples(self) -> list[int]:
-        """How many test images the evaluations have, each number once."""
-        return sorted({outcome.at.n_examples for outcome in self.outcomes})
-
-    @property
-    def verdict(self) -> str:
-        """The worst on gradient masking, with counts where seeds differ: "masked 2 of 3"."""
-        verdicts = [outcome.at.verdict for outcome in self.outcomes]
-        worst = max(verdicts, key=VERDICTS.index)
-        count = verdicts.count(worst)
-        return worst if count == len(verdicts) else f"{worst} {count} of {len(verdicts)}"
-
-    @property
-    def masked(self) -> bool:
-        """Whether any seed is."""
-        return self.verdict.startswith(VERDICTS[-1])
-
-    def mean(self, column: str) -> Mean | None:
-        """Accuracy over seeds; None where no run has it.
-
-        Args:
-            column: `HELD_OUT`, "clean", "worst", `WHITE_BOX`, an attack or a sequence of attacks; "cw-l2" is the
-                accuracy at its L2 budget.
-        """
-        known = [(outcome, value) for outcome in self.outcomes if (value := _accuracy(outcome, column)) is not None]
-        if not known:
-            return None
-        values = [100 * value for _, value in known]
-        logs = column == HELD_OUT
-        sources = [path for one, _ in known for path in ([one.run / "log.jsonl"] if logs else one.sources)]
-        return Mean(fmean(values), stdev(values) if len(values) > 1 else None, len(values), tuple(sources))
+_START = "init_from "  # before the flags of the run that another went on from
 
 
 @dataclass(frozen=True)
@@ -185,21 +100,28 @@ def _told_apart(namesakes: Sequence[Sequence[Average]]) -> tuple[dict[str, str],
 def choose_balancers(averages: Sequence[Average]) -> tuple[list[Average], list[str]]:
     """Of lines that differ in the balancer only, the one with the highest held-out accuracy; of equal ones the smaller.
 
+    Chosen among those with the most seeds that have one.
+
     Returns:
         The lines that are left, in their order, and how they were chosen, in sentences.
     """
     shown, choices, sentences, masked = [], [], [], []
     for family in families(averages):
-        best = _best(family)
-        shown += family if best is None else [best]
         if len(family) == 1:
+            shown += family
             continue
-        of = ", ".join(f"{one.first.cap_weight:g}" for one in family)
-        if best is None or (held_out := best.mean(HELD_OUT)) is None:
+        among = _with_most_seeds(family)
+        if not among:
+            shown += family
             named = f"{net_name(family[0].first.net)}, {family[0].method}"
-            sentences.append(f"{named}: no run has a log, so all balancers are shown: {of}.")
+            sentences.append(f"{named}: no run has a log, so all balancers are shown: {_balancers(family)}.")
             continue
-        choices.append(f"{_named(best)} (of {of}; {held_out.mean:.2f} %)")
+        best, held_out, n_seeds = _best(among)
+        shown.append(best)
+        passed_over = [one for one in family if one not in among]
+        fewer = f"; not of {_balancers(passed_over)}, with fewer seeds that have a log" if passed_over else ""
+        seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
+        choices.append(f"{_named(best)} (of {_balancers(among)}{fewer}; {held_out:.2f} %, {seeds})")
         masked += [_named(best)] if best.masked else []
     if choices:
         sentences.append(
@@ -222,11 +144,21 @@ def families(averages: Iterable[Average]) -> list[list[Average]]:
     return list(by_family.values())
 
 
-def _best(family: Sequence[Average]) -> Average | None:
-    if len(family) == 1:
-        return family[0]
-    known = [(held_out.mean, -(one.first.cap_weight or 0), one) for one in family if (held_out := one.mean(HELD_OUT))]
-    return max(known, key=lambda one: one[:2])[2] if known else None
+def _with_most_seeds(family: Sequence[Average]) -> list[Average]:
+    """Those with the most seeds that have a held-out accuracy; none where no seed has one."""
+    seeds = [held_out.n_seeds if (held_out := one.mean(HELD_OUT)) else 0 for one in family]
+    return [one for one, count in zip(family, seeds, strict=True) if count == max(seeds) > 0]
+
+
+def _best(among: Sequence[Average]) -> tuple[Average, float, int]:
+    """The line with the highest held-out accuracy, that accuracy in percent, and of how many seeds it is."""
+    known = [(held_out, one) for one in among if (held_out := one.mean(HELD_OUT))]
+    held_out, best = max(known, key=lambda one: (round(one[0].mean, 9), -(one[1].first.cap_weight or 0)))
+    return best, held_out.mean, held_out.n_seeds
+
+
+def _balancers(family: Iterable[Average]) -> str:
+    return ", ".join(written(one.first.cap_weight) for one in family)
 
 
 def _named(one: Average) -> str:
@@ -252,29 +184,27 @@ def _most_runs(namesakes: Sequence[Sequence[Average]]) -> str | None:
     return most[0] if len(most) == 1 else None
 
 
-def _accuracy(outcome: Outcome, column: str) -> float | None:
-    at = outcome.at
-    if column == WHITE_BOX:
-        single = [left for name, left in at.accuracy.items() if name in ATTACKS and ATTACKS[name].kind == WHITE_BOX]
-        return min(single, default=None)
-    named = {"clean": at.clean, "worst": at.worst, "cw-l2": at.cw_l2, HELD_OUT: outcome.held_out}
-    return named[column] if column in named else at.accuracy.get(column)
-
-
 def _differing(one: Average, namesakes: Sequence[Average]) -> list[str]:
     """The flags that are not the same in all of ``namesakes``, with their values in ``one``.
 
-    Those of the run that it went on from tell apart only from others that went on from one.
+    A flag that one of them lacks, as those of an earlier version do, is not known there. Those of the run that it went
+    on from tell apart only from others that went on from one.
     """
     own = _flags(one)
     others = [_flags(other) for other in namesakes]
+    names = dict.fromkeys(name for flags in (own, *others) for name in flags)
 
     def differs(name: str) -> bool:
-        start = name.startswith("init_from ")
-        return any(other.get(name) != own[name] for other in others if name in other or not start)
+        with_it = [flags for flags in (own, *others) if not name.startswith(_START) or _started(flags)]
+        return len({json.dumps(flags[name]) if name in flags else None for flags in with_it}) > 1
 
-    return [f"{name} {_written(own[name])}" for name in own if differs(name)]
+    return [
+        f"{name} {written(own[name]) if name in own else 'not known'}"
+        for name in names
+        if differs(name) and (not name.startswith(_START) or _started(own))
+    ]
 
 
-def _written(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+def _started(flags: dict[str, Any]) -> bool:
+    """Whether the run went on from another one."""
+    return flags["init_from"] != "none"

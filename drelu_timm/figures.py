@@ -23,7 +23,8 @@ from .curves import (
 )
 from .errors import InputError, one_line
 from .models import WEIGHTS
-from .outcomes import VERDICTS, Outcome, Point
+from .outcomes import Outcome, Point
+from .points import worst_verdict
 from .statistics import Comparison
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ _BINS_A_DECADE = 5
 def draw_balancers(outcomes: Sequence[Outcome], path: Path, *, title: str) -> None:
     """Draw accuracy over the balancer, as in the paper's Figures 11 to 24, with the verdict beneath every balancer.
 
-    A thin line an attack, a bold one for the worst case; means over seeds, with bars of a standard deviation where
-    there are several. An attack that not all seeds were evaluated with is averaged over those that were.
+    A thin line an attack that searches the ball, a bold one for the worst case; means over seeds, with bars of a
+    standard deviation where there are several. An attack that not all seeds were evaluated with is averaged over those
+    that were.
 
     Args:
         outcomes: Of one net and method; those without a balancer are passed over.
@@ -116,10 +118,10 @@ def read_caps(run: Path) -> np.ndarray | None:
 
 
 def _balancers(outcomes: Sequence[Outcome], title: str) -> "Figure":
-    by_balancer: dict[float, list[Point]] = {}
+    by_balancer: dict[float, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.cap_weight is not None:
-            by_balancer.setdefault(outcome.cap_weight, []).append(outcome.at)
+            by_balancer.setdefault(outcome.cap_weight, []).append(outcome)
     if not by_balancer:
         raise InputError("no D-ReLU with a balancer among the runs: there is nothing to draw over the balancer")
     by_balancer = dict(sorted(by_balancer.items()))
@@ -127,16 +129,18 @@ def _balancers(outcomes: Sequence[Outcome], title: str) -> "Figure":
     place = _logarithmic_with_zero(axes, list(by_balancer))
 
     def line(accuracy: Callable[[Point], float | None], label: str, **style: Any) -> None:
-        measured = {balancer: _present(map(accuracy, points)) for balancer, points in by_balancer.items()}
+        measured = {balancer: _present(accuracy(one.at) for one in of_it) for balancer, of_it in by_balancer.items()}
         measured = {balancer: values for balancer, values in measured.items() if values}
         _line_of_means(axes, [place(balancer) for balancer in measured], list(measured.values()), label=label, **style)
 
     line(lambda point: point.worst, "worst case", marker="o", **WORST_CASE)  # first: attacks may lie upon it
-    attacks = dict.fromkeys(attack for points in by_balancer.values() for point in points for attack in point.accuracy)
+    attacks = dict.fromkeys(attack for of_it in by_balancer.values() for one in of_it for attack in one.at.accuracy)
+    attacks.pop("cw-l2", None)  # it knows no ball
     for attack, style in zip(attacks, attack_styles(), strict=False):
         line(lambda point, attack=attack: point.accuracy.get(attack), attack, **style)
     line(lambda point: point.clean, "clean", marker=".", **CLEAN)
-    labels = [f"{balancer:g}  {_worst_verdict(points)}" for balancer, points in by_balancer.items()]
+    verdicts = [worst_verdict(one.verdict for one in of_it) for of_it in by_balancer.values()]
+    labels = [f"{balancer:g}  {verdict}" for balancer, verdict in zip(by_balancer, verdicts, strict=True)]
     axes.set_xticks([place(balancer) for balancer in by_balancer], labels, rotation=90)
     axes.set_xlabel("balancer (cap weight) and verdict")
     legend_outside(axes)
@@ -156,7 +160,7 @@ def _eps(curves: Mapping[str, Sequence[Sequence[Point]]], title: str) -> "Figure
         _line_of_means(axes, list(at), under_attack, label=label, **style)
         worst = [[point.worst for point in points] for points in at.values()]
         _line_of_means(axes, list(at), worst, label=f"{label}, worst case", **style, linestyle="--")
-        verdict = _worst_verdict([point for points in at.values() for point in points])
+        verdict = worst_verdict(point.verdict for points in at.values() for point in points)
         entries.append(Line2D([], [], label=_wrapped(f"{label} ({verdict})", 40), **style))
     entries += [Line2D([], [], color="black", label="under APGD-CE")]
     entries += [Line2D([], [], color="black", linestyle="--", label="worst case")]
@@ -286,10 +290,6 @@ def _line_of_means(axes: "Axes", places: Sequence[float], measured: Sequence[Seq
     axes.plot(places, means, clip_on=False, **style)
     if any(deviations):  # apart from the line, whose look in the legend they would change
         axes.errorbar(places, means, deviations, fmt="none", ecolor=style["color"], elinewidth=1, capsize=2)
-
-
-def _worst_verdict(points: Iterable[Point]) -> str:
-    return max((point.verdict for point in points), key=VERDICTS.index)
 
 
 def _present(values: Iterable[float | None]) -> list[float]:

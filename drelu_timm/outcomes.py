@@ -11,13 +11,11 @@ import numpy as np
 from .attacks import ThreatModel
 from .errors import InputError
 from .models import CONFIG, WEIGHTS, sha256_of
-from .result_files import VERDICTS, check_accuracies, check_has, read_checked, read_held_out, read_survivors
+from .naming import Flags, activation_of, method_of, net_of, placement_of, radius_written, settings_of, written
+from .points import VERDICTS, Point, together, worst_verdict
+from .result_files import ResultFile, read_config, read_held_out, read_result, read_survivors
 
-# Where a file lies, and what the seed changes: all else that a run was trained with is one setting.
-_NOT_SETTINGS = ("seed", "data_dir", "generated", "init_from", "preset")
-_TRAIN = ("model", "dataset", "seed", "objective", "beta", "awp_gamma", "activation", "placement")
-_TRAIN += ("cap_weight", "cap_penalty", "generated_fraction")
-_RESULT = ("dataset", "dataset_title", "norm", "eps", "n_examples", "model_digest")
+__all__ = ["VERDICTS", "Group", "Outcome", "Outcomes", "Point", "read_outcomes"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Group:
         dataset: Its name, such as "cifar10".
         title: What it is called, such as "CIFAR-10 (JPEG copy)".
         norm: "Linf" or "L2".
-        eps: The radius as written, such as "8/255".
+        eps: The radius in its one spelling, such as "8/255".
         generated: Whether the nets were trained with generated images as well.
     """
 
@@ -42,41 +40,10 @@ class Group:
         """As in headings."""
         return f"{self.title}, {self.norm}, eps {self.eps}" + (", with generated images" if self.generated else "")
 
-
-@dataclass(frozen=True)
-class Point:
-    """What attacks leave of a net at one radius.
-
-    Attributes:
-        eps: The radius as written.
-        n_examples: Test images.
-        clean: Accuracy in [0, 1].
-        accuracy: Likewise, by attack or sequence of attacks; the first attack of a sequence, which saw all examples,
-            is an attack of its own too.
-        worst: Likewise, over all of them and the probes for gradient masking.
-        verdict: On gradient masking: "sound", "undecided" or "masked".
-        zero_gradient_share: Of the examples classified right, in [0, 1].
-        cw_l2: Accuracy at the L2 radius ``cw_budget`` under Carlini and Wagner's attack, which looks for the nearest
-            adversarial example and knows no ball; its ``accuracy`` counts only what lies in the ball.
-        cw_budget: eps for L2; for Linf the radius of the ball's corners, eps * sqrt(C * H * W).
-        settings: Of each attack, what decides what it finds.
-    """
-
-    eps: str
-    n_examples: int
-    clean: float
-    accuracy: dict[str, float]
-    worst: float
-    verdict: str
-    zero_gradient_share: float
-    cw_l2: float | None = None
-    cw_budget: float | None = None
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-
     @property
     def radius(self) -> float:
         """eps as a number."""
-        return ThreatModel.parse("Linf", self.eps).eps
+        return ThreatModel.parse(self.norm, self.eps).eps
 
 
 @dataclass(frozen=True)
@@ -88,23 +55,29 @@ class Outcome:
         train: The flags it was trained with, of its config.json.
         start: Those of the run that it went on from (``--init-from``), if any.
         group: With what it can be compared.
-        at: Accuracies at the group's eps; of several evaluations on as many examples, the lower ones.
+        at: Accuracies at the group's eps; of several evaluations on as many examples, what they leave together.
         held_out: Accuracy in [0, 1] under the inner attack on held-out training images, of the epoch that was kept.
-        sources: The result files.
+        sources: The result files that ``at`` comes from.
+        measured: Of these, those that have an accuracy, by attack.
+        others: What further evaluations say at this eps: those on fewer examples, and sweeps.
         curve: Accuracies at rising radii, of a sweep in the same norm; empty without one.
         curve_source: Its file.
+        curve_suite: Its suite of attacks.
         measured_with: Hardware and versions of the evaluations, a line each.
     """
 
     run: Path
-    train: dict[str, Any]
-    start: dict[str, Any] | None
+    train: Flags
+    start: Flags | None
     group: Group
     at: Point
     held_out: float | None
     sources: tuple[Path, ...]
+    measured: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    others: tuple[Point, ...] = ()
     curve: tuple[Point, ...] = ()
     curve_source: Path | None = None
+    curve_suite: str = ""
     measured_with: tuple[str, ...] = ()
 
     @property
@@ -114,20 +87,18 @@ class Outcome:
 
     @property
     def net(self) -> str:
-        """The architecture, without what the D-ReLU adds to its name."""
-        return self.train["model"].removesuffix("_drelu")
+        """The architecture, without what the added layer adds to its name."""
+        return net_of(self.train)
 
     @property
     def activation(self) -> str:
         """What stands in the added layer; "relu" for a net without one."""
-        if not self.train["model"].endswith("_drelu"):
-            return "relu"
-        return self.train["activation"] or "drelu"
+        return activation_of(self.train)
 
     @property
     def placement(self) -> str:
         """Where the added layer stands; "head" for a net without one."""
-        return self.train["placement"] or "head"
+        return placement_of(self.train)
 
     @property
     def cap_weight(self) -> float | None:
@@ -137,26 +108,37 @@ class Outcome:
     @property
     def method(self) -> str:
         """Objective and activation without the balancer: "AT", "TRADES-6", "D-ReLU", "AT + D-ReLU", "natural", ..."""
-        parts = [*filter(None, [self._objective, self._activation])]
-        return " + ".join(parts) or "natural"
+        return method_of(self.train)
 
     @property
     def training(self) -> str:
         """The method with its balancer, as the paper writes it: "AT", "TRADES-6", "D-ReLU-0.1", "AT + D-ReLU-0.01"."""
-        return self.method if self.cap_weight is None else f"{self.method}-{self.cap_weight:g}"
+        return self.method if self.cap_weight is None else f"{self.method}-{written(self.cap_weight)}"
 
     @property
     def flags(self) -> dict[str, Any]:
         """All that runs which differ in their seed only have in common, with those of ``start`` as "init_from ..."."""
         if self.start is None:
-            return _settings(self.train) | {"init_from": "none"}
-        start = {f"init_from {name}": value for name, value in _settings(self.start).items()}
-        return _settings(self.train) | {"init_from": "a run"} | start
+            return settings_of(self.train) | {"init_from": "none"}
+        start = {f"init_from {name}": value for name, value in settings_of(self.start).items()}
+        return settings_of(self.train) | {"init_from": "a run"} | start
 
     @property
     def settings(self) -> str:
         """The flags as one string, for comparisons."""
         return json.dumps(self.flags, sort_keys=True)
+
+    @property
+    def verdict(self) -> str:
+        """On gradient masking, the worst of all evaluations in this threat model."""
+        return worst_verdict(point.verdict for point in (self.at, *self.others))
+
+    @property
+    def verdict_images(self) -> int | None:
+        """The test images of the verdict where the evaluations that the accuracies come from do not have it."""
+        if self.verdict == self.at.verdict:
+            return None
+        return max(point.n_examples for point in self.others if point.verdict == self.verdict)
 
     def survivors(self) -> np.ndarray | None:
         """Which test images [N] nothing broke, 1 or 0; None where rows an example were left out.
@@ -165,21 +147,6 @@ class Outcome:
             InputError: Rows that are cut short, or of another version.
         """
         return read_survivors(self.sources, self.at.n_examples)
-
-    @property
-    def _objective(self) -> str:
-        objective, beta = self.train["objective"], f"{self.train['beta']:g}"
-        names = {"natural": "", "at": "AT", "trades": f"TRADES-{beta}", "mart": f"MART-{beta}"}
-        return names[objective] + (" + AWP" if self.train["awp_gamma"] else "")
-
-    @property
-    def _activation(self) -> str:
-        names = {"relu": "", "drelu": "D-ReLU", "srelu": "S-ReLU", "relu6": "ReLU6", "silu": "SiLU", "gelu": "GELU"}
-        name = names.get(self.activation, self.activation)
-        details = [] if self.placement == "head" or not name else [self.placement]
-        if self.activation == "drelu" and self.train["cap_penalty"] != "squared":
-            details.append(self.train["cap_penalty"])
-        return f"{name} ({', '.join(details)})" if details else name
 
 
 @dataclass
@@ -225,10 +192,10 @@ def read_outcomes(paths: Iterable[Path]) -> Outcomes:
     runs = sorted({run.resolve(): run for path in paths for run in _runs(path)}.values())
     if not runs:
         raise InputError(f"no run in {', '.join(map(str, paths))}; make one: drelu-timm sweep, or train and evaluate")
-    seen: dict[tuple[str, str, int], Outcome] = {}
+    seen: dict[tuple[Group, str, int], Outcome] = {}
     for run in runs:
         for outcome in _read_run(run, outcomes):
-            key = (str(outcome.group), outcome.settings, outcome.seed)
+            key = (outcome.group, outcome.settings, outcome.seed)
             if key in seen:
                 outcomes.notes.append(f"{run} is {seen[key].run} once more (settings and seed); it is left out")
                 continue
@@ -254,151 +221,108 @@ def _is_run(folder: Path) -> bool:
 def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
     """The outcomes of a run, one a threat model; what cannot be used is noted down."""
     try:
-        config = read_checked(run / CONFIG, ("train", "dataset_title"))
-        train, start = config["train"], (config.get("init_from") or {}).get("train")
-        for flags in (train, start) if start is not None else (train,):
-            check_has(run / CONFIG, flags, _TRAIN)
+        train, start = read_config(run / CONFIG)
         held_out = read_held_out(run)
     except InputError as error:
         outcomes.skip(error)
         return []
-    results = _read_all(run, "results", _RESULT, outcomes)
-    curves = _read_all(run, "sweeps", (*_RESULT, "curve"), outcomes)
+    results, sweeps = (_read_all(run, folder, outcomes) for folder in ("results", "sweeps"))
     if not results:
-        outcomes.notes.append(f"{run} has no evaluation that could be read; drelu-timm evaluate {run} makes one")
-    by_group: dict[Group, list[tuple[Path, dict[str, Any]]]] = {}
-    for path, result in results:
-        generated = bool(train["generated_fraction"])
-        group = Group(result["dataset"], result["dataset_title"], result["norm"], result["eps"], generated)
-        by_group.setdefault(group, []).append((path, result))
-    return [
-        _outcome(run, train, start, group, held_out, _most_examples(run, of_group, outcomes), curves)
-        for group, of_group in by_group.items()
-    ]
+        outcomes.notes.append(_without_results(run, sweeps))
+    by_group: dict[Group, list[ResultFile]] = {}
+    for result in results:
+        content = result.content
+        eps, generated = radius_written(content["eps"]), bool(train["generated_fraction"])
+        group = Group(content["dataset"], content["dataset_title"], content["norm"], eps, generated)
+        by_group.setdefault(group, []).append(result)
+    found = []
+    for group, of_group in by_group.items():
+        same = [one for one in sweeps if all(one.content[name] == getattr(group, name) for name in ("dataset", "norm"))]
+        sweep = max(same, key=lambda one: len(one.points), default=None)
+        others = [point for one in same for point in one.points if radius_written(point.eps) == group.eps]
+        kept, fewer = _most_examples(run, of_group, outcomes)
+        found.append(
+            Outcome(
+                run=run,
+                train=train,
+                start=start,
+                group=group,
+                at=together([one.points[0] for one in kept], _survivors(kept, outcomes)),
+                held_out=held_out,
+                sources=tuple(one.path for one in kept),
+                measured=_measured(kept),
+                others=(*(one.points[0] for one in fewer), *others),
+                curve=() if sweep is None else sweep.points,
+                curve_source=sweep and sweep.path,
+                curve_suite="" if sweep is None else sweep.suite,
+                measured_with=tuple(dict.fromkeys(one.measured_with for one in kept)),
+            )
+        )
+    return found
 
 
-def _outcome(
-    run: Path,
-    train: dict[str, Any],
-    start: dict[str, Any] | None,
-    group: Group,
-    held_out: float | None,
-    results: Sequence[tuple[Path, dict[str, Any]]],
-    curves: Sequence[tuple[Path, dict[str, Any]]],
-) -> Outcome:
-    same = [one for one in curves if all(one[1][name] == getattr(group, name) for name in ("dataset", "norm"))]
-    curve_source, curve = max(same, key=lambda one: len(one[1]["curve"])) if same else (None, None)
-    return Outcome(
-        run=run,
-        train=train,
-        start=start,
-        group=group,
-        at=_lowest([_point(result, result["n_examples"]) for _, result in results]),
-        held_out=held_out,
-        sources=tuple(path for path, _ in results),
-        curve=() if curve is None else tuple(_point(at, curve["n_examples"]) for at in curve["curve"]),
-        curve_source=curve_source,
-        measured_with=tuple(dict.fromkeys(_measured_with(result) for _, result in results)),
-    )
+def _without_results(run: Path, sweeps: Sequence[ResultFile]) -> str:
+    """Why a run is not in any table, and what mends it."""
+    makes_one = f"drelu-timm evaluate {run} makes one"
+    if sweeps:
+        return f"{run} has a sweep over eps, but no evaluation at one eps, which tables are made of; {makes_one}"
+    if any((run / "last" / "results").glob("*.json")):
+        return f"{run} has evaluations of its last epoch's weights only (last/results), not of the best; {makes_one}"
+    return f"{run} has no evaluation that could be read; {makes_one}"
 
 
-def _read_all(run: Path, folder: str, fields: Sequence[str], outcomes: Outcomes) -> list[tuple[Path, dict[str, Any]]]:
+def _read_all(run: Path, folder: str, outcomes: Outcomes) -> list[ResultFile]:
     """The result files of a run's folder that are whole and of its weights, the one with the most attacks first."""
     read = []
     weights = run / "model" / WEIGHTS
     digest = sha256_of(weights) if weights.is_file() else None  # published results come without
     for path in sorted((run / folder).glob("*.json")):
         try:
-            result = read_checked(path, fields)
-            points = result.get("curve", [result])
-            for at in points if isinstance(points, list) else [points]:
-                check_accuracies(path, at)
+            result = read_result(path)
         except InputError as error:
             outcomes.skip(error)
             continue
-        if digest not in (None, result["model_digest"]):
+        if digest not in (None, result.content["model_digest"]):
             outcomes.skip(InputError(f"{path} was measured on other weights than {weights}; delete it, evaluate anew"))
             continue
-        read.append((path, result))
-    return sorted(read, key=lambda one: -len(one[1].get("accuracy", ())))
+        read.append(result)
+    return sorted(read, key=lambda one: -len(one.points[0].accuracy))
 
 
 def _most_examples(
-    run: Path, results: Sequence[tuple[Path, dict[str, Any]]], outcomes: Outcomes
-) -> list[tuple[Path, dict[str, Any]]]:
-    """Those evaluations that were made on the most examples, as others cannot be put together with them."""
-    most = max(result["n_examples"] for _, result in results)
-    for path, result in results:
-        if result["n_examples"] < most:
-            outcomes.notes.append(f"{path} is left out: another evaluation of {run} has {most} examples")
-    return [(path, result) for path, result in results if result["n_examples"] == most]
+    run: Path, results: Sequence[ResultFile], outcomes: Outcomes
+) -> tuple[list[ResultFile], list[ResultFile]]:
+    """Those evaluations that were made on the most examples, and the others, which cannot be put together with them."""
+    most = max(one.n_examples for one in results)
+    kept, fewer = ([one for one in results if (one.n_examples == most) == many] for many in (True, False))
+    for one in fewer:
+        (at,) = one.points
+        outcomes.notes.append(
+            f"{one.path} is left out, but for its verdict: worst case {100 * at.worst:.2f} % of {at.n_examples} "
+            f"examples, {at.verdict}; another evaluation of {run} has {most} examples"
+        )
+    return kept, fewer
 
 
-def _point(at: dict[str, Any], n_examples: int) -> Point:
-    first = [next(iter(stages.items())) for stages in at.get("sequences", {}).values() if stages]
-    cw = at.get("cw_l2") or {}
-    return Point(
-        eps=at["eps"],
-        n_examples=n_examples,
-        clean=at["clean"],
-        accuracy={**dict(first), **at["accuracy"]},
-        worst=at["worst"],
-        verdict=at["verdict"]["verdict"],
-        zero_gradient_share=at["zero_gradient_share"],
-        cw_l2=cw.get("accuracy_at_budget"),
-        cw_budget=cw.get("budget"),
-        settings=at.get("settings", {}),
-    )
+def _survivors(results: Sequence[ResultFile], outcomes: Outcomes) -> np.ndarray | None:
+    """Of several evaluations together; None where the rows of one are not there, or cannot be read."""
+    if len(results) == 1:
+        return None
+    try:
+        return read_survivors([one.path for one in results], results[0].n_examples)
+    except InputError as error:
+        outcomes.skip(error)
+        return None
 
 
-def _lowest(points: Sequence[Point]) -> Point:
-    """Several evaluations of one net on the same examples: each attack's lowest accuracy, and the worst verdict."""
-    first = points[0]
-    accuracy: dict[str, float] = {}
-    settings: dict[str, dict[str, Any]] = {}
-    for point in points:
-        for attack, left in point.accuracy.items():
-            if attack not in accuracy or left < accuracy[attack]:
-                accuracy[attack], settings[attack] = left, point.settings.get(attack, {})
-    cw = min(points, key=lambda point: 1 if point.cw_l2 is None else point.cw_l2)
-    return Point(
-        eps=first.eps,
-        n_examples=first.n_examples,
-        clean=first.clean,
-        accuracy=accuracy,
-        worst=min(point.worst for point in points),
-        verdict=max((point.verdict for point in points), key=VERDICTS.index),
-        zero_gradient_share=max(point.zero_gradient_share for point in points),
-        cw_l2=cw.cw_l2,
-        cw_budget=cw.cw_budget,
-        settings=settings,
-    )
-
-
-def _measured_with(result: dict[str, Any]) -> str:
-    versions = (f"{package} {version}" for package, version in (result.get("versions") or {}).items())
-    return f"{result.get('hardware') or 'hardware not known'}; {', '.join(versions) or 'versions not known'}"
-
-
-def _settings(train: dict[str, Any]) -> dict[str, Any]:
-    """The flags but for those that change no setting, an added layer's defaults filled in."""
-    settings = {name: value for name, value in train.items() if name not in _NOT_SETTINGS}
-    if train["model"].endswith("_drelu"):
-        settings |= {"placement": train["placement"] or "head", "activation": train["activation"] or "drelu"}
-    return settings
+def _measured(results: Sequence[ResultFile]) -> dict[str, tuple[Path, ...]]:
+    """The files that have an accuracy, by attack."""
+    attacks = dict.fromkeys(attack for one in results for attack in sorted(one.points[0].columns))
+    return {attack: tuple(one.path for one in results if attack in one.points[0].columns) for attack in attacks}
 
 
 def _order(outcome: Outcome) -> tuple[Any, ...]:
     group = outcome.group
     weight = -1.0 if outcome.cap_weight is None else outcome.cap_weight
-    return (
-        group.dataset,
-        group.title,
-        group.norm,
-        group.eps,
-        group.generated,
-        outcome.net,
-        outcome.method,
-        weight,
-        outcome.seed,
-    )
+    where = (group.dataset, group.title, group.norm, group.radius, group.generated)
+    return (*where, outcome.net, outcome.method, weight, outcome.seed)

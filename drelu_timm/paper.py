@@ -9,6 +9,7 @@ printed beside them.
 import re
 from functools import cache
 from importlib.resources import files
+from math import inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -76,14 +77,18 @@ def read_paper() -> "pd.DataFrame":
     )
 
 
-def table_number(dataset: str, *, generated: bool, square: bool = False) -> int | None:
-    """Which of the paper's tables holds a dataset's numbers; None for a dataset that it lacks.
+def table_number(dataset: str, *, norm: str, eps: str, generated: bool, square: bool = False) -> int | None:
+    """Which of the paper's tables holds a dataset's numbers; None for a dataset or a threat model that it lacks.
 
     Args:
         dataset: A name such as "cifar10".
+        norm: "Linf" or "L2".
+        eps: The radius, as in `EPS`.
         generated: Of the nets trained with generated images as well.
         square: The one of the Square attack instead of the white-box attacks.
     """
+    if (norm, eps) != ("Linf", EPS.get(dataset)):
+        return None
     number = _TABLES.get((dataset, generated))
     if square and number is not None:
         return None if dataset == "mnist" else 9 if generated else 5
@@ -102,7 +107,7 @@ def net_name(net: str) -> str:
     return NETS.get(net, net)
 
 
-def paper_order(net: str, method: str) -> tuple[int, str, int, str]:
+def paper_order(net: str, method: str) -> tuple[int, str, int, list[tuple[float, str]]]:
     """A key that sorts as the paper's tables do; natural training first, and what they lack last."""
     nets, first = list(NETS), method.split("-")[0] if " + " not in method else ""
     methods = ["natural", "AT", "TRADES", "D"]
@@ -110,8 +115,14 @@ def paper_order(net: str, method: str) -> tuple[int, str, int, str]:
         nets.index(net) if net in nets else len(nets),
         net,
         methods.index(first) if first in methods else len(methods),
-        method,
+        _by_size(method),
     )
+
+
+def _by_size(method: str) -> list[tuple[float, str]]:
+    """A key that sorts the numbers in names by their size: TRADES-6 before TRADES-10."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", method)
+    return [(float(part), "") if index % 2 else (inf, part) for index, part in enumerate(parts)]
 
 
 def _training(printed: str) -> str:

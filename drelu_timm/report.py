@@ -24,17 +24,20 @@ import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
-from .averages import HELD_OUT, WHITE_BOX, Average, Lines, lines_of
+from .averages import Lines, lines_of
 from .command_line import read_flags
+from .comparisons import papers_statistics, statistics
 from .errors import InputError
 from .formats import csv, latex, markdown, markdown_table
+from .means import HELD_OUT, WHITE_BOX, Average
 from .outcomes import Outcomes, read_outcomes
 from .page import Section, write_page
 from .paper import SOURCE, net_name
 from .report_folder import replaced
 from .runs import write_json, write_text
-from .sections import attacks, figures, opening, origin, papers_statistics, statistics
+from .sections import attacks, figures, opening, origin
 from .tables import NONE, Table, against_paper, all_rows, paper_table, seed_count, square_tables
 
 
@@ -106,8 +109,8 @@ def _write(config: ReportConfig, folder: Path, groups: Sequence[Lines], outcomes
         sections.append(Section("The paper", f"{SOURCE}." if any(beside) else "It has none of these numbers."))
     for lines in groups:
         sections += statistics(lines, folder / "figures", outcomes)
-        sections += papers_statistics(lines) if config.against_paper else []
         sections += figures(lines, folder / "figures", outcomes)
+    sections += papers_statistics(groups) if config.against_paper else []
     names = [f"tables/{table.name} (.md, .tex, .csv)" for table in tables]
     sections += [attacks(groups), *origin(_relative(outcomes, config.runs), groups, ["numbers.json", *names])]
 
@@ -161,8 +164,8 @@ def _records(lines: Lines, base: Path) -> Iterator[dict[str, Any]]:
                     "mean": mean.mean,
                     "std": mean.std,
                     "n_seeds": mean.n_seeds,
-                    "n_examples": None if column == HELD_OUT else one.n_examples,
-                    "sources": [path.resolve().relative_to(base).as_posix() for path in mean.sources],
+                    "n_examples": None if column == HELD_OUT else mean.n_examples,
+                    "sources": [Path(os.path.relpath(path.resolve(), base)).as_posix() for path in mean.sources],
                 }
 
 
@@ -184,18 +187,24 @@ def _show(groups: Sequence[Lines], outcomes: Outcomes) -> None:
 
 def _main_rows(lines: Lines) -> RichTable:
     columns = {"clean": "clean", "white-box": WHITE_BOX, "AutoAttack": "autoattack", "worst": "worst"}
-    table = RichTable("net", "trained", box=SIMPLE, padding=(0, 1, 0, 0))
+    table = RichTable(box=SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("net", "trained"):
+        table.add_column(heading, overflow="fold")
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True, style="bold" if heading == "worst" else None)
-    table.add_column("masking", no_wrap=True)
+    table.add_column("masking", overflow="fold")
     table.add_column("seeds", no_wrap=True)
     for one in lines.shown:
         accuracies = [_shown(one, column) for column in columns.values()]
         seeds = seed_count(len(one.seeds), len(lines.seeds))
-        table.add_row(net_name(one.first.net), one.training, *accuracies, one.verdict, seeds)
+        cells = (net_name(one.first.net), one.training, *accuracies, one.verdict, seeds)
+        table.add_row(*map(Text, cells))  # as text, no bracket is markup
     return table
 
 
 def _shown(one: Average, column: str) -> str:
     mean = one.mean(column)
-    return NONE if mean is None else f"{mean.mean:.2f}"
+    if mean is None:
+        return NONE
+    fewer = "" if mean.n_seeds == len(one.seeds) else f" [n = {mean.n_seeds}]"
+    return f"{'≤ ' if mean.at_most else ''}{mean.mean:.2f}{fewer}"

@@ -23,6 +23,8 @@ def replaced(output_dir: Path) -> Iterator[Path]:
         InputError: A place that cannot be written to, or files in the way that no report wrote.
     """
     output_dir = output_dir.resolve()
+    if not output_dir.name:
+        raise InputError(f"--output-dir {output_dir} is the root of all folders; give another one")
     before = _written_before(output_dir)
     new = output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
     try:

@@ -1,100 +1,45 @@
-"""What a report says beside its tables: statistics, figures, how it was measured and from what."""
+"""What a report says beside its tables and statistics: figures, how it was measured and from what."""
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import combinations
-from math import isnan
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .averages import Average, Lines, families
+from .averages import Lines, families
 from .errors import InputError
-from .figures import draw_balancers, draw_caps, draw_critical_difference, draw_eps, read_caps
-from .outcomes import Outcomes
+from .figures import draw_balancers, draw_caps, draw_eps, read_caps
+from .means import Average
+from .outcomes import Outcome, Outcomes
 from .page import Section
-from .paper import COLUMNS, net_name, paper_scores, table_number
-from .statistics import Comparison, compare_methods, compare_pair
+from .paper import net_name
 from .tables import slug
 
 
 def opening(outcomes: Outcomes, groups: Sequence[Lines]) -> Section:
     """What a reader has to know before the first table."""
     runs = {outcome.run for outcome in outcomes.found}
-    masked = [f"{net_name(one.first.net)}, {one.training}" for lines in groups for one in lines.shown if one.masked]
+    shown = [one for lines in groups for one in lines.shown]
+    masked, undecided = (
+        "; ".join(dict.fromkeys(f"{net_name(one.first.net)}, {one.training}" for one in shown if is_so(one)))
+        for is_so in (lambda one: one.masked, lambda one: one.undecided)
+    )
     text = ["The worst case is the robust accuracy: the share of the test images that nothing broke."]
     if masked:
         text.append(
             "The accuracy of a masked row under gradient attacks is not robustness: the net hides its gradients, so "
-            f"that these attacks fail where others succeed. Masked: {'; '.join(dict.fromkeys(masked))}."
+            f"that these attacks fail where others succeed. Masked: {masked}."
         )
     else:
         text.append("No row of the main tables is masked, as far as the probes for masking can tell.")
+    if undecided:
+        text.append(f"Of these rows the probes show neither that they are masked nor that they are not: {undecided}.")
     if len(groups) > 1:
         listed = "; ".join(str(lines.group) for lines in groups)
         text.append(f"These {len(groups)} groups cannot be compared with one another and are kept apart: {listed}.")
     return Section(
         f"What {_count(len(runs), 'run')} {'withstand' if len(runs) > 1 else 'withstands'}", "\n\n".join(text)
     )
-
-
-def statistics(lines: Lines, folder: Path, outcomes: Outcomes) -> list[Section]:
-    """Whether the methods differ: over clean accuracy and the paper's attacks, over the worst case, and pair by pair.
-
-    Args:
-        lines: The group.
-        folder: For the pictures.
-        outcomes: Rows that cannot be read are noted down here.
-    """
-    return [
-        _comparison(
-            f"Methods under the paper's attacks: {lines.group}",
-            scores(lines, [*COLUMNS]),
-            folder / f"methods-{slug(lines.group)}.png",
-            "Blocks are net x (clean and the paper's attacks), as in the paper. Those of one net are not independent, "
-            "so that p comes out too small, and accuracies of masked rows count as if they were robustness.",
-        ),
-        _comparison(
-            f"Methods in the worst case: {lines.group}",
-            scores(lines, ["worst"]),
-            folder / f"methods-worst-{slug(lines.group)}.png",
-            "Blocks are the nets.",
-        ),
-        _pairs(lines, outcomes),
-    ]
-
-
-def papers_statistics(lines: Lines) -> list[Section]:
-    """The statistics of the paper's own table of a group, where it has one."""
-    number = table_number(lines.group.dataset, generated=lines.group.generated)
-    if number is None:
-        return []
-    text = "From the accuracies that the paper prints."
-    if number == 2:
-        text += " It prints F = 17.4, chi-square = 39.43, F_F = 20.12 and a critical difference of 0.656."
-    return [_comparison(f"Methods in the paper's table {number}", paper_scores(number), None, text)]
-
-
-def scores(lines: Lines, columns: Sequence[str]) -> pd.DataFrame:
-    """What the statistics compare: a row a net and column, a column a method, in percent.
-
-    Methods that some net lacks, and then rows that some method lacks, are left out.
-    """
-    labels = {net: {lines.label(one) for one in shown} for net, shown in lines.by_net.items()}
-    methods = [
-        method
-        for method in dict.fromkeys(lines.label(one) for one in lines.shown)
-        if all(method in of_net for of_net in labels.values())
-    ]
-    known = {
-        (one.first.net, column, lines.label(one)): mean.mean
-        for one in lines.shown
-        for column in columns
-        if (mean := one.mean(column))
-    }
-    blocks = dict.fromkeys((net, column) for net, column, _ in known)
-    rows = [[known.get((*block, method)) for method in methods] for block in blocks]
-    return pd.DataFrame(rows, index=list(blocks), columns=methods, dtype=float).dropna()
 
 
 def figures(lines: Lines, folder: Path, outcomes: Outcomes) -> list[Section]:
@@ -113,13 +58,30 @@ def figures(lines: Lines, folder: Path, outcomes: Outcomes) -> list[Section]:
             sections.append(_drawn(f"Balancers: {name}", folder, draw_balancers, runs))
     for net, shown in lines.by_net.items():
         name = f"{net_name(net)}, {group}"
-        curves = {one.training: [outcome.curve for outcome in one.outcomes if outcome.curve] for one in shown}
-        if any(curves.values()):
-            images = {point.n_examples for of_seeds in curves.values() for curve in of_seeds for point in curve}
-            of = f"The rows of the main table at other radii too, on the first {_listed(sorted(images))} test images."
-            sections.append(_drawn(f"Over eps: {name}", folder, draw_eps, curves, of))
+        sections += _over_eps(name, shown, folder)
         if caps := _caps(shown, outcomes):
             sections.append(_drawn(f"Learned caps: {name}", folder, draw_caps, caps))
+    return sections
+
+
+def _over_eps(name: str, shown: Sequence[Average], folder: Path) -> list[Section]:
+    """A figure for each suite and number of images, as only curves of the same ones can be averaged and compared."""
+    kinds: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
+    for one in shown:
+        for outcome in one.outcomes:
+            if outcome.curve:
+                kind = (outcome.curve_suite, outcome.curve[0].n_examples)
+                kinds.setdefault(kind, {}).setdefault(one.training, []).append(outcome)
+    sections = []
+    for (suite, images), of_kind in sorted(kinds.items()):
+        title = f"Over eps: {name}" + (f", suite {suite} on {images} images" if len(kinds) > 1 else "")
+        seeds = ", ".join(f"{training} {len(outcomes)}" for training, outcomes in of_kind.items())
+        text = (
+            f"The rows of the main table at other radii too, under the suite {suite}, on the first {images} test "
+            f"images. Seeds: {seeds}."
+        )
+        curves = {training: [outcome.curve for outcome in outcomes] for training, outcomes in of_kind.items()}
+        sections.append(_drawn(title, folder, draw_eps, curves, text))
     return sections
 
 
@@ -129,9 +91,9 @@ def attacks(groups: Iterable[Lines]) -> Section:
     for lines in groups:
         for one in lines.all:
             for outcome in one.outcomes:
-                for attack, settings in outcome.at.settings.items():
-                    written = ", ".join(f"{name} {_listed(value)}" for name, value in settings.items())
-                    rows.setdefault((str(lines.group), attack, written), {})[f"{one.first.net} {one.training}"] = None
+                for attack, settings in outcome.at.tried:
+                    key = (str(lines.group), attack, settings)
+                    rows.setdefault(key, {})[f"{one.first.net} {one.training}"] = None
     table = pd.DataFrame(
         [(group, attack, settings or "none", len(named)) for (group, attack, settings), named in rows.items()],
         columns=["Group", "Attack", "Settings", "Rows"],
@@ -181,86 +143,6 @@ def _uneven(lines: Lines) -> list[str]:
     return notes
 
 
-def _comparison(title: str, frame: pd.DataFrame, picture: Path | None, text: str) -> Section:
-    try:
-        comparison = compare_methods(frame)
-    except InputError as error:
-        return Section(title, f"Not made: {error}.")
-    section = Section(title, f"{_statistics(comparison)} {text}", _ranks(comparison))
-    if picture is None:
-        return section
-    try:
-        draw_critical_difference(comparison, picture, title=title)
-    except InputError as error:
-        return Section(title, f"{section.text} Not drawn: {error}.", section.table)
-    return Section(title, section.text, section.table, picture)
-
-
-def _statistics(comparison: Comparison) -> str:
-    return (
-        f"Over {comparison.n_blocks} blocks: one-way ANOVA F = {_defined(comparison.anova_f)}, "
-        f"p = {_defined(comparison.anova_p, '.2g')}; Friedman chi-square = {_defined(comparison.friedman_chi2)}, "
-        f"p = {_defined(comparison.friedman_p, '.2g')}, F_F = {_defined(comparison.f_f)}, "
-        f"p = {_defined(comparison.f_f_p, '.2g')}; mean ranks further apart than Nemenyi's critical difference, "
-        f"{comparison.critical_difference:.2f}, differ at alpha {comparison.alpha:g}."
-    )
-
-
-def _defined(value: float, form: str = ".2f") -> str:
-    return "not defined" if isnan(value) else f"{value:{form}}"
-
-
-def _ranks(comparison: Comparison) -> pd.DataFrame:
-    """Mean ranks and Nemenyi's p of every pair, as text."""
-    methods = sorted(comparison.mean_ranks, key=lambda method: comparison.mean_ranks[method])
-    p = comparison.nemenyi_p.loc[methods, methods]
-    table = {"Method": methods, "Mean rank": [f"{comparison.mean_ranks[method]:.2f}" for method in methods]}
-    return pd.DataFrame(table | {f"p against {method}": [f"{value:.2g}" for value in p[method]] for method in methods})
-
-
-def _pairs(lines: Lines, outcomes: Outcomes) -> Section:
-    """McNemar's test of every two methods of a net, on the test images of the first seed that both have."""
-    title = f"Pairs of methods in the worst case: {lines.group}"
-    rows = []
-    for first, second in (pair for shown in lines.by_net.values() for pair in combinations(shown, 2)):
-        try:
-            row = _pair(first, second)
-        except InputError as error:
-            outcomes.skip(error)
-            continue
-        rows += [row] if row else []
-    if not rows:
-        return Section(title, "Not made: no two methods of a net have a seed in common with rows for each test image.")
-    text = (
-        "McNemar's exact test on the test images of the first common seed, which withstand where no evaluation broke "
-        "them, and the difference of the two accuracies in percentage points with its 95 % interval. p is of one pair, "
-        "not corrected for the number of pairs, and speaks of these two trained nets, not of other seeds."
-    )
-    return Section(title, text, pd.DataFrame(rows))
-
-
-def _pair(first: Average, second: Average) -> dict[str, str] | None:
-    common = [seed for seed in first.seeds if seed in second.seeds]
-    if not common:
-        return None
-    one, other = (average.outcomes[average.seeds.index(common[0])] for average in (first, second))
-    withstood = one.survivors(), other.survivors()
-    if withstood[0] is None or withstood[1] is None or one.at.n_examples != other.at.n_examples:
-        return None
-    pair = compare_pair(withstood[0], withstood[1])
-    return {
-        "Model": net_name(first.first.net),
-        "First": first.training,
-        "Second": second.training,
-        "Seed": str(common[0]),
-        "Images": str(pair.n_examples),
-        "Only first withstands": str(pair.only_first),
-        "Only second": str(pair.only_second),
-        "Difference": f"{pair.difference:+.2f} ({pair.interval[0]:+.2f} to {pair.interval[1]:+.2f})",
-        "p": f"{pair.p:.2g}",
-    }
-
-
 def _caps(shown: Iterable[Average], outcomes: Outcomes) -> dict[str, np.ndarray]:
     """The caps of all seeds of each line that has any."""
     caps: dict[str, list[np.ndarray]] = {}
@@ -287,7 +169,3 @@ def _drawn(title: str, folder: Path, draw: Callable[..., None], what: object, te
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def _listed(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

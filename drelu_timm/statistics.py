@@ -87,7 +87,8 @@ def compare_methods(scores: pd.DataFrame, *, alpha: float = 0.05) -> Comparison:
         alpha: Level of the critical difference.
 
     Raises:
-        InputError: Fewer than three methods or two blocks, or blocks that some method lacks.
+        InputError: Fewer than three methods or two blocks, blocks that some method lacks, or so few blocks that no
+            mean ranks can lie further apart than the critical difference.
     """
     n_blocks, n_methods = scores.shape
     if n_methods < _METHODS or n_blocks < _BLOCKS:
@@ -100,6 +101,12 @@ def compare_methods(scores: pd.DataFrame, *, alpha: float = 0.05) -> Comparison:
             f"{missing} of {n_blocks} blocks lack a method's accuracy; each of the {n_methods} methods needs one in "
             "every block"
         )
+    critical_difference = _critical_difference(n_blocks, n_methods, alpha)
+    if critical_difference >= n_methods - 1:
+        raise InputError(
+            f"{n_blocks} blocks are too few: the critical difference of {n_methods} methods, "
+            f"{critical_difference:.2f}, is not below {n_methods - 1}, the largest that mean ranks can have"
+        )
     scores = scores.astype(float).round(9)  # means over seeds that are equal but for rounding are ties
     anova_f, anova_p = _anova(scores)
     chi2, friedman_p = _friedman(scores)
@@ -111,7 +118,7 @@ def compare_methods(scores: pd.DataFrame, *, alpha: float = 0.05) -> Comparison:
         friedman_p=friedman_p,
         f_f=f_f,
         f_f_p=f_f_p,
-        critical_difference=_critical_difference(n_blocks, n_methods, alpha),
+        critical_difference=critical_difference,
         mean_ranks=scores.rank(axis=1, ascending=False).mean().to_dict(),
         nemenyi_p=posthoc_nemenyi_friedman(scores).rename_axis(index="method", columns=None),
         n_blocks=n_blocks,

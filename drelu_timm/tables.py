@@ -7,9 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from .averages import HELD_OUT, Average, Lines
+from .averages import Lines
+from .means import HELD_OUT, Average
 from .outcomes import Group
 from .paper import COLUMNS, CW_BOUND, EPS, SQUARE_COLUMNS, net_name, read_paper, table_number
+from .strength import unequal
 from .suites import ATTACKS, SUITES
 
 NONE = "–"
@@ -26,8 +28,8 @@ HEADINGS = {
 _MEASURES = "Accuracies in %, mean ± standard deviation (n - 1) over seeds; no ± is one seed."
 _RANKS = "In parentheses: the rank within a net, 1 the highest."
 _WORST = (
-    "Worst case: the images that nothing broke, no attack and no probe for masking; of several evaluations the lowest. "
-    "Masking: the verdict on the white-box accuracies, of several seeds the worst."
+    "Worst case: the images that nothing broke, no attack and no probe for masking, in any evaluation on these images. "
+    "Masking: the verdict on the white-box accuracies, the worst of several seeds and of all evaluations."
 )
 
 
@@ -53,13 +55,15 @@ class Table:
 def paper_table(lines: Lines) -> Table:
     """A table as the paper's 1 to 4 and 6 to 8, with AutoAttack, worst case, verdict, test images and seeds beside."""
     group, shown = lines.group, lines.shown
-    number = table_number(group.dataset, generated=group.generated)
-    values = _values(shown, [*COLUMNS, "autoattack", "worst"], ranked=[*COLUMNS, "worst"])
+    number = papers_number(group)
+    alike = not unequal(shown)
+    values = _values(shown, [*COLUMNS, "autoattack", "worst"], ranked=[*COLUMNS, *(["worst"] if alike else [])])
     caption = [
         _MEASURES,
         _RANKS,
         _carlini_wagner(shown),
         _WORST,
+        *_about_worst(shown),
         "The paper's tables end at CW_L2.",
         *_other_eps(group),
     ]
@@ -84,7 +88,7 @@ def all_rows(lines: Lines) -> Table:
     return Table(
         name=f"rows-{slug(lines.group)}",
         title=f"All rows: {lines.group}",
-        caption=_text([_MEASURES, held_out, _carlini_wagner(lines.all), _WORST]),
+        caption=_text([_MEASURES, held_out, _carlini_wagner(lines.all), _WORST, *_about_worst(lines.all)]),
         cells=_cells(values, len(lines.seeds)),
         values=values,
     )
@@ -95,7 +99,7 @@ def square_tables(groups: Iterable[Lines]) -> list[Table]:
     tables: dict[tuple[Any, ...], list[Lines]] = {}
     for lines in groups:
         group = lines.group
-        number = table_number(group.dataset, generated=group.generated, square=True)
+        number = papers_number(group, square=True)
         if any(one.mean("square") for one in lines.shown):
             key = (number, group.norm, group.eps, group.generated, None if number else group)
             tables.setdefault(key, []).append(lines)
@@ -107,7 +111,7 @@ def _square_table(number: int | None, groups: Sequence[Lines]) -> Table:
     cells, values, balancers = [], [], []
     for lines in groups:
         title = lines.group.title
-        own = _values(lines.shown, columns, ranked=columns)
+        own = _values(lines.shown, columns, ranked=[*SQUARE_COLUMNS] if unequal(lines.shown) else columns)
         own["training"] = [lines.label(one) for one in lines.shown]
         values.append(own.set_index(["net", "training"]).add_prefix(f"{title} "))
         cells.append(_cells(own, len(lines.seeds)).set_index(["Model", "Training"]).add_prefix(f"{title} "))
@@ -118,11 +122,12 @@ def _square_table(number: int | None, groups: Sequence[Lines]) -> Table:
         ]
     first = groups[0].group
     where = f"{first.norm}, eps {first.eps}" + (", with generated images" if first.generated else "")
+    about = [f"{lines.group.title}: {sentence}" for lines in groups for sentence in _about_worst(lines.shown)]
     other_eps = [sentence for lines in groups for sentence in _other_eps(lines.group)]
     return Table(
         name=f"table-{number}-square-{slug(where)}" if number else f"table-square-{slug(first)}",
         title=f"Table {number}: Square, {where}" if number else f"Square: {first}",
-        caption="\n\n".join([_text([_MEASURES, _RANKS, _WORST, *other_eps]), *balancers]),
+        caption="\n\n".join([_text([_MEASURES, _RANKS, _WORST, *about, *other_eps]), *balancers]),
         cells=pd.concat(cells, axis=1).fillna(NONE).reset_index(),
         values=pd.concat(values, axis=1).reset_index(),
     )
@@ -134,7 +139,7 @@ def against_paper(lines: Lines) -> Table | None:
     Where the paper's balancer was not run, the chosen one stands in.
     """
     group, printed = lines.group, read_paper()
-    tables = [table_number(group.dataset, generated=group.generated, square=square) for square in (False, True)]
+    tables = [papers_number(group, square=square) for square in (False, True)]
     printed = printed[printed["table"].isin(tables) & (printed["dataset"] == group.dataset)]
     rows = [
         {
@@ -146,7 +151,7 @@ def against_paper(lines: Lines) -> Table | None:
             "ours": mean.mean,
             "std": mean.std,
             "paper": line.accuracy,
-            "difference": mean.mean - line.accuracy,
+            "difference": None if line.column == "cw-l2" else mean.mean - line.accuracy,
             "worst": worst.mean,
             "masking": one.verdict,
             "seeds": mean.n_seeds,
@@ -157,7 +162,7 @@ def against_paper(lines: Lines) -> Table | None:
     ]
     if not rows:
         return None
-    values = pd.DataFrame(rows)
+    values = pd.DataFrame(rows).astype({"std": float, "difference": float})
     cells = pd.DataFrame(
         {
             "Table": values["table"].astype(str),
@@ -169,7 +174,7 @@ def against_paper(lines: Lines) -> Table | None:
             "Attack": values["column"].map(HEADINGS),
             "Ours": [_cell(mean, std) for mean, std in zip(values["ours"], values["std"], strict=True)],
             "Paper": values["paper"].map("{:.2f}".format),
-            "Difference": values["difference"].map("{:+.2f}".format),
+            "Difference": [_signed(difference) for difference in values["difference"]],
             "Our worst case": values["worst"].map("{:.2f}".format),
             "Masking": values["masking"],
             "Seeds": values["seeds"].astype(str),
@@ -184,12 +189,17 @@ def against_paper(lines: Lines) -> Table | None:
                 "Differences in percentage points, ours less the paper's, whose numbers are means of three nets.",
                 "A number that agrees is reproduced; whether it is robustness, the worst case and the verdict say.",
                 _carlini_wagner(lines.all),
-                *_other_eps(group),
+                *_about_worst(lines.all),
             ]
         ),
         cells=cells,
         values=values,
     )
+
+
+def papers_number(group: Group, *, square: bool = False) -> int | None:
+    """Which of the paper's tables holds a group's numbers; None where none does."""
+    return table_number(group.dataset, norm=group.norm, eps=group.eps, generated=group.generated, square=square)
 
 
 def seed_count(n: int, of: int) -> str:
@@ -214,7 +224,7 @@ def _values(averages: Sequence[Average], columns: Sequence[str], ranked: Sequenc
             if column in ranked:
                 row[f"{column} rank"] = None
             row[f"{column} seeds"] = mean.n_seeds if mean else 0
-        images = " to ".join(str(count) for count in one.n_examples)
+        images = " to ".join(dict.fromkeys(str(count) for count in (min(one.n_examples), max(one.n_examples))))
         rows.append(row | {"masking": one.verdict, "images": images, "seeds": len(one.seeds)})
     values = pd.DataFrame(rows)
     for column in columns:
@@ -249,6 +259,10 @@ def _cell(mean: float, std: float | None = None, rank: float | None = None, n: i
     return text if rank is None or pd.isna(rank) else f"{text} ({rank:.0f})"
 
 
+def _signed(difference: float) -> str:
+    return NONE if pd.isna(difference) else f"{difference:+.2f}"
+
+
 def _counterparts(line: Any, lines: Lines) -> list[Average]:
     """What is to be set beside a printed number: the lines of its balancer if there are any, else the shown ones."""
     same = [one for one in lines.all if one.first.net == line.net and one.first.training == line.training]
@@ -269,6 +283,18 @@ def _carlini_wagner(averages: Sequence[Average]) -> str:
         f"{radii} (for Linf the corners of the ball), so it is not comparable with the other columns, may lie below "
         f"the worst case, and differs from the paper's bound of {CW_BOUND}, whose units are not said."
     )
+
+
+def _about_worst(averages: Sequence[Average]) -> list[str]:
+    """Where worst cases are upper bounds, and where they cannot be compared."""
+    bounds = [
+        f"{net_name(one.first.net)} {one.training}" for one in averages if (mean := one.mean("worst")) and mean.at_most
+    ]
+    at_most = (
+        "The worst case is at most this, the lowest of several evaluations, as not all have their rows an example: "
+        f"{', '.join(bounds)}."
+    )
+    return [sentence for sentence in (at_most if bounds else "", unequal(averages)) if sentence]
 
 
 def _text(sentences: Iterable[str]) -> str:

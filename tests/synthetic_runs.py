@@ -32,11 +32,20 @@ RELU = {"activation": "relu", "cap_weight": 0.0}
 ATTACKS = {"fgsm": 0.93, "pgd": 0.9, "apgd-ce": 0.89, "apgd-dlr": 0.88, "cw-l2": 0.7, "square": 0.85}
 
 
-def write_run(path: Path, *, held_out: float | None = 0.5, start: dict[str, Any] | None = None, **train: Any) -> Path:
-    """config.json and log.jsonl of a run; ``start`` are flags of the run that it went on from."""
+def write_run(
+    path: Path,
+    *,
+    held_out: float | None = 0.5,
+    start: dict[str, Any] | None = None,
+    digest: str | None = None,
+    **train: Any,
+) -> Path:
+    """config.json and log.jsonl of a run; ``start`` are flags of the run it went on from, ``digest`` of its images."""
     path.mkdir(parents=True)
     train = TRAIN | train
     config = {"train": train, "dataset_title": TITLES[train["dataset"]]}
+    if digest is not None:
+        config["generated"] = {"images": 10, "digest": digest}
     if start is not None:
         config["init_from"] = {"run": "runs/start", "train": TRAIN | start}
     write_json(path / "config.json", config)
@@ -63,6 +72,7 @@ def write_result(
         "dataset": train["dataset"],
         "dataset_title": TITLES[train["dataset"]],
         "norm": "Linf",
+        "suite": suite,
         "n_examples": n_examples,
         "model_digest": "0" * 64,
         "hardware": "2 x Processor",
@@ -78,19 +88,20 @@ def write_result(
     return path
 
 
-def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 10) -> Path:
-    """sweeps/quick-Linf.json of a run."""
+def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 10, suite: str = "quick") -> Path:
+    """sweeps/<suite>-Linf.json of a run."""
     train = json.loads((run / "config.json").read_text())["train"]
     content = {
         "dataset": train["dataset"],
         "dataset_title": TITLES[train["dataset"]],
         "norm": "Linf",
+        "suite": suite,
         "eps": [at["eps"] for at in points],
         "n_examples": n_examples,
         "model_digest": "0" * 64,
         "curve": points,
     }
-    path = run / "sweeps" / "quick-Linf.json"
+    path = run / "sweeps" / f"{suite}-Linf.json"
     write_json(path, content)
     return path
 

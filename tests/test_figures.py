@@ -1,5 +1,6 @@
 """The pictures of a report: what is on them, what cannot be drawn, and the files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,17 @@ def test_accuracy_over_the_balancer():
     assert "balancer" in axes.get_xlabel()
     assert found["worst case"].get_color() == "black"
     assert found["worst case"].get_linewidth() > 2 * found["pgd"].get_linewidth()
+
+
+def test_an_attack_that_knows_no_ball_is_not_among_those_in_it():
+    (axes,) = _balancers([outcome(0.1, point(pgd=0.5, cw_l2=0.9))], "").axes
+    assert list(lines(axes)) == ["worst case", "pgd", "clean"]
+
+
+def test_the_verdict_is_that_of_all_evaluations():
+    masked = replace(OUTCOMES[2], others=(point(verdict="masked"),))
+    (axes,) = _balancers([masked], "").axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1  masked"]
 
 
 def test_bars_are_a_standard_deviation():

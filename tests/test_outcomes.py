@@ -62,6 +62,36 @@ def test_names_of_trainings(tmp_path, train, training):
     assert (outcome.net, outcome.training) == ("dense", training)
 
 
+def test_a_tag_of_weights_is_no_part_of_the_architecture(tmp_path):
+    for model in ("resnet50_drelu.a1_in1k", "resnet50.a1_in1k"):
+        evaluated_run(tmp_path / model, model=model, **({} if "drelu" in model else RELU))
+    found = read_outcomes([tmp_path]).found
+    assert [(outcome.net, outcome.training) for outcome in found] == [
+        ("resnet50", "natural"),
+        ("resnet50", "D-ReLU-0.1"),
+    ]
+    assert found[1].flags["placement"] == "head"
+
+
+def test_other_generated_images_are_another_setting(tmp_path):
+    for name, digest in (("x", "a" * 64), ("y", "b" * 64), ("z", "a" * 64)):
+        flags = {"dataset": "cifar10", "generated_fraction": 0.7, "seed": int(name == "z")}
+        evaluated_run(tmp_path / name, digest=digest, generated=[f"{name}.npz"], **flags)
+    x, y, z = read_outcomes([tmp_path]).found
+    assert x.settings == z.settings != y.settings
+
+
+def test_a_radius_has_one_spelling(tmp_path):
+    for seed, eps in enumerate(("0.10", "0.1", "1/10")):
+        evaluated_run(tmp_path / str(seed), {"eps": eps}, seed=seed, eps=eps)
+    for seed, eps in enumerate(("8/255", "0.03137254901960784")):
+        evaluated_run(tmp_path / f"levels{seed}", {"eps": eps}, seed=seed)
+    evaluated_run(tmp_path / "large", {"eps": "0.01"})
+    groups = read_outcomes([tmp_path]).groups()
+    assert [(group.eps, len(found)) for group, found in groups.items()] == [("0.01", 1), ("8/255", 2), ("0.1", 3)]
+    assert len({outcome.settings for outcome in groups[next(group for group in groups if group.eps == "0.1")]}) == 1
+
+
 def test_a_default_that_is_spelt_out_is_the_same_setting(tmp_path):
     evaluated_run(tmp_path / "x")
     evaluated_run(tmp_path / "y", seed=1, placement="head", activation="drelu", data_dir="elsewhere")
@@ -102,13 +132,62 @@ def test_of_several_evaluations_the_lower_accuracies(tmp_path):
     assert survivors is not None and survivors.sum() == 8
 
 
+def test_images_that_different_evaluations_break_are_all_broken(tmp_path):
+    run = write_run(tmp_path / "x")
+    write_result(run, suite="paper", worst=0.5)
+    other = write_result(run, suite="quick", worst=0.5)
+    write_rows(other.with_suffix(".csv"), ["pgd"] * 10 + [""] * 10)
+    (outcome,) = read_outcomes([tmp_path]).found
+    assert (outcome.at.worst, outcome.at.at_most) == (0, False)
+    other.with_suffix(".csv").unlink()
+    (outcome,) = read_outcomes([tmp_path]).found
+    assert (outcome.at.worst, outcome.at.at_most) == (0.5, True)
+
+
+def test_rows_of_several_evaluations_that_cannot_be_read_leave_a_bound(tmp_path):
+    run = write_run(tmp_path / "x")
+    write_result(run, suite="paper", worst=0.5)
+    write_result(run, suite="quick").with_suffix(".csv").write_text("index\n")
+    outcomes = read_outcomes([tmp_path])
+    assert outcomes.found[0].at.at_most and "has 0 rows" in outcomes.broken[0]
+
+
+def test_no_image_broken_by_carlini_and_wagner_is_an_accuracy(tmp_path):
+    run = write_run(tmp_path / "x")
+    write_result(run, suite="standard", accuracy={**ATTACKS, "noise": 0.9}, cw_l2=None)
+    path = write_result(run, suite="paper")
+    write_json(path, json.loads(path.read_text()) | {"cw_l2": {"accuracy_at_budget": 1.0, "budget": 2.8}})
+    (outcome,) = read_outcomes([tmp_path]).found
+    assert (outcome.at.cw_l2, outcome.at.cw_budget, outcome.measured["cw-l2"]) == (1.0, 2.8, (path,))
+
+
+def test_a_masked_verdict_on_fewer_examples_is_that_of_the_run(tmp_path):
+    run = write_run(tmp_path / "x")
+    write_result(run, suite="quick", n_examples=1000)
+    few = write_result(run, suite="all", n_examples=500, worst=0.05, verdict="masked")
+    outcomes = read_outcomes([tmp_path])
+    (outcome,) = outcomes.found
+    assert (outcome.at.verdict, outcome.verdict, outcome.verdict_images) == ("sound", "masked", 500)
+    assert outcomes.notes[0].startswith(f"{few} is left out, but for its verdict: worst case 5.00 % of 500 examples, m")
+
+
+def test_a_sweeps_verdict_at_the_radius_counts(tmp_path):
+    run = evaluated_run(tmp_path / "x")
+    write_sweep(run, [point(eps="0.10", worst=0.5, verdict="undecided"), point(eps="0.2", worst=0, verdict="masked")])
+    (outcome,) = read_outcomes([tmp_path]).found
+    assert (outcome.verdict, outcome.verdict_images) == ("undecided", 10)
+
+
 def test_an_evaluation_on_fewer_examples_is_left_out(tmp_path):
     run = write_run(tmp_path / "x")
     write_result(run, suite="paper")
     few = write_result(run, suite="quick", n_examples=10, worst=0.1)
     outcomes = read_outcomes([tmp_path])
     assert outcomes.found[0].at.worst == 0.8
-    assert outcomes.notes == [f"{few} is left out: another evaluation of {run} has 20 examples"]
+    assert outcomes.notes == [
+        f"{few} is left out, but for its verdict: worst case 10.00 % of 10 examples, sound; another evaluation of "
+        f"{run} has 20 examples"
+    ]
 
 
 def test_the_same_run_twice_is_said(tmp_path):
@@ -123,6 +202,16 @@ def test_a_run_without_evaluation_is_said(tmp_path):
     outcomes = read_outcomes([tmp_path])
     assert (outcomes.found, outcomes.broken) == ([], [])
     assert outcomes.notes == [f"{run} has no evaluation that could be read; drelu-timm evaluate {run} makes one"]
+
+
+def test_a_run_with_other_evaluations_only_is_said(tmp_path):
+    swept, last = write_run(tmp_path / "swept"), write_run(tmp_path / "last", seed=1)
+    write_sweep(swept, [point(worst=0.5)])
+    (last / "last" / "results").mkdir(parents=True)
+    (last / "last" / "results" / "paper-Linf-0.1.json").write_text("{}")
+    of_last, of_swept = read_outcomes([tmp_path]).notes
+    assert of_swept.startswith(f"{swept} has a sweep over eps, but no evaluation at one eps, which tables are made of;")
+    assert of_last.startswith(f"{last} has evaluations of its last epoch's weights only (last/results), not of the")
 
 
 def test_held_out_is_of_the_epoch_that_was_kept_and_of_averaged_weights(tmp_path):
@@ -150,8 +239,11 @@ def test_a_run_without_log_has_no_held_out_figure(tmp_path):
         ({"clean": 95.0}, "clean is 95.0, not a share between 0 and 1"),
         ({"accuracy": {"pgd": float("nan")}}, "pgd is nan, not a share between 0 and 1"),
         ({"accuracy": [0.5]}, "accuracy is [0.5], not one an attack"),
-        ({"verdict": {"verdict": "fine"}}, "no verdict on gradient masking (sound, undecided, masked)"),
-        ({"verdict": "sound"}, "lacks verdict: it is cut, or of another version"),
+        (
+            {"verdict": {"verdict": "fine"}},
+            "verdict is 'fine', not a verdict on gradient masking (sound, undecided, masked)",
+        ),
+        ({"verdict": "sound"}, "verdict is 'sound', not an object"),
     ],
 )
 def test_results_that_cannot_be_used(tmp_path, change, message):
@@ -162,6 +254,59 @@ def test_results_that_cannot_be_used(tmp_path, change, message):
     (broken,) = outcomes.broken
     assert broken.startswith(str(path)) and message in broken
     assert [outcome.run.name for outcome in outcomes.found] == ["y"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_examples": None}, "n_examples is None, not a count above 0"),
+        ({"n_examples": "20"}, "n_examples is '20', not a count above 0"),
+        ({"dataset_title": None}, "dataset_title is None, not a text"),
+        ({"norm": "L1"}, "norm is 'L1', not a norm (Linf, L2)"),
+        ({"eps": None}, "eps is None, not a radius as text"),
+        ({"eps": "0.1x"}, "eps is '0.1x', not a radius as text"),
+        ({"zero_gradient_share": None}, "zero_gradient_share is None, not a share between 0 and 1"),
+        ({"cw_l2": 5}, "cw_l2 is 5, not an object or null"),
+        ({"cw_l2": {"accuracy_at_budget": "x", "budget": 1}}, "accuracy_at_budget is 'x', not a share"),
+        ({"sequences": []}, "sequences is [], not an object"),
+        ({"sequences": {"apgd": [1]}}, "apgd is [1], not an object"),
+        ({"settings": None}, "settings is None, not one an attack"),
+        ({"settings": {"pgd": 3}}, "pgd is 3, not an object"),
+        ({"versions": 3}, "versions is 3, not an object or null"),
+        ({"verdict": {"verdict": []}}, "verdict is [], not a verdict on gradient masking"),
+    ],
+)
+def test_results_with_something_else_in_a_field(tmp_path, change, message):
+    path = write_result(write_run(tmp_path / "x"))
+    write_json(path, json.loads(path.read_text()) | change)
+    outcomes = read_outcomes([tmp_path])
+    assert outcomes.found == [] and len(outcomes.broken) == 1
+    assert outcomes.broken[0].startswith(f"{path}: {message}") and outcomes.broken[0].endswith("; make it anew")
+
+
+@pytest.mark.parametrize("curve", [[], None, {}, "x", [point(eps="bad", worst=0.5)]])
+def test_sweeps_with_something_else_in_a_field(tmp_path, curve):
+    path = write_sweep(evaluated_run(tmp_path / "x"), [point(worst=0.5)])
+    write_json(path, json.loads(path.read_text()) | {"curve": curve})
+    outcomes = read_outcomes([tmp_path])
+    assert len(outcomes.found) == 1 and outcomes.broken[0].startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"objective": "fat"}, "objective is 'fat', not an objective (natural, at, trades, mart)"),
+        ({"beta": None}, "beta is None, not a number"),
+        ({"model": 5}, "model is 5, not a text"),
+        ({"seed": "0"}, "seed is '0', not a whole number"),
+        ({"cap_weight": None}, "cap_weight is None, not a number"),
+        ({"eps": "0.1x"}, "eps is '0.1x', not a radius"),
+    ],
+)
+def test_flags_with_something_else_in_a_field(tmp_path, flags, message):
+    run = evaluated_run(tmp_path / "x", **flags)
+    outcomes = read_outcomes([tmp_path])
+    assert outcomes.found == [] and outcomes.broken[0].startswith(f"{run / 'config.json'}: {message}")
 
 
 def test_a_result_file_cut_short_is_named(tmp_path):
@@ -226,6 +371,13 @@ def test_rows_cut_short_are_named(tmp_path, broken_by):
     (outcome,) = read_outcomes([tmp_path]).found
     with pytest.raises(InputError, match=r"rows, or no column broken_by, for 20 test images: it is cut"):
         outcome.survivors()
+
+
+def test_rows_that_are_no_text_are_named(tmp_path):
+    run = evaluated_run(tmp_path / "x")
+    (run / "results" / "paper-Linf-0.1.csv").write_bytes(b"\xff\xfe\x00broken_by\n\x80")
+    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.csv cannot be read as CSV \(.*\); evaluate anew"):
+        read_outcomes([tmp_path]).found[0].survivors()
 
 
 def test_rows_may_be_left_out(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from drelu_timm.paper import NETS, paper_order, paper_scores, read_paper, table_number
+from drelu_timm.paper import EPS, NETS, paper_order, paper_scores, read_paper, table_number
 from drelu_timm.statistics import compare_methods
 
 
@@ -63,7 +63,10 @@ def test_balancers_are_written_as_outcomes_write_them():
     ],
 )
 def test_number_of_a_table(dataset, generated, square, number):
-    assert table_number(dataset, generated=generated, square=square) == number
+    eps = EPS.get(dataset, "0.1")
+    assert table_number(dataset, norm="Linf", eps=eps, generated=generated, square=square) == number
+    assert table_number(dataset, norm="Linf", eps="0.3", generated=generated, square=square) is None
+    assert table_number(dataset, norm="L2", eps=eps, generated=generated, square=square) is None
 
 
 def test_statistics_of_its_table_2():
@@ -78,12 +81,14 @@ def test_statistics_of_its_table_2():
 
 def test_order_of_rows():
     rows = [("inception_v3", "AT"), ("dense", "D-ReLU"), ("dense", "AT + D-ReLU"), ("vgg", "AT"), ("dense", "natural")]
-    rows += [("dense", "TRADES-6"), ("dense", "TRADES-1"), ("dense", "AT")]
+    rows += [("dense", f"TRADES-{beta}") for beta in ("10", "6", "0.5", "1")] + [("dense", "AT")]
     assert sorted(rows, key=lambda row: paper_order(*row)) == [
         ("dense", "natural"),
         ("dense", "AT"),
+        ("dense", "TRADES-0.5"),
         ("dense", "TRADES-1"),
         ("dense", "TRADES-6"),
+        ("dense", "TRADES-10"),
         ("dense", "D-ReLU"),
         ("dense", "AT + D-ReLU"),
         ("inception_v3", "AT"),

@@ -91,7 +91,7 @@ def test_anova_takes_no_notice_of_the_order_of_blocks():
 
 def test_means_that_differ_by_rounding_only_are_ties():
     assert 0.1 + 0.2 != 0.3
-    found = compare_methods(scores([[0.1 + 0.2, 0.3, 0.1], [0.3, 0.1 + 0.2, 0.4]]))
+    found = compare_methods(scores([[0.1 + 0.2, 0.3, 0.1], [0.3, 0.1 + 0.2, 0.4]] * 2))
     assert found.mean_ranks == {"a": 2.0, "b": 2.0, "c": 2.0}
 
 
@@ -100,10 +100,10 @@ def test_means_that_differ_by_rounding_only_are_ties():
     ("values", "defined"),
     [
         ([[90, 90, 90]] * 3, []),  # all columns are equal
-        ([[90, 90, 90], [80, 80, 80]], ["anova_f"]),  # all tie in every block
+        ([[90, 90, 90], [80, 80, 80], [70, 70, 70]], ["anova_f"]),  # all tie in every block
         ([[90, 80, 70]] * 3, ["friedman_chi2"]),  # no column spreads, all blocks rank alike
-        ([[90, 80, 70], [80, 70, 60]], ["anova_f", "friedman_chi2"]),
-        ([[90, 80, 70], [80, 60, 70]], ["anova_f", "friedman_chi2", "f_f"]),
+        ([[90, 80, 70], [80, 70, 60], [70, 60, 50]], ["anova_f", "friedman_chi2"]),
+        ([[90, 80, 70], [80, 60, 70], [70, 60, 50]], ["anova_f", "friedman_chi2", "f_f"]),
     ],
 )
 def test_what_is_not_defined_is_nan(values, defined):
@@ -120,6 +120,8 @@ def test_what_is_not_defined_is_nan(values, defined):
     [
         ([[1.0, 2.0]] * 9, "2 methods over 9 blocks cannot be compared; .* at least 3 methods over 2 blocks"),
         ([[1.0, 2.0, 3.0]], "3 methods over 1 blocks cannot be compared"),
+        ([[1.0, 2.0, 3.0]] * 2, "2 blocks are too few: the critical difference of 3 methods, 2.34, is not below 2, "),
+        ([list(range(6))] * 2, "2 blocks are too few: the critical difference of 6 methods, 5.33, is not below 5, "),
         ([[1.0, 2.0, math.nan], [1.0, 2.0, 3.0]], "1 of 2 blocks lack a method's accuracy; each of the 3 methods"),
     ],
 )

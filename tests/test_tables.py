@@ -1,12 +1,14 @@
 """Tables from outcomes: means, ranks, labels, the chosen balancer, what the paper printed, and their formats."""
 
+import json
+
 import pytest
-from synthetic_runs import ATTACKS, RELU, write_result, write_run
+from synthetic_runs import ATTACKS, RELU, write_json, write_result, write_run
 
 from drelu_timm.averages import average, choose_balancers, lines_of
+from drelu_timm.comparisons import scores
 from drelu_timm.formats import csv, latex, markdown_table
 from drelu_timm.outcomes import read_outcomes
-from drelu_timm.sections import scores
 from drelu_timm.tables import Table, against_paper, all_rows, paper_table, square_tables
 
 
@@ -51,7 +53,7 @@ def test_one_seed_has_no_deviation_and_a_missing_attack_no_mean(add, groups):
     (line,) = groups()[0].all
     assert line.mean("clean").std is None
     assert line.mean("autoattack") is None
-    assert line.mean("white-box").mean == pytest.approx(100 * ATTACKS["cw-l2"])
+    assert line.mean("white-box").mean == pytest.approx(100 * ATTACKS["apgd-dlr"])  # cw-l2 knows no ball
     assert line.mean("cw-l2").mean == pytest.approx(30)  # within its L2 budget, not the ball
 
 
@@ -85,6 +87,29 @@ def test_settings_of_as_many_runs_are_all_said(add, groups):
     assert [one.training for one in lines.all] == ["natural, init_from none", "natural, init_from a run"]
 
 
+def test_a_flag_that_one_version_lacks_is_not_known_there(add, groups):
+    add(seed=0)
+    run = add(seed=1)
+    config = json.loads((run / "config.json").read_text())
+    del config["train"]["cap_lr"]
+    write_json(run / "config.json", config)
+    assert [one.training for one in groups()[0].all] == ["D-ReLU-0.1, cap_lr 0.1", "D-ReLU-0.1, cap_lr not known"]
+
+
+def test_settings_that_differ_in_the_seventh_digit_have_two_names(add, groups):
+    for weight in (0.1, 0.1000000001):
+        add(cap_weight=weight)
+        add(objective="at", cap_lr=weight)
+    names = [one.training for one in groups()[0].all]
+    assert len(set(names)) == len(names) == 4
+
+
+def test_whole_numbers_are_numbers(add, groups):
+    add(seed=0, beta=6)
+    add(seed=1, beta=6.0)
+    assert len(groups()[0].all) == 1
+
+
 def test_many_settings_get_a_number_and_a_sentence(add, groups):
     add(seed=0)
     add(seed=1)
@@ -105,7 +130,7 @@ def test_the_balancer_with_the_highest_held_out_accuracy_is_shown(add, groups):
     (lines,) = groups()
     assert [one.training for one in lines.shown] == ["natural", "D-ReLU-0.1"]
     (remark,) = lines.remarks
-    assert remark.endswith("held-out training images: Dense, D-ReLU-0.1 (of 0.01, 0.1, 1; 65.00 %).")
+    assert remark.endswith("held-out training images: Dense, D-ReLU-0.1 (of 0.01, 0.1, 1; 65.00 %, 2 seeds).")
     table = paper_table(lines)
     assert remark in table.caption and "Other balancers and placements are in the table of all rows." in table.caption
     assert list(all_rows(lines).cells["Training"]) == ["natural", "D-ReLU-0.01", "D-ReLU-0.1", "D-ReLU-1"]
@@ -117,6 +142,18 @@ def test_of_equal_balancers_the_smaller(add, tmp_path):
     averages, _ = average(read_outcomes([tmp_path]).found)
     shown, _ = choose_balancers(averages)
     assert [one.training for one in shown] == ["D-ReLU-0.01"]
+
+
+def test_a_balancer_with_fewer_seeds_is_not_chosen(add, groups):
+    for seed in range(3):
+        add(cap_weight=0.1, held_out=0.6, seed=seed)
+    add(cap_weight=1.0, held_out=0.61)
+    for seed in range(3):
+        add(cap_weight=5.0, held_out=None, seed=seed)
+    (lines,) = groups()
+    assert [one.training for one in lines.shown] == ["D-ReLU-0.1"]
+    said = "D-ReLU-0.1 (of 0.1; not of 1, 5, with fewer seeds that have a log; 60.00 %, 3 seeds)."
+    assert lines.remarks[0].endswith(said)
 
 
 def test_a_masked_choice_is_said_to_be_fooled(add, groups):
@@ -140,7 +177,7 @@ def test_square_and_scores_of_several_shown_balancers_name_them(add, groups):
             add({"eps": "0.01"}, dataset=dataset, cap_weight=cap_weight, held_out=None)
     (table,) = square_tables(groups())
     assert list(table.cells["Training"]) == ["D-ReLU-0.01", "D-ReLU-0.1", "D-ReLU-1"]
-    assert list(scores(groups()[0], ["clean"]).columns) == ["D-ReLU-0.01", "D-ReLU-0.1"]
+    assert list(scores(groups()[0], ["clean"])[0].columns) == ["D-ReLU-0.01", "D-ReLU-0.1"]
 
 
 def test_other_placements_are_in_the_table_of_all_rows_only(add, groups):
@@ -157,7 +194,7 @@ def test_other_placements_are_in_the_table_of_all_rows_only(add, groups):
 def test_layout_and_ranks_within_a_net(add, groups):
     add({"worst": 0.1, "verdict": "masked"}, seed=0)
     add({"worst": 0.2, "verdict": "masked"}, seed=1)
-    add({"accuracy": {**ATTACKS, "pgd": 0.95, "autoattack": 0.81}, "worst": 0.8}, objective="at", **RELU)
+    add({"accuracy": {**ATTACKS, "pgd": 0.95}, "worst": 0.8}, objective="at", **RELU)
     add({"worst": 0.5, "n_examples": 30}, model="shallow_cnn_drelu")
     (lines,) = groups()
     table = paper_table(lines)
@@ -167,13 +204,60 @@ def test_layout_and_ranks_within_a_net(add, groups):
         *("AutoAttack", "Worst case", "Masking", "Test images", "Seeds"),
     ]
     assert cells(table, "Model", "Training", "PGD", "AutoAttack", "Worst case", "Masking", "Test images", "Seeds") == [
-        ("Dense", "AT", "95.00 (1)", "81.00", "80.00 (1)", "sound", "20", "1 of 2"),
+        ("Dense", "AT", "95.00 (1)", "–", "80.00 (1)", "sound", "20", "1 of 2"),
         ("Dense", "D-ReLU-0.1", "90.00 ± 0.00 (2)", "–", "15.00 ± 7.07 (2)", "masked", "20", "2"),
         ("Shallow CNN", "D-ReLU-0.1", "90.00 (1)", "–", "50.00 (1)", "sound", "30", "1 of 2"),
     ]
     assert cells(table, "FGSM")[:2] == [("93.00 (1)",), ("93.00 ± 0.00 (1)",)]  # ties share the rank
     assert "at an L2 distance of 2.8 " in table.caption and "bound of 18" in table.caption
     assert list(table.values["pgd rank"]) == [1, 2, 1]
+
+
+def test_a_verdict_on_fewer_images_stands_in_the_row(add, groups):
+    run = add({"n_examples": 1000})
+    write_result(run, suite="all", n_examples=500, worst=0.05, verdict="masked")
+    add({"n_examples": 1000}, seed=1)
+    (lines,) = groups()
+    assert lines.all[0].masked
+    assert cells(paper_table(lines), "Masking") == [("masked 1 of 2 (on 500 images)",)]
+
+
+def test_test_images_are_said_from_the_least_to_the_most(add, groups):
+    for seed, n_examples in enumerate((20, 1000, 50)):
+        add({"n_examples": n_examples}, seed=seed)
+    assert cells(paper_table(groups()[0]), "Test images") == [("20 to 1000",)]
+
+
+def test_worst_cases_of_other_attacks_have_no_rank_and_that_is_said(add, groups):
+    adaptive = {**ATTACKS, "bpda": 0.5}
+    add({"accuracy": adaptive, "worst": 0.5}, seed=0)
+    add({"accuracy": {"apgd-ce": 0.8, "bpda": 0.5}}, seed=1)
+    add({"accuracy": ATTACKS}, objective="at", **RELU)  # there is nothing to adapt to
+    (lines,) = groups()
+    table = paper_table(lines)
+    assert cells(table, "Worst case") == [("80.00",), ("65.00 ± 21.21",)]
+    said = "have no rank: Dense D-ReLU-0.1 lacks apgd-dlr, cw-l2, fgsm, pgd, square."
+    assert said in table.caption and said in all_rows(lines).caption
+    (square,) = square_tables([lines])
+    assert cells(square, "MNIST Square", "MNIST Worst case")[0] == ("85.00 (1)", "80.00")
+    assert said in square.caption
+
+
+def test_worst_cases_of_other_settings_have_no_rank(add, groups):
+    path = add() / "results" / "paper-Linf-0.1.json"
+    content = json.loads(path.read_text())
+    content["settings"]["pgd"] = {"steps": 100}
+    write_json(path, content)
+    add(objective="at", **RELU)
+    caption = paper_table(groups()[0]).caption
+    assert "Dense AT lacks pgd (steps 100); Dense D-ReLU-0.1 lacks pgd (steps 40)." in caption
+
+
+def test_a_worst_case_that_is_a_bound_is_said(add, groups):
+    run = add()
+    write_result(run, suite="quick", rows=False)
+    assert "The worst case is at most this," in (caption := paper_table(groups()[0]).caption)
+    assert "as not all have their rows an example: Dense D-ReLU-0.1." in caption
 
 
 def test_an_attack_that_some_seeds_lack_says_its_n(add, groups):
@@ -186,7 +270,7 @@ def test_an_attack_that_some_seeds_lack_says_its_n(add, groups):
     ("train", "result", "title", "sentence"),
     [
         ({"dataset": "digits"}, {}, "Digits, Linf, eps 0.1", None),
-        ({"dataset": "cifar10"}, {"eps": "8/255"}, "Table 2: CIFAR-10, Linf, eps 8/255", "are at Linf, eps 0.01."),
+        ({"dataset": "cifar10"}, {"eps": "8/255"}, "CIFAR-10, Linf, eps 8/255", "are at Linf, eps 0.01."),
         (
             {"dataset": "cifar100", "generated_fraction": 0.7},
             {"eps": "0.01"},
@@ -232,6 +316,21 @@ def test_beside_the_paper(add, groups):
     ]
 
 
+def test_no_difference_from_what_cannot_be_compared(add, groups):
+    add({"accuracy": {"cw-l2": 0.9}}, objective="at", **RELU)
+    table = against_paper(groups()[0])
+    assert table is not None
+    assert cells(table, "Attack", "Difference") == [("Clean", "-3.10"), ("CW_L2", "–")]
+
+
+@pytest.mark.parametrize("threat_model", [{"norm": "L2"}, {"eps": "0.3"}])
+def test_other_threat_models_are_not_the_papers(add, groups, threat_model):
+    add(threat_model, objective="at", **RELU)
+    (lines,) = groups()
+    assert against_paper(lines) is None
+    assert paper_table(lines).title == str(lines.group)
+
+
 def test_the_papers_balancer_comes_before_the_chosen_one(add, groups):
     add({"accuracy": {}}, cap_weight=1.0, held_out=0.9)
     stands_in = against_paper(groups()[0])
@@ -263,8 +362,12 @@ def test_scores_leave_out_what_is_not_there_for_all(add, groups):
         add(model=model)
         add({"accuracy": {"pgd": 0.5}}, model=model, objective="at", **RELU)
     add(**RELU)
-    frame = scores(groups()[0], ["clean", "pgd", "fgsm"])
+    frame, said = scores(groups()[0], ["clean", "pgd", "fgsm"])
     assert list(frame.columns) == ["AT", "D-ReLU"]
+    assert said == (
+        "Blocks: Dense x Clean, Dense x PGD, Shallow CNN x Clean, Shallow CNN x PGD. Left out: natural, which Shallow "
+        "CNN lacks; Dense x FGSM, which AT lacks; Shallow CNN x FGSM, which AT lacks."
+    )
     assert list(frame.index) == [(net, column) for net in ("dense", "shallow_cnn") for column in ("clean", "pgd")]
 
 
