@@ -1,14 +1,16 @@
 """A cell of a grid: one training with its evaluations, as commands that a person could type, and how far it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from .attacks import ThreatModel
 from .command_line import written_flags
-from .evaluate import EvaluateConfig, threat_models
+from .evaluate import EvaluateConfig, attacked_in
 from .runs import read_json
-from .train_config import TrainConfig, preset_in, resolve
+from .train_config import TrainConfig, flag_defaults, resolve
 
 _ASKED = ("suite", "n_examples", "seed", "precision", "transfer_from")
 
@@ -70,11 +72,10 @@ class Cell:
 
     def commands(self, launch: Launch) -> list[list[str]]:
         """The commands, one after the other; flags at their defaults are left out."""
-        preset = self.train.preset
-        default = replace(preset_in([] if preset is None else ["--preset", preset]), preset=None)
-        train = ["train", *_flags(self.train, default)]
-        evaluations = [["evaluate", one.run, *_flags(one, EvaluateConfig(one.run))] for one in self.evaluations]
-        return [[*launch.words, *command] for command in (train, *evaluations)]
+        commands = [[["train"], *written_flags(vars(self.train), flag_defaults(self.train.preset))]]
+        for one in self.evaluations:
+            commands.append([["evaluate", one.run], *written_flags(vars(one), vars(EvaluateConfig(one.run)))])
+        return [[*launch.words, *chain.from_iterable(words)] for words in commands]
 
     def is_done(self) -> bool:
         """Whether all its files are there.
@@ -105,12 +106,13 @@ class Cell:
         it.
         """
         results = [read_json(path) for path in self.path.glob("*/*.json") if path.parent.name in ("results", "sweeps")]
-        return [one for one in self.evaluations if not any(_is_of(result, self._asked(one)) for result in results)]
-
-    def _asked(self, evaluation: EvaluateConfig) -> dict[str, Any]:
-        """What the result of an evaluation has to say of itself."""
         trained = resolve(self.train).threat_model
-        balls = threat_models(evaluation.norm or trained.norm, evaluation.eps or trained.written)
+        asked = [(one, self._asked(one, trained)) for one in self.evaluations]
+        return [one for one, wanted in asked if not any(_is_of(result, wanted) for result in results)]
+
+    def _asked(self, evaluation: EvaluateConfig, trained: ThreatModel) -> dict[str, Any]:
+        """What the result of an evaluation has to say of itself."""
+        balls = attacked_in(evaluation, trained)
         eps = [ball.written for ball in balls]
         return {
             "dataset": evaluation.dataset or self.train.dataset,
@@ -122,8 +124,3 @@ class Cell:
 
 def _is_of(result: dict[str, Any], asked: dict[str, Any]) -> bool:
     return all(result.get(key) == value for key, value in asked.items())
-
-
-def _flags(config: Any, default: Any) -> list[str]:
-    """The flags that make a config of its defaults."""
-    return [word for words in written_flags(vars(config), vars(default)) for word in words]

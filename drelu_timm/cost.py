@@ -18,7 +18,7 @@ from .adaptive import substitutable_layers
 from .attacks import channels_last
 from .cells import Cell
 from .data import DATASETS, Images, load_images, to_float
-from .evaluate import EvaluateConfig, threat_models
+from .evaluate import EvaluateConfig, attacked_in
 from .masking import PROBED, probes
 from .objectives import make_objective
 from .runs import environment
@@ -110,7 +110,7 @@ def evaluation(train: TrainConfig, config: EvaluateConfig, model: nn.Module) -> 
         config.suite, dataset.num_classes or _CLASSES, adaptive=bool(substitutable_layers(model))
     ).values()
     attacks = {attack.name: attack for column in suite for attack in column}  # one in several columns runs once
-    balls = threat_models(config.norm or trained.norm, config.eps or trained.written)
+    balls = attacked_in(config, trained)
     probing = [probe.attack for probe in probes(model, balls[-1], dataset.in_chans * side * side)]
     clean = 1 + 2 * GRADIENT
     of_radius = config.n_examples * _of_attacks([*attacks.values()])

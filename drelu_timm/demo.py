@@ -15,6 +15,7 @@ from rich.table import Table
 from .command_line import read_flags
 from .evaluate import EvaluateConfig, evaluate
 from .export import ExportConfig, export
+from .results import VERDICT_COLOURS
 from .runs import Run, read_json
 from .train import TrainConfig, train
 
@@ -118,12 +119,11 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     for column in [*COLUMNS.values(), "zero grad."]:
         table.add_column(column, justify="right")
     table.add_column("verdict")
-    colours = {"sound": "green", "masked": "red", "undecided": "yellow"}
     for name, result in results.items():
         verdict = result["verdict"]["verdict"]
         figures = [*_figures(result), 100 * result["zero_gradient_share"]]
         cells = ["-" if isnan(figure) else f"{figure:.1f}" for figure in figures]
-        table.add_row(name, *cells, f"[{colours[verdict]}]{verdict}")
+        table.add_row(name, *cells, f"[{VERDICT_COLOURS[verdict]}]{verdict}")
     return table
 
 

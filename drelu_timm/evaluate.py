@@ -41,6 +41,7 @@ from .suites import SUITES
 __all__ = [
     "EvaluateConfig",
     "Evaluation",
+    "attacked_in",
     "check_flags",
     "evaluate",
     "evaluate_model",
@@ -215,6 +216,11 @@ def threat_models(norm: str, eps: str) -> list[ThreatModel]:
     if balls[-1].eps == 0:
         raise InputError(f"--eps {eps} leaves nothing to attack; give a radius above 0")
     return balls
+
+
+def attacked_in(config: EvaluateConfig, trained: ThreatModel) -> list[ThreatModel]:
+    """The balls, from the smallest, that a run trained in one is evaluated in; raises as `threat_models` does."""
+    return threat_models(config.norm or trained.norm, config.eps or trained.written)
 
 
 def result_path(folder: Path, suite: str, balls: Sequence[ThreatModel]) -> Path:

@@ -44,7 +44,7 @@ from typing import Any, get_args, get_type_hints
 from .attacks import ThreatModel
 from .cells import Cell
 from .errors import InputError, unknown
-from .evaluate import EvaluateConfig, check_flags, result_path, threat_models
+from .evaluate import EvaluateConfig, attacked_in, check_flags, result_path
 from .train_config import TrainConfig, resolve
 
 if sys.version_info >= (3, 11):
@@ -158,8 +158,7 @@ def _check_evaluations(evaluations: Sequence[EvaluateConfig], trained: ThreatMod
     paths = set()
     for evaluation in evaluations:
         check_flags(evaluation)
-        balls = threat_models(evaluation.norm or trained.norm, evaluation.eps or trained.written)
-        path = result_path(Path("results"), evaluation.suite, balls)
+        path = result_path(Path("results"), evaluation.suite, attacked_in(evaluation, trained))
         if path in paths:
             raise InputError(f"two [[evaluate]] would write {path}; give them other suites, norms or radii")
         paths.add(path)

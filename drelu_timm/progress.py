@@ -16,8 +16,7 @@ from .errors import InputError, one_line
 from .jobs import Pending
 from .outcomes import Outcome, read_outcomes
 from .recipes import duration
-
-_COLOURS = {"sound": "green", "masked": "red", "undecided": "yellow"}
+from .results import VERDICT_COLOURS
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Screen:
                 continue
             at = outcome.at
             accuracies = [f"{100 * accuracy:.1f}" for accuracy in (at.clean, at.worst)]
-            table.add_row(name, at.eps, *accuracies, f"[{_COLOURS[at.verdict]}]{at.verdict}", took)
+            table.add_row(name, at.eps, *accuracies, f"[{VERDICT_COLOURS[at.verdict]}]{at.verdict}", took)
         self._console.print(table, soft_wrap=False)
         for ended in self._progress.failed:
             self._say(f"[red]failed[/] {escape(ended.cell.name)}: {escape(ended.error)}")

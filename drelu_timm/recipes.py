@@ -1,14 +1,13 @@
 """The commands that make an evaluated run again, as a shell script and for its card."""
 
 import shlex
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
 from .command_line import flag, written_flags
 from .entries import Measured, percent
-from .presets import PRESETS
-from .train_config import TrainConfig
+from .train_config import flag_defaults
 
 _SEED = "@seed@"  # stands for the loop's variable, which must not be quoted; no key and no setting holds an @
 OBJECTIVES = {"natural": "natural training", "at": "adversarial training", "trades": "TRADES", "mart": "MART"}
@@ -31,15 +30,8 @@ def training_commands(config: dict[str, Any], output_dir: str, seed: int | str |
         before = training_commands(config["init_from"], earlier, seed if same else None)
         start = {"init_from": earlier}
     settings = {**train, "seed": seed, **start, "output_dir": output_dir}
-    defaults = _defaults(train["preset"])
-    lines = [shlex.join(words) for words in written_flags(settings, defaults)]
+    lines = [shlex.join(words) for words in written_flags(settings, flag_defaults(train["preset"]))]
     return [*before, " \\\n    ".join([f"{_launch(config)} train", *lines])]
-
-
-def _defaults(preset: str | None) -> dict[str, Any]:
-    """What a flag that is not given stands for; of those that must be given, nothing."""
-    defaults = {field.name: None if field.default is MISSING else field.default for field in fields(TrainConfig)}
-    return defaults | (PRESETS[preset].settings | {"preset": None} if preset in PRESETS else {})
 
 
 def _launch(config: dict[str, Any]) -> str:

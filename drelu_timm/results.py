@@ -15,6 +15,8 @@ from rich.table import Table
 from .evaluation import Evaluation
 from .suites import ATTACKS
 
+VERDICT_COLOURS = {"sound": "green", "masked": "red", "undecided": "yellow"}
+
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:
     """What is saved of an evaluation, beside its rows."""

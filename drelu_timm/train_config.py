@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,12 @@ def preset_in(argv: Sequence[str]) -> TrainConfig:
     if name is None:
         return TrainConfig(model=tyro.MISSING, dataset=tyro.MISSING)
     return TrainConfig.from_preset(name, model=tyro.MISSING, dataset=tyro.MISSING)
+
+
+def flag_defaults(preset: str | None) -> dict[str, Any]:
+    """What a flag that is not given stands for, beside ``--preset`` or without; None for those that must be given."""
+    defaults = {field.name: None if field.default is MISSING else field.default for field in fields(TrainConfig)}
+    return defaults | (PRESETS[preset].settings | {"preset": None} if preset in PRESETS else {})
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
