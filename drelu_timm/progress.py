@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -41,6 +42,15 @@ class Ended:
     cell: Cell
     error: str = ""
     seconds: float | None = None
+
+    @cached_property
+    def outcome(self) -> Outcome | None:
+        """What its evaluations say at the radius it was trained for, or another one; None without any."""
+        try:
+            found = read_outcomes([self.cell.path]).found
+        except InputError:
+            return None
+        return next((one for one in found if one.group.eps == one.train["eps"]), next(iter(found), None))
 
 
 @dataclass
@@ -101,7 +111,7 @@ class Screen:
             log = f" (log: {escape(str(ended.cell.log))})" if ended.cell.log.exists() else ""
             self._say(f"[red]failed[/] {name}{took}: {escape(ended.error)}{log}")
         else:
-            self._say(f"done   {name}{took}{' before' if ended.seconds is None else ''}: {_figures(ended.cell)}")
+            self._say(f"done   {name}{took}{' before' if ended.seconds is None else ''}: {_figures(ended.outcome)}")
 
     def end(self) -> None:
         """Show every cell: its accuracies and verdict, or why it failed."""
@@ -114,13 +124,13 @@ class Screen:
             if ended.error:
                 table.add_row(name, "", "", "", "[red]failed", "" if ended.seconds is None else took)
                 continue
-            outcome = _outcome(ended.cell)
+            outcome = ended.outcome
             if outcome is None:
                 table.add_row(name, "", "", "", "", took)
                 continue
             at = outcome.at
             accuracies = [f"{100 * accuracy:.1f}" for accuracy in (at.clean, at.worst)]
-            table.add_row(name, at.eps, *accuracies, f"[{VERDICT_COLOURS[at.verdict]}]{at.verdict}", took)
+            table.add_row(name, at.eps, *accuracies, f"[{VERDICT_COLOURS[outcome.verdict]}]{outcome.verdict}", took)
         self._console.print(table, soft_wrap=False)
         for ended in self._progress.failed:
             self._say(f"[red]failed[/] {escape(ended.cell.name)}: {escape(ended.error)}")
@@ -148,18 +158,8 @@ def _doing(cell: Cell) -> str:
         return one_line(error)
 
 
-def _outcome(cell: Cell) -> Outcome | None:
-    """What its evaluations say at the radius it was trained for, or another one; None without any."""
-    try:
-        found = read_outcomes([cell.path]).found
-    except InputError:
-        return None
-    return next((one for one in found if one.group.eps == one.train["eps"]), next(iter(found), None))
-
-
-def _figures(cell: Cell) -> str:
-    outcome = _outcome(cell)
+def _figures(outcome: Outcome | None) -> str:
     if outcome is None:
         return "no accuracies"
     at = outcome.at
-    return f"clean {100 * at.clean:.1f} %, worst case {100 * at.worst:.1f} % at eps {at.eps}, {at.verdict}"
+    return f"clean {100 * at.clean:.1f} %, worst case {100 * at.worst:.1f} % at eps {at.eps}, {outcome.verdict}"

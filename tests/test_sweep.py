@@ -20,6 +20,7 @@ import psutil
 import pytest
 from launching import kill_with_workers, log, weights
 from rich.console import Console
+from synthetic_runs import point, write_result, write_run, write_sweep
 
 from drelu_timm import __main__, jobs
 from drelu_timm import sweep as sweeping
@@ -493,3 +494,17 @@ def test_the_same_through_submitit(tmp_path, grid, capsys):
     assert re.search("done   natural in", text) and re.search("done   at in", text)
     assert re.search(r"failed drelu in \d+ s: .*10000", text)
     assert not psutil.Process().children(recursive=True)
+
+
+def test_a_cell_has_the_worst_verdict_of_all_its_evaluations(tmp_path, capsys):
+    run = write_run(tmp_path / "a", dataset="digits")
+    write_result(run, worst=0.8)
+    write_sweep(run, [point(eps="0.1", worst=0.5, verdict="masked")])
+    cell = Cell("a", TrainConfig("dense_drelu", "digits", output_dir=run), ())
+    ended = Ended(cell, "", 1.0)
+    screen = Screen("a sweep", Progress({}, ended={"a": ended}), 1)
+    screen.ends(ended)
+    screen.end()
+    line, *table = capsys.readouterr().out.splitlines()
+    assert line.endswith("at eps 0.1, masked")
+    assert any("masked" in row for row in table) and not any("sound" in row for row in table)
