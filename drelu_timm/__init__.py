@@ -18,16 +18,18 @@ def _is_doctor() -> bool:
 
 
 if TYPE_CHECKING or not _is_doctor():
-    from .caps import cap_penalty
-    from .drelu import DReLU, SReLU
-    from .models import load_folder, normalized, save_folder
-    from .published import register_published
-    from .robust_models import register_robust_model
+    from .models import registration  # noqa: F401  (importing it registers every `<arch>_drelu`)
+    from .models.caps import cap_penalty
+    from .models.drelu import DReLU, SReLU
+    from .models.normalize import normalized
+    from .models.saved import load_folder, save_folder
+    from .publishing.published import register_published
+    from .publishing.robust_models import register_robust_model
 
     register_published()
 
 if TYPE_CHECKING:
-    from .evaluation import evaluate_model, evaluate_sweep
+    from .evaluation.evaluation import evaluate_model, evaluate_sweep
 
 __version__ = version("drelu-timm")
 
@@ -50,7 +52,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What evaluates, imported when it is asked for: the attack libraries belong to an extra."""
     if name in ("evaluate_model", "evaluate_sweep"):
-        from . import evaluation
+        from .evaluation import evaluation
 
         return getattr(evaluation, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from .command_line import read_flags
 from .evaluate import EvaluateConfig, evaluate
+from .evaluation.results import VERDICT_COLOURS
 from .export import ExportConfig, export
-from .results import VERDICT_COLOURS
 from .runs import Run, read_json
 from .train import TrainConfig, train
 

@@ -150,7 +150,8 @@ def _without_compiler() -> str:
 def _data(data_dir: Path) -> Iterator[Row]:
     """Where each dataset was found; nothing is downloaded, and at most a test split is opened."""
     try:
-        from .data import DATASETS, holds
+        from .data.datasets import DATASETS
+        from .data.readers import holds
     except ModuleNotFoundError as error:
         yield "-", f"reading any needs the package {error.name!r}; {pip(('install', f'{US}[train]'))}"
         return
@@ -170,7 +171,7 @@ def _problems() -> list[Problem]:
     if any(problem.fault for problem in found):
         return found
     try:
-        from .published import register_published
+        from .publishing.published import register_published
 
         register_published()
     except Exception as error:

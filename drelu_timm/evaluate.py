@@ -25,18 +25,20 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 
-from .adversarial import ADVERSARIAL
-from .attacks import ThreatModel
+from .attacks.suites import SUITES
+from .attacks.threat_model import ThreatModel
 from .command_line import read_flags
-from .curves import draw_curve, require_matplotlib
-from .data import DATASETS, Dataset, Images, load_images
+from .data.datasets import DATASETS, Dataset
+from .data.images import Images
+from .data.readers import load_images
 from .errors import InputError, one_line, unknown
-from .evaluation import Evaluation, evaluate_model, evaluate_sweep
-from .processes import Processes
-from .results import rows, show, show_curve, summary, sweep_rows
+from .evaluation.adversarial import ADVERSARIAL
+from .evaluation.curves import draw_curve, require_matplotlib
+from .evaluation.evaluation import Evaluation, evaluate_model, evaluate_sweep
+from .evaluation.processes import Processes
+from .evaluation.results import rows, show, show_curve, summary, sweep_rows
+from .evaluation.subjects import Subject, find_subject
 from .runs import environment, read_json, write_json, write_text
-from .subjects import Subject, find_subject
-from .suites import SUITES
 
 __all__ = [
     "EvaluateConfig",

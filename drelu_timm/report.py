@@ -26,19 +26,19 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .averages import Lines, lines_of
 from .command_line import read_flags
-from .comparisons import papers_statistics, statistics
 from .errors import InputError
-from .formats import csv, latex, markdown, markdown_table
-from .means import HELD_OUT, WHITE_BOX, Average
-from .outcomes import Outcomes, read_outcomes
-from .page import Section, write_page
-from .paper import SOURCE, net_name
-from .report_folder import replaced
+from .reports.averages import Lines, lines_of
+from .reports.comparisons import papers_statistics, statistics
+from .reports.folder import replaced
+from .reports.formats import csv, latex, markdown, markdown_table
+from .reports.means import HELD_OUT, WHITE_BOX, Average
+from .reports.outcomes import Outcomes, read_outcomes
+from .reports.page import Section, write_page
+from .reports.paper import SOURCE, net_name
+from .reports.sections import attacks, figures, opening, origin
+from .reports.tables import NONE, Table, against_paper, all_rows, paper_table, seed_count, square_tables
 from .runs import write_json, write_text
-from .sections import attacks, figures, opening, origin
-from .tables import NONE, Table, against_paper, all_rows, paper_table, seed_count, square_tables
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from .data import DATASETS, load_images, to_float
+from .data.datasets import DATASETS
+from .data.images import to_float
+from .data.readers import load_images
 from .errors import InputError
 from .installation import ROBUSTBENCH, broken_robustbench, pip, robustbench_problems
 

@@ -27,7 +27,8 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .models import WEIGHTS, load_folder, normalized, sha256_of
+from .models.normalize import normalized
+from .models.saved import WEIGHTS, load_folder, sha256_of
 
 
 @dataclass(frozen=True)

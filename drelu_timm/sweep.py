@@ -19,13 +19,13 @@ from typing import BinaryIO
 import torch
 import tyro
 
-from .cells import Cell, Launch
 from .command_line import read_flags
 from .errors import InputError, one_line, unknown
-from .grids import Grid, read_grid
-from .jobs import Here, Place, locked, threads_of_a_process
-from .recipes import duration
-from .scheduler import Scheduler
+from .publishing.recipes import duration
+from .sweeps.cells import Cell, Launch
+from .sweeps.grids import Grid, read_grid
+from .sweeps.jobs import Here, Place, locked, threads_of_a_process
+from .sweeps.scheduler import Scheduler
 
 __all__ = ["SweepConfig", "main", "sweep"]
 
@@ -141,7 +141,7 @@ def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> No
     folder = output_dir / "jobs"
     queued: Collection[str] = ()
     if folder.exists():
-        from .cluster import NUMBERS, in_queue
+        from .sweeps.cluster import NUMBERS, in_queue
 
         queued = in_queue(folder)
         if queued and cluster != "slurm":
@@ -164,7 +164,7 @@ def _place(output_dir: Path, config: SweepConfig) -> Place:
     """Where cells run."""
     if not config.cluster:
         return Here(config.jobs or 1, config.num_processes)
-    from .cluster import Cluster
+    from .sweeps.cluster import Cluster
 
     return Cluster(
         config.cluster,
@@ -177,7 +177,7 @@ def _place(output_dir: Path, config: SweepConfig) -> Place:
 
 def _show_plan(grid: Grid, cells: Sequence[Cell], launch: Launch, config: SweepConfig) -> None:
     """Print every cell with its commands and what it costs."""
-    from .cost import Clock, cost  # what a sweep that runs has no need of
+    from .sweeps.cost import Clock, cost  # what a sweep that runs has no need of
 
     print(f"{grid.name}: {grid.title}\n{grid.source}\n")
     jobs = config.jobs or 1

@@ -18,16 +18,19 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import nn
 
 from .command_line import flag, read_flags
-from .data import DATASETS, Images, load_images
+from .data.datasets import DATASETS
+from .data.generated import GeneratedImages
+from .data.images import Images
+from .data.readers import load_images
 from .errors import InputError, one_line, unknown
-from .generated import GeneratedImages
-from .models import load_folder, normalized
-from .presets import PRESETS
-from .processes import launched_on_cpu
+from .evaluation.processes import launched_on_cpu
+from .models.normalize import normalized
+from .models.saved import load_folder
 from .runs import Run, environment, write_json
-from .sharding import check_sharding, sharding
-from .train_config import TrainConfig, model_options, preset_in, resolve, saved
-from .trainer import Trainer
+from .training.config import TrainConfig, model_options, preset_in, resolve, saved
+from .training.presets import PRESETS
+from .training.sharding import check_sharding, sharding
+from .training.trainer import Trainer
 
 __all__ = ["TrainConfig", "main", "train"]
 

@@ -5,7 +5,7 @@
 
 Rows, each measured in processes of its own, in turns, by the median of the rounds:
 
-    in the page cache   `drelu_timm.generated`, the file read before, by this training or another one
+    in the page cache   `drelu_timm.data.generated`, the file read before, by this training or another one
     on disk             the same, the file dropped from the page cache before
     in memory           the arrays in memory; the first batch waits for `numpy.load` from the page cache
 
@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from drelu_timm.augment import Augmentation
-from drelu_timm.batches import TrainingBatches
-from drelu_timm.data import Images
-from drelu_timm.generated import GeneratedImages
+from drelu_timm.data.augment import Augmentation
+from drelu_timm.data.batches import TrainingBatches
+from drelu_timm.data.generated import GeneratedImages
+from drelu_timm.data.images import Images
 from drelu_timm.runs import environment
 
 ROWS = ("in the page cache", "on disk", "in memory")

@@ -42,14 +42,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from drelu_timm.attacks import ThreatModel, channels_last, frozen
-from drelu_timm.data import DATASETS, load_images, to_float
-from drelu_timm.driver import Driver
+from drelu_timm.attacks.suites import find_suite
+from drelu_timm.attacks.threat_model import ThreatModel
+from drelu_timm.data.datasets import DATASETS
+from drelu_timm.data.images import to_float
+from drelu_timm.data.readers import load_images
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import evaluate_model
+from drelu_timm.evaluation.driver import Driver
+from drelu_timm.evaluation.evaluation import evaluate_model
+from drelu_timm.evaluation.subjects import find_subject
+from drelu_timm.models.modes import channels_last, frozen
 from drelu_timm.runs import environment
-from drelu_timm.subjects import find_subject
-from drelu_timm.suites import find_suite
 
 Row = Literal["original", "original again", "standard", "bfloat16", "quick", "processes"]
 ALL: tuple[Row, ...] = ("original", "original again", "standard", "bfloat16", "quick", "processes")

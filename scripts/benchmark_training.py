@@ -32,11 +32,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from drelu_timm.attacks import ThreatModel
+from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError, unknown
-from drelu_timm.models import normalized
-from drelu_timm.objectives import InnerAttack, make_objective
+from drelu_timm.models.normalize import normalized
 from drelu_timm.runs import environment
+from drelu_timm.training.objectives import InnerAttack, make_objective
 
 Name = Literal["natural", "at", "trades"]
 Dtype = Literal["float32", "bfloat16"]

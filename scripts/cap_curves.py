@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import tyro
 from matplotlib.figure import Figure
 
+from drelu_timm.models.variants import Options
 from drelu_timm.runs import Run, read_json, written_whole
-from drelu_timm.variants import Options
 
 COLUMNS = (
     "learning rates",

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from drelu_timm.entries import Measured, from_record, percent
-from drelu_timm.recipes import OBJECTIVES
+from drelu_timm.publishing.entries import Measured, from_record, percent
+from drelu_timm.publishing.recipes import OBJECTIVES
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 HEAD = "| card | net | trained | images | clean | AutoAttack | worst of all | over seeds | verdict |"

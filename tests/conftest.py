@@ -13,7 +13,7 @@ import drelu_timm  # noqa: F401  (registers the models)
 from drelu_timm import robustbench as our_robustbench
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import EvaluateConfig, evaluate
-from drelu_timm.models import save_folder
+from drelu_timm.models.saved import save_folder
 from drelu_timm.train import TrainConfig, train
 
 BESIDE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"

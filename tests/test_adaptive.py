@@ -8,10 +8,13 @@ from timm.layers.activations import HardSigmoid, Sigmoid, Tanh
 from timm.layers.activations_me import HardSigmoidMe
 from torch import nn
 
-from drelu_timm import adaptive
-from drelu_timm.adaptive import SUBSTITUTES
-from drelu_timm.attacks import LOSSES, ThreatModel, frozen, random_start_pgd
-from drelu_timm.drelu import DReLU, SReLU
+from drelu_timm.attacks import adaptive
+from drelu_timm.attacks.adaptive import SUBSTITUTES
+from drelu_timm.attacks.losses import LOSSES
+from drelu_timm.attacks.pgd import random_start_pgd
+from drelu_timm.attacks.threat_model import ThreatModel
+from drelu_timm.models.drelu import DReLU, SReLU
+from drelu_timm.models.modes import frozen
 
 CAPPED = {
     "drelu": (DReLU(4, cap=1.0), 0.0, 1.0),

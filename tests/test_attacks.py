@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from drelu_timm.attacks import LOSSES, ThreatModel, fgsm, frozen, pgd
+from drelu_timm.attacks.losses import LOSSES
+from drelu_timm.attacks.pgd import fgsm, pgd
+from drelu_timm.attacks.suites import ATTACKS, SUITES, find_suite
+from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
-from drelu_timm.suites import ATTACKS, SUITES, find_suite
+from drelu_timm.models.modes import frozen
 
 THREAT_MODELS = [ThreatModel.parse("Linf", "0.0125"), ThreatModel.parse("L2", "0.08")]
 

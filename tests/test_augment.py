@@ -5,7 +5,17 @@ import pytest
 import torch
 from torchvision.transforms import functional as reference
 
-from drelu_timm.augment import BITS, Augmentation, augment, crop, cutmix, cutmix_box, cutout, flip, rand_augment
+from drelu_timm.data.augment import (
+    BITS,
+    Augmentation,
+    augment,
+    crop,
+    cutmix,
+    cutmix_box,
+    cutout,
+    flip,
+    rand_augment,
+)
 from drelu_timm.errors import InputError
 from drelu_timm.randomness import random_bits
 

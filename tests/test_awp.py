@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drelu_timm.awp import kept_statistics, perturbed_weights
-from drelu_timm.drelu import DReLU
-from drelu_timm.objectives import make_objective
+from drelu_timm.models.drelu import DReLU
+from drelu_timm.training.awp import kept_statistics, perturbed_weights
+from drelu_timm.training.objectives import make_objective
 
 GAMMA = 0.01
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torchvision.transforms import functional as reference
 
-from drelu_timm.augment import Augmentation
-from drelu_timm.batches import TrainingBatches
-from drelu_timm.data import Images
+from drelu_timm.data.augment import Augmentation
+from drelu_timm.data.batches import TrainingBatches
+from drelu_timm.data.generated import GeneratedImages
+from drelu_timm.data.images import Images
 from drelu_timm.errors import InputError
-from drelu_timm.generated import GeneratedImages
 
 CROP_AND_FLIP = Augmentation(crop_padding=2, flip=True)
 ALL = Augmentation(crop_padding=2, flip=True, cutout=3, cutmix=0.5, rand_augment="rand-m5-n1-p1")

@@ -6,8 +6,14 @@ import torch
 from torch import nn
 
 from drelu_timm import DReLU, InputError, SReLU, cap_penalty
-from drelu_timm.caps import CAP_PENALTIES, cap_statistics, check_cap_penalty, effective_cap_penalty, unit_shares
-from drelu_timm.head import DReLUHead
+from drelu_timm.models.caps import (
+    CAP_PENALTIES,
+    cap_statistics,
+    check_cap_penalty,
+    effective_cap_penalty,
+    unit_shares,
+)
+from drelu_timm.models.head import DReLUHead
 
 
 def head(cap: float = 2.0, *, convolution: bool = False) -> DReLUHead:

@@ -8,11 +8,12 @@ import torch
 from launching import config
 from torch import nn
 
-from drelu_timm.attacks import ThreatModel, frozen
-from drelu_timm.cells import Cell
-from drelu_timm.cost import GRADIENT, Clock, _of_an_image, cost, evaluation, forwards, training
+from drelu_timm.attacks.suites import ATTACKS
+from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.evaluate import EvaluateConfig
-from drelu_timm.suites import ATTACKS
+from drelu_timm.models.modes import frozen
+from drelu_timm.sweeps.cells import Cell
+from drelu_timm.sweeps.cost import GRADIENT, Clock, _of_an_image, cost, evaluation, forwards, training
 from drelu_timm.train import train
 
 
@@ -72,7 +73,7 @@ def test_the_bound_of_a_training_holds(tmp_path, objective, monkeypatch):
 
 
 def count_images(monkeypatch) -> list[int]:
-    from drelu_timm.nets import Dense
+    from drelu_timm.models.nets import Dense
 
     asked, forward = [], Dense.forward_features
     monkeypatch.setattr(Dense, "forward_features", lambda self, x: asked.append(len(x)) or forward(self, x))

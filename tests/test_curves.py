@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from drelu_timm import curves
-from drelu_timm.curves import _figure, draw_curve
 from drelu_timm.errors import InputError
+from drelu_timm.evaluation import curves
+from drelu_timm.evaluation.curves import _figure, draw_curve
 
 EPS = {"0": "sound", "2/255": "undecided", "0.1": "masked"}
 ATTACKS = ["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "noise", "bpda", "bpda-soft", "bpda-apgd", "twin"]

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from drelu_timm.data import DATASETS, Images, hold_out, holds, load_images, to_float
+from drelu_timm.data.datasets import DATASETS
+from drelu_timm.data.images import Images, hold_out, to_float
+from drelu_timm.data.readers import holds, load_images
 from drelu_timm.errors import InputError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -13,8 +13,9 @@ import pytest
 import timm.models._hub
 from fake_packages import install
 
-from drelu_timm import __main__, doctor, installation, published
+from drelu_timm import __main__, doctor, installation
 from drelu_timm.installation import EXTRAS, Problem, mend, pip, problems
+from drelu_timm.publishing import published
 
 OURS = importlib.metadata.requires("drelu-timm")
 SOUND = {
@@ -182,13 +183,13 @@ def test_what_raises_is_a_line_and_no_traceback(quick, monkeypatch, capsys, tmp_
 
     monkeypatch.setattr(doctor, "problems", list)
     monkeypatch.setattr(doctor, "_device", device)
-    monkeypatch.setitem(sys.modules, "drelu_timm.data", None)
+    monkeypatch.setitem(sys.modules, "drelu_timm.data.datasets", None)
 
     assert doctor.doctor(tmp_path) == 0
 
     out = capsys.readouterr().out
     assert "cannot be told: RuntimeError: operator torchvision::nms does not exist" in out
-    assert "reading any needs the package 'drelu_timm.data'" in out
+    assert "reading any needs the package 'drelu_timm.data.datasets'" in out
 
 
 def test_data_are_found_in_the_folder_and_in_those_below(tmp_path):

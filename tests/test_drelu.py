@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from drelu_timm import DReLU, SReLU
-from drelu_timm.drelu import along_channels
+from drelu_timm.models.drelu import along_channels
 
 numbers = st.floats(-1e3, 1e3, allow_subnormal=False)
 caps = st.floats(2**-10, 1024, width=32)  # as a layer holds them

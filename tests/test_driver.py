@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from drelu_timm import __main__ as command_line
-from drelu_timm import data
-from drelu_timm.attacked import Attacked, label_margin
-from drelu_timm.attacks import Found
+from drelu_timm.attacks.pgd import Found
+from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
+from drelu_timm.data import images as decoded
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import evaluate_model, evaluate_sweep
-from drelu_timm.suites import ATTACKS, SUITES, Attack
+from drelu_timm.evaluation.attacked import Attacked, label_margin
+from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def test_memory_holds_a_batch_not_the_data(toy, monkeypatch):
     model, images, _ = toy
     pixels = (images * 255).round().byte()
     seen = []
-    monkeypatch.setattr(data, "to_float", lambda batch: seen.append(len(batch)) or batch.float() / 255)
+    monkeypatch.setattr(decoded, "to_float", lambda batch: seen.append(len(batch)) or batch.float() / 255)
     result = evaluate_model(model, pixels, model(pixels.float() / 255).argmax(1), eps="1/255", batch_size=10)
     assert max(seen) == 10
     assert result.clean == 1

@@ -10,14 +10,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from drelu_timm import adversarial
 from drelu_timm.__main__ import main
-from drelu_timm.adversarial import Adversarial
-from drelu_timm.attacked import label_margin
-from drelu_timm.attacks import Found, ThreatModel
+from drelu_timm.attacks.pgd import Found
+from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
+from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import evaluate_model, evaluate_sweep
-from drelu_timm.suites import ATTACKS, SUITES, Attack
+from drelu_timm.evaluation import adversarial
+from drelu_timm.evaluation.adversarial import Adversarial
+from drelu_timm.evaluation.attacked import label_margin
 
 
 def small_net(num_classes=6):

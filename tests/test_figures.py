@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from drelu_timm import curves
 from drelu_timm.errors import InputError
-from drelu_timm.figures import (
+from drelu_timm.evaluation import curves
+from drelu_timm.reports.figures import (
     _balancers,
     _caps,
     _critical_difference,
@@ -23,8 +23,8 @@ from drelu_timm.figures import (
     draw_eps,
     read_caps,
 )
-from drelu_timm.outcomes import Group, Outcome, Point
-from drelu_timm.statistics import compare_methods
+from drelu_timm.reports.outcomes import Group, Outcome, Point
+from drelu_timm.reports.statistics import compare_methods
 
 GROUP = Group("mnist", "MNIST", "Linf", "0.1", False)
 

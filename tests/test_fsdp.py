@@ -12,9 +12,9 @@ from accelerate import DistributedType
 from launching import config, flags, kill_with_workers, launch, log, weights
 
 from drelu_timm.errors import InputError
-from drelu_timm.models import load_folder
-from drelu_timm.sharding import check_sharding, sharding
+from drelu_timm.models.saved import load_folder
 from drelu_timm.train import TrainConfig, train
+from drelu_timm.training.sharding import check_sharding, sharding
 
 PROGRAM = Path(__file__).parent / "fsdp_on_cpu.py"
 # What `accelerate launch` makes of scripts/fsdp.yaml, but for a small model: layers of more than 1,000 weights are

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drelu_timm import npz
+from drelu_timm.data import npz
+from drelu_timm.data.generated import GeneratedImages
 from drelu_timm.errors import InputError
-from drelu_timm.generated import GeneratedImages
 from drelu_timm.randomness import permuted
 
 SORTED = np.repeat([0, 1, 2], [10, 4, 6])

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from drelu_timm.cells import Launch
 from drelu_timm.command_line import read_flags
-from drelu_timm.cost import _net
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import EvaluateConfig
-from drelu_timm.grids import read_grid, shipped
-from drelu_timm.train_config import TrainConfig, preset_in
+from drelu_timm.sweeps.cells import Launch
+from drelu_timm.sweeps.cost import _net
+from drelu_timm.sweeps.grids import read_grid, shipped
+from drelu_timm.training.config import TrainConfig, preset_in
 
 GRID = """
 title = "Balancers on digits"

@@ -12,10 +12,10 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import nn
 
-from drelu_timm.attacks import ThreatModel
-from drelu_timm.library_attacks import apgd, apgd_targeted, carlini_wagner, fab_targeted
-from drelu_timm.projections import shortest_move
-from drelu_timm.square import square
+from drelu_timm.attacks.library import apgd, apgd_targeted, carlini_wagner, fab_targeted
+from drelu_timm.attacks.projections import shortest_move
+from drelu_timm.attacks.square import square
+from drelu_timm.attacks.threat_model import ThreatModel
 
 NORMS = {"Linf": ThreatModel.parse("Linf", "0.06"), "L2": ThreatModel.parse("L2", "0.7")}
 FOR_SQUARE = {"Linf": ThreatModel.parse("Linf", "0.07"), "L2": ThreatModel.parse("L2", "1.4")}

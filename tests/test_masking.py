@@ -8,13 +8,22 @@ import torch
 from masking_battery import NETS, Digits, judged, train_and_judge
 from torch import nn
 
-from drelu_timm.adaptive import restarts
-from drelu_timm.attacked import Attacked
-from drelu_timm.attacks import ThreatModel, random_start_pgd
-from drelu_timm.drelu import DReLU
-from drelu_timm.evaluation import evaluate_model
-from drelu_timm.masking import averaged, farthest, from_image, probes, signals, verdict, wilson_interval
-from drelu_timm.suites import ATTACKS, SUITES
+from drelu_timm.attacks.adaptive import restarts
+from drelu_timm.attacks.pgd import random_start_pgd
+from drelu_timm.attacks.suites import ATTACKS, SUITES
+from drelu_timm.attacks.threat_model import ThreatModel
+from drelu_timm.evaluation.attacked import Attacked
+from drelu_timm.evaluation.evaluation import evaluate_model
+from drelu_timm.evaluation.masking import (
+    averaged,
+    farthest,
+    from_image,
+    probes,
+    signals,
+    verdict,
+    wilson_interval,
+)
+from drelu_timm.models.drelu import DReLU
 
 BALL = ThreatModel.parse("Linf", 0.1)
 BY_NAME = {net.name: net for net in NETS}

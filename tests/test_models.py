@@ -18,8 +18,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from drelu_timm import DReLU, DReLUWarning, InputError, load_folder, normalized, save_folder
-from drelu_timm.activations import ACTIVATIONS, PReLU, PSSiLU, make_activation
-from drelu_timm.drelu import drelu_layers
+from drelu_timm.models.activations import ACTIVATIONS, PReLU, PSSiLU, make_activation
+from drelu_timm.models.drelu import drelu_layers
 
 NEWEST = tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 20)  # knows local-dir
 
@@ -771,7 +771,7 @@ def test_a_broken_folder_is_named(trained, what, message):
     ],
 )
 def test_unknown_values_are_refused_before_anything_is_built(kwargs, message, monkeypatch):
-    monkeypatch.setattr("drelu_timm.variants.Variant.build", lambda *_, **__: pytest.fail("built"))
+    monkeypatch.setattr("drelu_timm.models.variants.Variant.build", lambda *_, **__: pytest.fail("built"))
     with pytest.raises(InputError, match=message):
         create("resnet18_drelu", **kwargs)
 

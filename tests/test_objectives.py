@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drelu_timm.attacks import ThreatModel, cross_entropy
+from drelu_timm.attacks.losses import cross_entropy
+from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
-from drelu_timm.objectives import InnerAttack, make_objective
+from drelu_timm.training.objectives import InnerAttack, make_objective
 
 THREAT_MODEL = ThreatModel.parse("Linf", "0.1")
 NAMES = ("natural", "at", "trades", "mart")

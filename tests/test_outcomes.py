@@ -6,7 +6,7 @@ import pytest
 from synthetic_runs import ATTACKS, RELU, point, write_json, write_result, write_rows, write_run, write_sweep
 
 from drelu_timm.errors import InputError
-from drelu_timm.outcomes import read_outcomes
+from drelu_timm.reports.outcomes import read_outcomes
 
 
 def evaluated_run(path, result=None, **train):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from drelu_timm.errors import InputError
-from drelu_timm.page import Section, write_page
+from drelu_timm.reports.page import Section, write_page
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -157,7 +157,7 @@ def in_node():
     node = shutil.which("node")
     if node is None:
         pytest.skip("no Node to run the page's script in")
-    html = files("drelu_timm").joinpath("page.html").read_text(encoding="utf-8")
+    html = files("drelu_timm.reports").joinpath("page.html").read_text(encoding="utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
     script = script.replace('"use strict";', '"use strict"; const document = { querySelectorAll: () => BUTTONS };')
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from drelu_timm.paper import EPS, NETS, paper_order, paper_scores, read_paper, table_number
-from drelu_timm.statistics import compare_methods
+from drelu_timm.reports.paper import EPS, NETS, paper_order, paper_scores, read_paper, table_number
+from drelu_timm.reports.statistics import compare_methods
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from drelu_timm import InputError, load_folder, normalized, save_folder
-from drelu_timm.drelu import drelu_layers
+from drelu_timm.models.drelu import drelu_layers
 
 SMALL = {"depth": 10, "widen_factor": 1}
 ACTIVATIONS = {"wide_resnet28_10": 7, "preact_resnet18": 17}  # of the nets that create makes

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import timm
 import torch
 
-from drelu_timm import InputError, load_folder, normalized, published, save_folder
-from drelu_timm.models import sha256_of
-from drelu_timm.published import register_published
+import drelu_timm
+from drelu_timm import InputError, load_folder, normalized, save_folder
+from drelu_timm.models.saved import sha256_of
+from drelu_timm.publishing import published
+from drelu_timm.publishing.published import register_published
 
 KEY = "Tester2026Published_dense"
 NAME = "tester2026published_dense_digits_linf"
@@ -67,11 +70,8 @@ print(timm.create_model(sys.argv[1], pretrained=True)(torch.zeros(1, 1, 8, 8)).t
 
 
 def test_an_installed_copy_finds_its_cards_without_the_network(tmp_path, saved):
-    package = Path(published.__file__).parent
     copy = tmp_path / "site-packages" / "drelu_timm"
-    copy.mkdir(parents=True)
-    for file in package.glob("*.py"):
-        (copy / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(Path(drelu_timm.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     publish(copy / "model_cards", saved)
     publish(copy / "model_cards", saved, "Broken").write_text("{")
     done = subprocess.run(

@@ -15,10 +15,10 @@ import drelu_timm
 from drelu_timm.command_line import read_flags
 from drelu_timm.evaluate import EvaluateConfig
 from drelu_timm.export import ExportConfig
-from drelu_timm.grids import read_grid
 from drelu_timm.report import ReportConfig
 from drelu_timm.sweep import SweepConfig
-from drelu_timm.train_config import TrainConfig, preset_in, resolve
+from drelu_timm.sweeps.grids import read_grid
+from drelu_timm.training.config import TrainConfig, preset_in, resolve
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 CONFIGS = {

@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from launching import config, flags, image_folder, kill_with_workers, launch, log, weights
 from PIL import Image
 
-from drelu_timm import trainer
 from drelu_timm.errors import InputError
 from drelu_timm.preemption import EXIT_CODE
 from drelu_timm.train import TrainConfig, train
+from drelu_timm.training import trainer
 
 # Everything that has a state: the average of the weights, a schedule by the step, momentum, dropout-free BatchNorm.
 FULL = {

@@ -87,8 +87,9 @@ def test_benchmark_runs_to_the_end_and_finds_the_exact_robust_accuracy(robustben
 
 def test_our_standard_suite_is_their_benchmark(robustbench, capsys):
     """RobustBench's own benchmark against `evaluate_model`, on a net that is trained, with seeds of their own."""
-    from drelu_timm.data import load_images, to_float
-    from drelu_timm.evaluation import evaluate_model
+    from drelu_timm.data.images import to_float
+    from drelu_timm.data.readers import load_images
+    from drelu_timm.evaluation.evaluation import evaluate_model
 
     train = load_images("digits", None, "train")
     with torch.random.fork_rng():
@@ -153,7 +154,7 @@ def test_datasets_that_robustbench_does_not_know_are_further_values_of_its_enume
 def test_benchmark_finds_the_images_of_such_a_dataset(robustbench):
     from robustbench.model_zoo.enums import BenchmarkDataset
 
-    from drelu_timm.data import load_images
+    from drelu_timm.data.readers import load_images
 
     images, labels = robustbench.data.load_clean_dataset(BenchmarkDataset("digits"), 50, "data", None)
     test = load_images("digits", None, "test")

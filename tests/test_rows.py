@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from drelu_timm.errors import InputError
-from drelu_timm.rows import Rows
+from drelu_timm.evaluation.rows import Rows
 
 IDENTITY = {"model": "abc", "eps": [0.1, 0.2], "seed": 0}
 

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-import drelu_timm
 from drelu_timm.errors import InputError
-from drelu_timm.statistics import compare_methods, compare_pair
+from drelu_timm.reports import paper
+from drelu_timm.reports.statistics import compare_methods, compare_pair
 
 # AUC of C4.5 with four sets of parameters on 14 data sets: Demšar 2006, Table 6.
 DEMSAR = [
@@ -37,7 +37,7 @@ def scores(values, methods=None):
 
 
 def test_the_papers_table_2():
-    table = pd.read_csv(Path(drelu_timm.__file__).parent / "paper_tables.csv", comment="#").query("table == 2")
+    table = pd.read_csv(Path(paper.__file__).with_name("paper_tables.csv"), comment="#").query("table == 2")
     method = table["training"].str.replace(r"D-ReLU.*", "D-ReLU", regex=True)
     found = compare_methods(
         table.assign(method=method).pivot(index=["model", "attack"], columns="method", values="accuracy_percent")

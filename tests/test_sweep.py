@@ -22,17 +22,18 @@ from launching import kill_with_workers, log, weights
 from rich.console import Console
 from synthetic_runs import point, write_result, write_run, write_sweep
 
-from drelu_timm import __main__, jobs
+from drelu_timm import __main__
 from drelu_timm import sweep as sweeping
-from drelu_timm.cells import Cell, Launch
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import EvaluateConfig
-from drelu_timm.grids import read_grid
-from drelu_timm.jobs import CellJob, Here
 from drelu_timm.preemption import Preempted
-from drelu_timm.progress import Ended, Progress, Running, Screen
-from drelu_timm.scheduler import Scheduler
 from drelu_timm.sweep import SweepConfig, main, sweep
+from drelu_timm.sweeps import jobs
+from drelu_timm.sweeps.cells import Cell, Launch
+from drelu_timm.sweeps.grids import read_grid
+from drelu_timm.sweeps.jobs import CellJob, Here
+from drelu_timm.sweeps.progress import Ended, Progress, Running, Screen
+from drelu_timm.sweeps.scheduler import Scheduler
 from drelu_timm.train import TrainConfig
 
 GRID = """
@@ -160,7 +161,7 @@ def test_what_stops_a_sweep_reaches_its_cells(tmp_path, monkeypatch, how):
         elif began.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("drelu_timm.scheduler.time.sleep", stop_when_begun)
+    monkeypatch.setattr("drelu_timm.sweeps.scheduler.time.sleep", stop_when_begun)
     with pytest.raises(Preempted if how == "sigterm" else KeyboardInterrupt):
         run(stubs(tmp_path, {"a": program, "b": program}))
     assert saved.exists() and not (tmp_path / "b.log").exists()
@@ -390,7 +391,7 @@ class FakeQueue:
 
 def test_a_job_that_is_still_in_the_queue_is_not_submitted_again(tmp_path, monkeypatch):
     submitit = pytest.importorskip("submitit")
-    from drelu_timm.cluster import Cluster
+    from drelu_timm.sweeps.cluster import Cluster
 
     in_queue = SimpleNamespace(done=lambda: False)
     monkeypatch.setattr(submitit, "AutoExecutor", FakeQueue)

@@ -12,13 +12,13 @@ from launching import config, flags, image_folder, launch, log, weights
 from torch import nn
 
 from drelu_timm.__main__ import main
-from drelu_timm.data import load_images
+from drelu_timm.data.readers import load_images
 from drelu_timm.errors import InputError
-from drelu_timm.presets import PRESETS
 from drelu_timm.runs import Run
 from drelu_timm.train import create_model, train
-from drelu_timm.train_config import TrainConfig, resolve
-from drelu_timm.trainer import Trainer
+from drelu_timm.training.config import TrainConfig, resolve
+from drelu_timm.training.presets import PRESETS
+from drelu_timm.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])

@@ -1,0 +1,213 @@
+"""Square, a random search without gradients, in which the fate of an example does not hang on its batch.
+
+pyautoattack draws where a square lies once for the whole batch. Here every example draws from its own seed, in the same
+order, so that it gets what pyautoattack gives it in a batch of one. The schedule, the shapes and the rule of acceptance
+are pyautoattack's; the cross-entropy that it computes and does not use is left out.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
+
+import torch
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+
+from .losses import margin
+from .pgd import Found, generators_of
+from .threat_model import ThreatModel, per_image
+
+_QUERIES_DRAWN = 500  # at once, so that the memory does not grow with their number
+
+
+@torch.no_grad()
+def square(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat_model: ThreatModel,
+    seeds: Sequence[int],
+    *,
+    n_queries: int,
+    p_init: float,
+) -> Found:
+    """Square on the margin (Andriushchenko et al. 2020, https://arxiv.org/abs/1912.00049).
+
+    Args:
+        model: Takes [0, 1] images.
+        images: [B, C, H, W] in [0, 1].
+        labels: [B].
+        threat_model: The balls.
+        seeds: One an image.
+        n_queries: Number of squares that are tried; the start is one query more.
+        p_init: Share of the pixels that the first squares cover.
+
+    Returns:
+        Of each image the first point that fools the model, or else the one of largest margin; and the queries.
+    """
+    published = SquareAttack(
+        model, norm=threat_model.norm, eps=threat_model.eps, p_init=p_init, resc_schedule=False, device=images.device
+    )
+    kind = _LinfSquares if threat_model.norm == "Linf" else _L2Squares
+    squares = kind(published, threat_model.eps, images.shape[1:])
+    generators = generators_of(seeds)
+    numbers = _uniform(generators, squares.start_numbers, images.device)
+    found, steps = images.clone(), torch.full_like(labels, n_queries + 1)
+    left, best = torch.arange(len(images), device=images.device), squares.start(images, numbers)
+    losses = margin(labels)(model(best))
+    for query in range(n_queries):
+        if query % _QUERIES_DRAWN == 0:
+            numbers = _uniform(generators, (_QUERIES_DRAWN, squares.step_numbers), images.device)
+        if (fell := losses >= 0).any():
+            found[left[fell]], steps[left[fell]] = best[fell], query + 1
+            generators = [generator for generator, gone in zip(generators, fell.tolist(), strict=True) if not gone]
+            state = (left, images, labels, best, losses, numbers)
+            left, images, labels, best, losses, numbers = (tensor[~fell] for tensor in state)
+        if not len(left):
+            break
+        candidates = squares.step(best, images, numbers[:, query % _QUERIES_DRAWN], query)
+        tried = margin(labels)(model(candidates))
+        better = (tried > losses) | (tried >= 0)
+        best[better] = candidates[better]
+        losses = tried.where(better, losses)
+    found[left] = best
+    return Found(found, steps)
+
+
+class _Squares:
+    """What is common to both norms: how large squares are, and where they lie.
+
+    Attributes:
+        published: Has the schedule and the shapes.
+        eps: Radius of the ball.
+        shape: C, H, W.
+        pixels: From the side of a window to its pixels when it lies in the first corner of the flattened image.
+    """
+
+    smallest = 1
+
+    def __init__(self, published: SquareAttack, eps: float, shape: Sequence[int]):
+        self.published, self.eps, self.shape = published, eps, shape
+        self.pixels = cache(self._pixels)
+
+    def side(self, query: int) -> int:
+        """The side of the squares that a query tries."""
+        _, height, width = self.shape
+        side = max(round(math.sqrt(self.published.p_selection(query) * height * width)), self.smallest)
+        return min(side, height, width)
+
+    def window(self, side: int, corner: Tensor) -> Tensor:
+        """Pixels [B, C * side * side] of windows in the flattened image, from numbers [B, 2].
+
+        No window touches the last row or column unless it is as large as the image: pyautoattack rounds down.
+        """
+        _, height, width = self.shape
+        top, left = ((number * (size - side)).long() for number, size in zip(corner.T, (height, width), strict=True))
+        return (top * width + left).unsqueeze(1) + self.pixels(side)
+
+    def _pixels(self, side: int) -> Tensor:
+        numbered = torch.arange(math.prod(self.shape), device=self.published.device).view(*self.shape)
+        return numbered[:, :side, :side].flatten()
+
+
+class _LinfSquares(_Squares):
+    """Squares that carry every channel of a part of the image to one side of the ball.
+
+    Attributes:
+        start_numbers: Shape of the numbers in [0, 1) that an example needs for its start.
+        step_numbers: How many it needs for a step.
+    """
+
+    def __init__(self, published: SquareAttack, eps: float, shape: Sequence[int]):
+        super().__init__(published, eps, shape)
+        channels, _, width = shape
+        self.start_numbers, self.step_numbers = (channels, 1, width), 2 + channels
+
+    def start(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Images [B, C, H, W] with stripes."""
+        return (images + self.eps * _signs(numbers)).clamp(0, 1)
+
+    def step(self, best: Tensor, images: Tensor, numbers: Tensor, query: int) -> Tensor:
+        """The best points so far [B, C, H, W] with one more square each."""
+        side = self.side(query)
+        window = self.window(side, numbers[:, :2])
+        signs = _signs(numbers[:, 2:]).repeat_interleave(side * side, dim=1)
+        squares = (images.flatten(1).gather(1, window) + self.eps * signs).clamp(0, 1)
+        return best.flatten(1).scatter(1, window, squares).view_as(best)
+
+
+class _L2Squares(_Squares):
+    """Squares that take the budget of another place and spend it on a pair of bumps.
+
+    Attributes:
+        start_numbers: Shape of the numbers in [0, 1) that an example needs for its start.
+        step_numbers: How many it needs for a step.
+    """
+
+    smallest = 3
+
+    def __init__(self, published: SquareAttack, eps: float, shape: Sequence[int]):
+        super().__init__(published, eps, shape)
+        channels, height, width = shape
+        self.tile = max(height // 5, 1)  # pyautoattack divides by 0 where an image is lower than 5 pixels
+        border = max((height - 5 * self.tile) // 2, 0)
+        self.tiles = list(product(*(range(border, size - self.tile + 1, self.tile) for size in (height, width))))
+        self.start_numbers, self.step_numbers = (len(self.tiles), 1 + channels), 5 + channels
+        self.bumps = cache(self._upright_and_lying)
+
+    def side(self, query: int) -> int:
+        """The side of the squares that a query tries: odd, unless the image is smaller."""
+        return min(super().side(query) // 2 * 2 + 1, *self.shape[1:])
+
+    def start(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Images [B, C, H, W] with bumps all over."""
+        moves = torch.zeros_like(images)
+        for (top, left), drawn in zip(self.tiles, numbers.unbind(1), strict=True):
+            moves[:, :, top : top + self.tile, left : left + self.tile] = self._drawn_bumps(self.tile, drawn)
+        return self._spent(images, moves)
+
+    def step(self, best: Tensor, images: Tensor, numbers: Tensor, query: int) -> Tensor:
+        """The best points so far [B, C, H, W] with one more square each."""
+        side = self.side(query)
+        here, there = self.window(side, numbers[:, :2]), self.window(side, numbers[:, 2:4])
+        moves = (best - images).flatten(1)
+        unspent = (self.eps**2 - moves.square().sum(dim=1)).clamp(min=0).view(-1, 1, 1)
+        old = moves.gather(1, here).view(len(moves), -1, side * side)
+        moves.scatter_(1, here, 0.0)  # so that what lies in both windows counts once
+        taken = moves.gather(1, there).view_as(old)
+        moves.scatter_(1, there, 0.0)
+        budget = unspent / self.shape[0] + _energy(old) + _energy(taken)
+        new = self._drawn_bumps(side, numbers[:, 4:]).flatten(2) + old / (1e-12 + _energy(old).sqrt())
+        new = new / (1e-12 + _energy(new).sqrt()) * budget.sqrt()
+        moves.scatter_(1, here, new.flatten(1))
+        return self._spent(images, moves.view_as(images))
+
+    def _spent(self, images: Tensor, moves: Tensor) -> Tensor:
+        """Images [B, C, H, W] moved that way by all of eps."""
+        lengths = per_image(moves.flatten(1).norm(dim=1), moves)
+        return (images + moves * (self.eps / (lengths + 1e-12))).clamp(0, 1)
+
+    def _drawn_bumps(self, side: int, numbers: Tensor) -> Tensor:
+        """A pair of opposite bumps a channel, [B, C, side, side], from numbers [B, 1 + C]."""
+        lying = (numbers[:, 0] > 0.5).long()
+        return self.bumps(side)[lying].unsqueeze(1) * _signs(numbers[:, 1:, None, None])
+
+    def _upright_and_lying(self, side: int) -> Tensor:
+        rectangles = self.published.eta_rectangles
+        upright = torch.cat([rectangles(side // 2, side), -rectangles(side - side // 2, side)])
+        upright /= upright.norm()
+        return torch.stack([upright, upright.T])
+
+
+def _signs(numbers: Tensor) -> Tensor:
+    return (2 * numbers - 1).sign()
+
+
+def _energy(values: Tensor) -> Tensor:
+    return values.square().sum(dim=-1, keepdim=True)
+
+
+def _uniform(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers in [0, 1), [B, *shape], each example's from its own generator."""
+    return torch.stack([torch.rand(tuple(shape), generator=generator) for generator in generators]).to(device)

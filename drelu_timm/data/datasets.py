@@ -1,0 +1,63 @@
+"""The datasets, and what is known of each before it is read."""
+
+from dataclasses import dataclass
+
+from ..attacks.threat_model import Norm
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is known of a dataset before it is read; None where only reading tells.
+
+    Attributes:
+        name: What ``--dataset`` takes.
+        title: What tables call it.
+        num_classes: Number of classes.
+        in_chans: Channels of an image: 1 or 3.
+        img_size: Height and width of an image, in pixels.
+        mean: What a model subtracts from every channel, in [0, 1] units.
+        std: What it then divides by.
+        norm: Default norm of the threat model.
+        eps: Default radius of the threat model, as it is written.
+        crop_padding: Zero padding of the random crop in training, in pixels; 0 for no crop.
+        flip: Whether training mirrors images at random.
+        held_out: Default share of the training set that choices are made on.
+    """
+
+    name: str
+    title: str
+    num_classes: int | None
+    in_chans: int
+    img_size: int | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    norm: Norm = "Linf"
+    eps: str = "8/255"
+    crop_padding: int = 0
+    flip: bool = False
+    held_out: float = 0.1
+
+
+# Digits and MNIST go in as they are, in [0, 1]: the paper speaks of no normalisation, and it matters. With MNIST's mean
+# and standard deviation the same natural training of `dense` leaves 14 % at Linf 0.1 where without them it leaves 2 %.
+_UNCHANGED = ((0.0,), (1.0,))
+# Over all pixels of the training set, as commonly published; measuring the JPEG copy of CIFAR-10 comes within 0.002 of
+# them, and so does a fifth of TinyImageNet's training set.
+_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_TINY_IMAGENET = ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
+
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset("digits", "Digits", 10, 1, 8, *_UNCHANGED, eps="0.1"),
+        # eps as in section 6 of the paper.
+        Dataset("mnist", "MNIST", 10, 1, 28, *_UNCHANGED, eps="0.1"),
+        Dataset("cifar10", "CIFAR-10", 10, 3, 32, *_CIFAR10, crop_padding=4, flip=True),
+        Dataset("cifar100", "CIFAR-100", 100, 3, 32, *_CIFAR100, crop_padding=4, flip=True),
+        # The paper: "We partitioned the training set using an 80/20 ratio for validation".
+        Dataset("tiny_imagenet", "TinyImageNet", 200, 3, 64, *_TINY_IMAGENET, crop_padding=8, flip=True, held_out=0.2),
+        # Taken for photographs.
+        Dataset("folder", "Image folder", None, 3, None, None, None, crop_padding=8, flip=True),
+    )
+}

@@ -1,0 +1,218 @@
+"""The images and labels of a .npz, read where they lie in the file: nothing is unpacked."""
+
+import math
+import os
+import shutil
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import InputError, one_line
+from ..runs import written_whole
+
+_NAMES = ("image", "label")
+_MEMBERS = tuple(f"{name}.npy" for name in _NAMES)
+_CHUNK = 2**20  # labels, or bytes, at a time
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array that lies uncompressed in a file, such as in a .npz of `numpy.savez`.
+
+    Rows are read where they lie, by one system call each, and not through a memory map: pages that were touched through
+    a map count as the process's memory until it lets go of them, and to do so after every batch was slower than this.
+
+    Attributes:
+        path: The file.
+        offset: Its first byte of the array.
+        shape: [N, ...].
+        dtype: Of an element.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @cached_property
+    def _file(self):
+        return self.path.open("rb", buffering=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open file, which cannot be sent to another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """The rows [n, ...] at ``index``; threads and forked processes may share the file, whose position is not used.
+
+        Raises:
+            InputError: The file has become shorter.
+        """
+        rows = np.empty((len(index), *self.shape[1:]), dtype=self.dtype)
+        file, row_bytes = self._file.fileno(), rows[:1].nbytes
+        places = (self.offset + index * row_bytes).tolist()
+        if sum(os.preadv(file, [row], place) for row, place in zip(rows, places, strict=True)) != rows.nbytes:
+            raise InputError(f"--generated {self.path} was changed while it was read; restore it and resume")
+        return rows
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All rows of a flat array, so many at a time that memory does not matter."""
+        for start in range(0, len(self), _CHUNK):
+            offset, count = self.offset + start * self.dtype.itemsize, min(_CHUNK, len(self) - start)
+            yield np.fromfile(self.path, self.dtype, count=count, offset=offset)
+
+
+class _Header(NamedTuple):
+    """What a .npy says of itself: of what kind its array is, and after how many bytes it begins."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    n_bytes: int
+
+
+def open_npz(path: Path, image_shape: tuple[int, int, int]) -> list[StoredArray]:
+    """Images, uint8 [N, H, W, C], and labels, integers [N], of one file; a compressed one is converted first.
+
+    Args:
+        path: The .npz.
+        image_shape: (H, W, C) that the images must have.
+
+    Raises:
+        InputError: A file that is missing, no zip, cut short, or holds other keys, types or shapes.
+    """
+    if not path.is_file():
+        raise InputError(f"--generated {path} is no file; give .npz files with image and label, every part of them")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check(path, archive, image_shape)
+            if all(archive.getinfo(name).compress_type == zipfile.ZIP_STORED for name in _MEMBERS):
+                return [_stored_array(archive, name) for name in _MEMBERS]
+            copy = _stored_copy(archive, path)
+        with zipfile.ZipFile(copy) as archive:
+            return [_stored_array(archive, name) for name in _MEMBERS]
+    except InputError:
+        raise
+    # RuntimeError where a member is encrypted.
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"--generated {path} is no whole .npz ({one_line(error)}); copy or download it again"
+        ) from error
+
+
+def _check(path: Path, archive: zipfile.ZipFile, image_shape: tuple[int, int, int]) -> None:
+    """Whether a .npz has images of this shape and labels for them, by its headers alone.
+
+    Raises:
+        InputError: It has others.
+    """
+    names = [name.removesuffix(".npy") for name in archive.namelist()]
+    if missing := [name for name in _NAMES if name not in names]:
+        raise InputError(
+            f"--generated {path} lacks {' and '.join(missing)} (it holds {', '.join(names[:10]) or 'nothing'}); give a "
+            ".npz with image and label"
+        )
+    images, labels = (_header(archive, name) for name in _MEMBERS)
+    if images.dtype != np.uint8 or images.shape[1:] != image_shape:
+        raise InputError(
+            f"--generated {path} has images of {images.dtype} {list(images.shape)}; they must be uint8 "
+            f"[N, {', '.join(map(str, image_shape))}], as those of --dataset: resize them or give other files"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or len(labels.shape) != 1:
+        raise InputError(
+            f"--generated {path} has labels of {labels.dtype} {list(labels.shape)}; they must be int64 [N]"
+        )
+    if images.shape[0] != labels.shape[0] or not images.shape[0]:
+        raise InputError(
+            f"--generated {path} has {images.shape[0]} images and {labels.shape[0]} labels; there must be as many of "
+            "one as of the other, and at least one"
+        )
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> _Header:
+    """Read the header of a member, compressed or not.
+
+    Raises:
+        ValueError: A member that is no array in C order, or is cut short.
+    """
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _READ_HEADER:
+            raise ValueError(f"{name} is of format {version}")
+        shape, fortran_order, dtype = _READ_HEADER[version](file)
+        n_bytes = file.tell()
+    if fortran_order and len(shape) > 1:
+        raise ValueError(f"{name} is in Fortran order")
+    file_bytes = archive.getinfo(name).file_size
+    if not dtype.hasobject and n_bytes + dtype.itemsize * math.prod(shape) != file_bytes:
+        raise ValueError(f"{name} has {file_bytes} bytes, which is not what its header says")
+    return _Header(shape, dtype, n_bytes)
+
+
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def _stored_array(archive: zipfile.ZipFile, name: str) -> StoredArray:
+    """Where the array of an uncompressed member lies in the file."""
+    path, header, start = Path(str(archive.filename)), _header(archive, name), archive.getinfo(name).header_offset
+    with path.open("rb") as file:
+        # The local header, whose length zipfile keeps to itself: 30 bytes, the last 4 of them the lengths of the name
+        # and of what follows it (4.3.7 of https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT).
+        file.seek(start)
+        name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
+    return StoredArray(path, start + 30 + name_bytes + extra_bytes + header.n_bytes, header.shape, header.dtype)
+
+
+def _stored_copy(archive: zipfile.ZipFile, path: Path) -> Path:
+    """An uncompressed copy beside a compressed .npz, made if it is not there or was made of another file.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    copy = path.with_suffix(".stored.npz")
+    members = [archive.getinfo(name) for name in _MEMBERS]
+    if _is_copy(copy, members):
+        return copy
+    size = sum(member.file_size for member in members)
+    what = f"--generated {path} is compressed and needs an uncompressed copy, {copy} of {size / 1e9:.1f} GB"
+    if size > shutil.disk_usage(path.parent).free:
+        raise InputError(f"{what}, for which the disk has no space; make some, or save it by numpy.savez")
+    tqdm.write(f"{what}: writing it once", file=sys.stderr)
+    try:
+        with written_whole(copy) as beside:
+            _copy_members(archive, members, beside)
+    except OSError as error:
+        raise InputError(f"{what}, which cannot be written ({one_line(error)}); save it by numpy.savez") from error
+    return copy
+
+
+def _is_copy(copy: Path, members: Sequence[zipfile.ZipInfo]) -> bool:
+    """Whether a file holds these members, by their checksums."""
+    try:
+        with zipfile.ZipFile(copy) as archive:
+            held = [archive.getinfo(member.filename) for member in members]
+    except (OSError, LookupError, zipfile.BadZipFile):
+        return False
+    return [(each.CRC, each.file_size) for each in held] == [(each.CRC, each.file_size) for each in members]
+
+
+def _copy_members(archive: zipfile.ZipFile, members: Sequence[zipfile.ZipInfo], path: Path) -> None:
+    """Write members into a zip that does not compress; reading them checks them."""
+    total = sum(member.file_size for member in members)
+    with zipfile.ZipFile(path, "w") as target, tqdm(total=total, desc="convert", unit="B", unit_scale=True) as progress:
+        for member in members:
+            with archive.open(member) as source, target.open(member.filename, "w", force_zip64=True) as sink:
+                while block := source.read(_CHUNK):
+                    sink.write(block)
+                    progress.update(len(block))

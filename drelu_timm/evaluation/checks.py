@@ -1,0 +1,61 @@
+"""What cannot be evaluated: found before any attack, said in a line."""
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from ..data.images import as_float
+from ..errors import InputError
+
+
+def check_data(images: Tensor, labels: Tensor) -> None:
+    """Look at the images [N, C, H, W] and their labels [N].
+
+    Raises:
+        InputError: Images that are not in [0, 1], or labels that are no classes.
+    """
+    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise InputError(
+            f"images are {images.dtype} {list(images.shape)}; give [N, C, H, W], floats in [0, 1] or uint8"
+        )
+    if len(images) == 0 or labels.shape != images.shape[:1]:
+        raise InputError(f"{len(images)} images and labels of shape {list(labels.shape)}; give one label an image")
+    low, high = images.aminmax()
+    if images.is_floating_point() and not 0 <= low <= high <= 1:  # NaN fails too
+        raise InputError(
+            f"images lie in [{low:.4g}, {high:.4g}]; give them in [0, 1], normalisation belongs into the model"
+        )
+    if labels.is_floating_point() or labels.min() < 0:
+        raise InputError(f"labels are {labels.dtype} from {labels.min()}; give integers from 0 to classes - 1")
+
+
+def count_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Number of outputs of the model, tried on a few images.
+
+    Raises:
+        InputError: A model that does not return logits, or has fewer outputs than the labels need.
+    """
+    device = device_of(model)
+    with torch.no_grad():
+        logits = model(as_float(images[:8]).to(device))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"the model returns {got} for {len(images[:8])} images; it must return logits [B, classes]")
+    if labels.max() >= logits.shape[1]:
+        raise InputError(
+            f"the labels go up to {labels.max()} but the model has {logits.shape[1]} outputs; "
+            "give the dataset that the model was trained on"
+        )
+    if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(len(logits), device=device), atol=1e-4):
+        raise InputError(
+            "the model returns probabilities (none below 0, each image's adding up to 1), whose gradients vanish; "
+            "give the model without its softmax"
+        )
+    return logits.shape[1]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; the CPU for one that holds nothing."""
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

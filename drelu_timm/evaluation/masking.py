@@ -1,0 +1,291 @@
+"""Gradient masking: does a model withstand attacks, or only hide the gradients that they follow?
+
+After Athalye et al. 2018, https://arxiv.org/abs/1802.00420, and Carlini et al. 2019, https://arxiv.org/abs/1902.06705:
+a model that falls to attacks without its gradients, or to those that repair them, where attacks with its gradients fail
+is masked; so is one that these cannot even break with a radius at which nothing can withstand. The attacks that show it
+are the same whatever suite a model is evaluated under, and know of no particular trick.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks.adaptive import annealing, restarts, substitutable_layers
+from ..attacks.losses import LOSSES, cross_entropy, margin
+from ..attacks.pgd import Found, drawn, random_start_pgd, sign_noise
+from ..attacks.square import square
+from ..attacks.suites import Attack
+from ..attacks.threat_model import ThreatModel, per_image
+
+SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")  # what `signals` measures
+PROBED = 200  # examples, the first that are classified right: they bound a share of 0 by 2 %
+
+# Tried on the nets of scripts/masking_battery.py.
+_MASKED_ABOVE = 0.05  # share of examples that one attack leaves and another breaks; 4 % on long-trained ReLU nets
+_SOUND_BELOW = 0.10
+# Adversarial training with capped units, whose zero gradients hide nothing at eps, leaves some 20 % there.
+_STUCK_ABOVE = 1 / 3  # share of examples that withstand, beyond chance, a radius which nothing can withstand
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be thought of white-box robust accuracies.
+
+    Attributes:
+        verdict: "sound": white-box attacks find nearly all that is to be found; "masked": they do not, by far;
+            "undecided": neither is shown.
+        evidence: A sentence for each signal.
+        numbers: The same by name: shares in [0, 1] of the ``examples`` that were probed.
+    """
+
+    verdict: Literal["sound", "masked", "undecided"]
+    evidence: tuple[str, ...]
+    numbers: dict[str, float]
+
+    def __str__(self) -> str:
+        return self.verdict
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An attack that tells of masking, and the ball that it searches."""
+
+    attack: Attack
+    threat_model: ThreatModel
+
+
+def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Probe]:
+    """What is tried on a model, in this order; each on the examples that those before it in the same ball left.
+
+    White-box attacks come first. At most 255 gradients (230 where there is nothing to adapt to) and 500 queries an
+    example, nearly all of them on examples that withstand.
+
+    Args:
+        model: The adaptive attack is for those that have layers it knows.
+        threat_model: The one whose robust accuracies are in question.
+        pixels: Numbers in an image, C * H * W.
+    """
+    adaptive = [_ADAPTIVE] if substitutable_layers(model) else []
+    return [
+        *(Probe(attack, threat_model) for attack in _WHITE_BOX),
+        Probe(_FAR, farthest(threat_model, pixels)),
+        *(Probe(attack, threat_model) for attack in (*_OTHERS, *adaptive)),
+    ]
+
+
+def farthest(threat_model: ThreatModel, pixels: int) -> ThreatModel:
+    """The smallest ball that holds the mid-grey image whatever its centre.
+
+    There a classifier gives one answer for all examples, so no more of them withstand than the most frequent class has.
+    """
+    eps = 0.5 if threat_model.norm == "Linf" else 0.5 * sqrt(pixels)
+    return replace(threat_model, eps=eps, written=f"{eps:g}")
+
+
+def signals(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What the model itself tells of masking, without an attack.
+
+    Args:
+        model: As attacks see it: its gradient is 0 where it is not finite, or where there is none.
+        images: [B, C, H, W] in [0, 1].
+        labels: [B].
+
+    Returns:
+        Flags [B]: "zero_gradient_ce" and "zero_gradient_margin", whether the input gradient of that loss is zero
+        everywhere (a softmax that float32 saturates gives zeros of cross-entropy, but not of the margin); "unsteady"
+        and "changed", whether a second call gives other logits, by more than rounding, and another class.
+    """
+    images = images.detach().requires_grad_()
+    logits = model(images)
+    flags = {
+        f"zero_gradient_{name}": _zero(torch.autograd.grad(loss(labels)(logits).sum(), images, retain_graph=True)[0])
+        for name, loss in (("ce", cross_entropy), ("margin", margin))
+    }
+    with torch.no_grad():
+        again = model(images.flip(0)).flip(0)  # a model that seeds its noise anew gives it to another image
+    spread = logits.amax(dim=1) - logits.amin(dim=1)
+    unsteady = (again - logits).abs().amax(dim=1) > _ROUNDING * spread
+    return flags | {"unsteady": unsteady, "changed": again.argmax(dim=1) != logits.argmax(dim=1)}
+
+
+_ROUNDING = 1e-3  # of the spread of an image's logits: more than other kernels or TF32 make of them
+
+
+def _zero(gradient: Tensor) -> Tensor:
+    return ~gradient.flatten(1).any(dim=1)
+
+
+def from_image(
+    model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int], **settings
+) -> Found:
+    """`random_start_pgd` from the image itself: in a ball this large a random point alone can break the model."""
+    return random_start_pgd(model, images, labels, threat_model, seeds, start=images, **settings)
+
+
+def averaged(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat_model: ThreatModel,
+    seeds: Sequence[int],
+    *,
+    loss: str,
+    steps: int,
+    relative_step_size: float,
+    samples: int,
+) -> Found:
+    """PGD along gradients averaged over noise around each point and over the model's own noise.
+
+    It sees past gradients that are shattered, or zero here and not there, and is the expectation over transformation
+    of Athalye et al. 2018 for models that draw numbers.
+
+    Args:
+        model: Takes [0, 1] images.
+        images: [B, C, H, W] in [0, 1].
+        labels: [B].
+        threat_model: The balls.
+        seeds: One an image.
+        loss: A name in `LOSSES`.
+        steps: Number of steps.
+        relative_step_size: Length of a step, in units of eps.
+        samples: Gradients a step.
+    """
+    adversarial = drawn(threat_model.random_start, images, seeds)
+    found, standing = images, torch.ones_like(labels, dtype=torch.bool)
+    wide = replace(threat_model, eps=2 * threat_model.eps)
+    for step in range(steps):
+        gradient = torch.zeros_like(images)
+        for sample in range(samples):
+            own = [seed + step * samples + sample + 1 for seed in seeds]
+            point = drawn(wide.random_start, adversarial, own).requires_grad_()
+            gradient += torch.autograd.grad(LOSSES[loss](labels)(model(point)).sum(), point)[0]
+        step_size = relative_step_size * threat_model.eps
+        adversarial = threat_model.project(threat_model.ascend(adversarial, gradient, step_size), images)
+        with torch.no_grad():
+            fooled = standing & (model(adversarial).argmax(dim=1) != labels)
+        found = torch.where(per_image(fooled, images), adversarial, found)
+        standing &= ~fooled
+    return Found(found)
+
+
+_LONG = {"steps": 50, "relative_step_size": 0.1}
+_BRIEF = {"steps": 10, "relative_step_size": 0.25}
+_WHITE_BOX = (
+    Attack("pgd", "white-box", random_start_pgd, {"loss": "ce", **_LONG}),
+    # The same loss where logits spread over less than 20: what it breaks beyond luck, a saturated softmax hid.
+    Attack("rescaled", "white-box", random_start_pgd, {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.25}),
+    Attack("margin", "white-box", random_start_pgd, {"loss": "margin", **_LONG}),
+    Attack("restarts", "white-box", restarts, {"loss": "scaled-ce", "restarts": 5, **_BRIEF}),
+)
+_FAR = Attack("far", "white-box", from_image, {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.5})
+_OTHERS = (
+    Attack("noise", "black-box", sign_noise),
+    Attack("averaged", "adaptive", averaged, {"loss": "scaled-ce", "samples": 4, **_BRIEF}),
+    Attack("square", "black-box", square, {"n_queries": 500, "p_init": 0.8}),
+)
+_ADAPTIVE = Attack(
+    "annealing", "adaptive", annealing, {"loss": "scaled-ce", "rounds": 5, "steps": 5, "relative_step_size": 0.2}
+)
+
+# Shares of examples where an attack fails and another succeeds that scales the logits, that begins at more points, or
+# that does not follow the gradient at the point alone.
+_GAPS = ("broken_by_rescaled", "broken_by_restarts", "hidden")
+
+_SENTENCES = {  # by attack, what it broke of those that the ones before it left
+    "rescaled": "PGD on rescaled logits, which no softmax saturates, breaks {} that PGD left.",
+    "margin": "PGD on the margin breaks {} more.",
+    "restarts": "More restarts in the place of more steps break {} that these left.",
+    "noise": "Random sign noise breaks {} that all these left.",
+    "averaged": "Gradients averaged over noise break {} more.",
+    "square": "Square, which asks for no gradient, breaks {} more.",
+    "annealing": "Caps that sharpen while the attack goes on break {} more.",
+}
+
+
+def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Tensor], hidden: Tensor) -> Verdict:
+    """What the signals, the probes and the attacks of a suite say together.
+
+    Args:
+        labels: [n], of the examples that were probed.
+        flags: Those of `signals`, [n] each.
+        broken: For each probe, by name, [n]: which examples it broke; one that it was not given is not broken.
+        hidden: [n], which examples the suite's white-box attacks left and another of its attacks broke.
+    """
+    if not len(labels):
+        return Verdict("undecided", ("No example is classified right, so there is nothing to break.",), {"examples": 0})
+    white_box = _any(broken, _WHITE_BOX)
+    others = hidden | _any(broken, [attack for attack in (*_OTHERS, _ADAPTIVE) if attack.name in broken])
+    shares = {
+        **flags,
+        **{f"broken_by_{name}": flag for name, flag in broken.items()},
+        "withstand_pgd": ~broken["pgd"],
+        "withstand_white_box": ~white_box,
+        "withstand_all": ~white_box & ~others,
+        "hidden": ~white_box & others,
+        "stuck": ~white_box & ~broken["far"],
+    }
+    numbers = {"examples": len(labels), "chance": int(labels.bincount().max()) / len(labels)}
+    numbers |= {name: float(flag.double().mean()) for name, flag in shares.items()}
+    for name in (*_GAPS, "stuck"):
+        numbers[f"{name}_low"], numbers[f"{name}_high"] = wilson_interval(int(shares[name].sum()), len(labels))
+    return Verdict(_conclusion(numbers), tuple(_evidence(numbers)), numbers)
+
+
+def _any(broken: Mapping[str, Tensor], attacks: Sequence[Attack]) -> Tensor:
+    return torch.stack([broken[attack.name] for attack in attacks]).any(dim=0)
+
+
+def _conclusion(numbers: Mapping[str, float]) -> Literal["sound", "masked", "undecided"]:
+    stuck_above = numbers["chance"] + _STUCK_ABOVE
+    if numbers["stuck_low"] > stuck_above or any(numbers[f"{gap}_low"] > _MASKED_ABOVE for gap in _GAPS):
+        return "masked"
+    found_all = numbers["stuck_high"] < stuck_above and all(numbers[f"{gap}_high"] < _SOUND_BELOW for gap in _GAPS)
+    return "sound" if found_all and not numbers["unsteady"] else "undecided"
+
+
+def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
+    """A sentence for each signal, those that decide first."""
+
+    def percent(name: str) -> str:
+        return f"{100 * numbers[name]:.1f} %"
+
+    def with_interval(name: str) -> str:
+        return f"{percent(name)} (95 % interval {100 * numbers[f'{name}_low']:.1f} to {percent(f'{name}_high')})"
+
+    yield (
+        f"Of {numbers['examples']} examples classified right, {percent('withstand_pgd')} withstand PGD, "
+        f"{percent('withstand_white_box')} every white-box attack, {percent('withstand_all')} the others too."
+    )
+    yield f"Attacks without the gradient, or with a repaired one, break {with_interval('hidden')} that those left."
+    yield (
+        f"In a ball that holds the grey image nothing withstands but by chance, {percent('chance')}; there white-box "
+        f"PGD leaves {with_interval('stuck')}."
+    )
+    if numbers["unsteady"]:
+        yield (
+            f"Seen again, {percent('unsteady')} get other logits and {percent('changed')} another class: the forward "
+            "pass is not deterministic, and no verdict can be sound."
+        )
+    else:
+        yield "The forward pass is deterministic."
+    yield (
+        f"The input gradient is zero, or not finite, for {percent('zero_gradient_ce')} (cross-entropy) and "
+        f"{percent('zero_gradient_margin')} (margin)."
+    )
+    for name, sentence in _SENTENCES.items():
+        if f"broken_by_{name}" in numbers:
+            yield sentence.format((with_interval if f"broken_by_{name}" in _GAPS else percent)(f"broken_by_{name}"))
+
+
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """The 95 % score interval of a binomial share (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
+    z = 1.96
+    share = count / total
+    centre = share + z * z / (2 * total)
+    spread = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -1,0 +1,120 @@
+"""What RobustBench is sent: the texts of its two issue forms, AutoAttack's log, and the adversarial images.
+
+The forms are those of https://github.com/RobustBench/robustbench/tree/master/.github/ISSUE_TEMPLATE.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..attacks.suites import ATTACKS, SUITES
+from .cards import licences
+from .entries import AUTOATTACK, Measured, architecture, generated_images, model_info, percent
+from .recipes import made_with
+
+ZOO = "https://github.com/RobustBench/robustbench/tree/master/robustbench/model_zoo/architectures"
+
+
+def new_model(measured: Measured, repo: str | None) -> str:
+    """The text of the form "New Model(s)", filled in.
+
+    Args:
+        measured: The model.
+        repo: Its repository on the Hub; None where it has not been pushed.
+    """
+    entry = model_info(measured)
+    where = f"https://huggingface.co/{repo}" if repo else "(the address of hub/ or weights/, once they are uploaded)"
+    additional = f"{str(entry['additional_data']).lower()}"
+    if generated := generated_images(measured):
+        additional += f". {generated}"
+    return f"""\
+Title: [New Model] {measured.key}
+
+# Paper Information
+
+- **Paper Title**: {entry["name"]}
+- **Paper URL**: {entry["link"]}
+- **Paper authors**: {entry["authors"]}
+
+# Leaderboard Claim(s)
+
+## Model 1
+
+- **Architecture**: {entry["architecture"]}
+- **Threat Model**: {measured.norm}
+- **eps**: {entry["eps"]}
+- **Clean accuracy**: {entry["clean_acc"]}
+- **Robust accuracy**: {percent(measured.results["worst"])}
+- **Additional data**: {additional}
+- **Evaluation method**: {_method(measured)}
+- **Checkpoint and code**: {where}, sha256 of model.safetensors {measured.weights.sha256}
+
+# Model Zoo:
+
+- [ ] I want to add my models to the Model Zoo (check if true)
+- [x] I use an architecture that is included among those [here]({ZOO}) or in `timm`. If not, I added the link to the \
+architecture implementation so that it can be added. (`{architecture(measured)}`, of timm with `import drelu_timm`)
+- [ ] I agree to release my model(s) under MIT license (check if true) **OR** under a custom license, located here: \
+{licences(measured)}
+"""
+
+
+def _method(measured: Measured) -> str:
+    results = measured.results
+    sentences = [
+        f"AutoAttack standard: {percent(measured.autoattack)}.",
+        f"Worst case, image by image, of {measured.attacks}: {percent(results['worst'])}.",
+        f"Gradient masking: {measured.verdict}.",
+        measured.sample,
+        f"Attacks searched in {results['precision']} and were judged in float32; {made_with(results)}.",
+    ]
+    return " ".join(sentences)
+
+
+def is_external(measured: Measured) -> bool:
+    """Whether there is an evaluation to hand in beside AutoAttack's: adaptive attacks, or a worst case below its.
+
+    Not of a copy of the board's images, as an image in the ball of the copy may be outside of the original's.
+    """
+    adaptive = any(name in ATTACKS and ATTACKS[name].kind == "adaptive" for name in measured.results["accuracy"])
+    return (adaptive or measured.external is not None) and not measured.is_copy
+
+
+def new_evaluation(measured: Measured, images: str) -> str:
+    """The text of the form "New external evaluation(s)", filled in.
+
+    Args:
+        measured: The model.
+        images: Name of the file of adversarial images.
+    """
+    results = measured.results
+    return f"""\
+Title: [New evaluation] {measured.key}
+
+## Target model
++ **Model identifier(s):** {measured.key}
++ **Leaderboard(s):** {measured.dataset}, {measured.threat_model}
+
+## New evaluation
++ **Link to adversarial images:** (the address of {images}, once it is uploaded: a tensor of the size of the test set, \
+in its order; images that withstood, are wrong as they are, or were not evaluated are clean)
++ **Robust accuracy:** {percent(results["worst"])} (AutoAttack: {percent(measured.autoattack)}). {measured.sample}
++ **Author(s):** {measured.paper.authors}
++ **Description of the method used:** for every image, whatever first broke it of {measured.attacks}. Gradient \
+masking: {measured.verdict}. {" ".join(results["verdict"]["evidence"])}
+"""
+
+
+def autoattack_log(results: dict[str, Any]) -> str:
+    """What AutoAttack's own log says, from an evaluation's JSON file."""
+    return "\n".join(_log(results)) + "\n"
+
+
+def _log(results: dict[str, Any]) -> Iterator[str]:
+    stages = [attack.name for attack in SUITES["autoattack"][AUTOATTACK]]
+    yield f"AutoAttack standard including {', '.join(stages)}; {results['norm']}, eps {results['eps']}"
+    yield f"{results['n_examples']} test images of {results['dataset_title']}, seed {results['seed']}"
+    yield f"{made_with(results)}; attacks search in {results['precision']}, and are judged in float32"
+    yield f"initial accuracy: {results['clean']:.2%}"
+    for attack, left in results["sequences"][AUTOATTACK].items():
+        yield f"robust accuracy after {attack.upper()}: {left:.2%}"
+    yield f"robust accuracy: {results['accuracy'][AUTOATTACK]:.2%}"

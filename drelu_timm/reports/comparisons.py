@@ -1,0 +1,170 @@
+"""The statistics of a report: which methods differ, over nets and attacks, and pair by pair on the same images."""
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations, product
+from math import isnan
+from pathlib import Path
+
+import pandas as pd
+
+from ..errors import InputError
+from .averages import Lines
+from .figures import draw_critical_difference
+from .means import Average
+from .outcomes import Outcomes
+from .page import Section
+from .paper import COLUMNS, net_name, paper_scores
+from .statistics import Comparison, compare_methods, compare_pair
+from .strength import unequal
+from .tables import HEADINGS, papers_number, slug
+
+
+def statistics(lines: Lines, folder: Path, outcomes: Outcomes) -> list[Section]:
+    """Whether the methods differ: over clean accuracy and the paper's attacks, over the worst case, and pair by pair.
+
+    Args:
+        lines: The group.
+        folder: For the pictures.
+        outcomes: Rows that cannot be read are noted down here.
+    """
+    worst = f"Methods in the worst case: {lines.group}"
+    picture = folder / f"methods-worst-{slug(lines.group)}.png"
+    not_alike = unequal(lines.shown)
+    return [
+        _comparison(
+            f"Methods under the paper's attacks: {lines.group}",
+            *scores(lines, [*COLUMNS]),
+            folder / f"methods-{slug(lines.group)}.png",
+            "Blocks are net x (clean and the paper's attacks), as in the paper. Those of one net are not independent, "
+            "so that p comes out too small, and accuracies of masked rows count as if they were robustness.",
+        ),
+        Section(worst, f"Not made. {not_alike}")
+        if not_alike
+        else _comparison(worst, *scores(lines, ["worst"]), picture, "Blocks are the nets."),
+        _pairs(lines, outcomes),
+    ]
+
+
+def papers_statistics(groups: Iterable[Lines]) -> list[Section]:
+    """The statistics of every table of the paper that has a group's numbers, once each."""
+    numbers = dict.fromkeys(number for lines in groups if (number := papers_number(lines.group)))
+    return [_papers(number) for number in numbers]
+
+
+def _papers(number: int) -> Section:
+    text = "From the accuracies that the paper prints."
+    if number == 2:
+        text += " It prints F = 17.4, chi-square = 39.43, F_F = 20.12 and a critical difference of 0.656."
+    return _comparison(f"Methods in the paper's table {number}", paper_scores(number), "", None, text)
+
+
+def scores(lines: Lines, columns: Sequence[str]) -> tuple[pd.DataFrame, str]:
+    """What the statistics compare: a row a net and column, a column a method, in percent.
+
+    Methods that some net lacks, and then rows that some method lacks, are left out.
+
+    Returns:
+        The accuracies, and sentences on the rows that there are and on what was left out.
+    """
+    nets = {net: {lines.label(one): one for one in shown} for net, shown in lines.by_net.items()}
+    missing = {
+        method: [net_name(net) for net in nets if method not in nets[net]]
+        for method in dict.fromkeys(lines.label(one) for one in lines.shown)
+    }
+    methods = [method for method, of_nets in missing.items() if not of_nets]
+    left_out = [f"{method}, which {_lack(of_nets)}" for method, of_nets in missing.items() if of_nets]
+    rows: dict[tuple[str, str], list[float]] = {}
+    for net, column in product(nets, columns):
+        means = {method: nets[net][method].mean(column) for method in methods}
+        if lacking := [method for method, mean in means.items() if mean is None]:
+            of_it = "all methods lack" if len(lacking) == len(methods) else _lack(lacking)
+            left_out.append(f"{net_name(net)} x {HEADINGS[column]}, which {of_it}")
+        else:
+            rows[net, column] = [mean.mean for mean in means.values() if mean]
+    said = f"Blocks: {', '.join(f'{net_name(net)} x {HEADINGS[column]}' for net, column in rows) or 'none'}."
+    said += f" Left out: {'; '.join(left_out)}." if left_out else ""
+    return pd.DataFrame(list(rows.values()), index=list(rows), columns=methods, dtype=float), said
+
+
+def _lack(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'lacks' if len(names) == 1 else 'lack'}"
+
+
+def _comparison(title: str, frame: pd.DataFrame, said: str, picture: Path | None, text: str) -> Section:
+    try:
+        comparison = compare_methods(frame)
+    except InputError as error:
+        return Section(title, f"Not made: {error}. {said}".strip())
+    section = Section(title, " ".join(filter(None, [_statistics(comparison), text, said])), _ranks(comparison))
+    if picture is None:
+        return section
+    try:
+        draw_critical_difference(comparison, picture, title=title)
+    except InputError as error:
+        return Section(title, f"{section.text} Not drawn: {error}.", section.table)
+    return Section(title, section.text, section.table, picture)
+
+
+def _statistics(comparison: Comparison) -> str:
+    return (
+        f"Over {comparison.n_blocks} blocks: one-way ANOVA F = {_defined(comparison.anova_f)}, "
+        f"p = {_defined(comparison.anova_p, '.2g')}; Friedman chi-square = {_defined(comparison.friedman_chi2)}, "
+        f"p = {_defined(comparison.friedman_p, '.2g')}, F_F = {_defined(comparison.f_f)}, "
+        f"p = {_defined(comparison.f_f_p, '.2g')}; mean ranks further apart than Nemenyi's critical difference, "
+        f"{comparison.critical_difference:.2f}, differ at alpha {comparison.alpha:g}."
+    )
+
+
+def _defined(value: float, form: str = ".2f") -> str:
+    return "not defined" if isnan(value) else f"{value:{form}}"
+
+
+def _ranks(comparison: Comparison) -> pd.DataFrame:
+    """Mean ranks and Nemenyi's p of every pair, as text."""
+    methods = sorted(comparison.mean_ranks, key=lambda method: comparison.mean_ranks[method])
+    p = comparison.nemenyi_p.loc[methods, methods]
+    table = {"Method": methods, "Mean rank": [f"{comparison.mean_ranks[method]:.2f}" for method in methods]}
+    return pd.DataFrame(table | {f"p against {method}": [f"{value:.2g}" for value in p[method]] for method in methods})
+
+
+def _pairs(lines: Lines, outcomes: Outcomes) -> Section:
+    """McNemar's test of every two methods of a net, on the test images of the first seed that both have."""
+    title = f"Pairs of methods in the worst case: {lines.group}"
+    rows = []
+    for first, second in (pair for shown in lines.by_net.values() for pair in combinations(shown, 2)):
+        try:
+            row = _pair(first, second)
+        except InputError as error:
+            outcomes.skip(error)
+            continue
+        rows += [row] if row else []
+    if not rows:
+        return Section(title, "Not made: no two methods of a net have a seed in common with rows for each test image.")
+    text = (
+        "McNemar's exact test on the test images of the first common seed, which withstand where no evaluation broke "
+        "them, and the difference of the two accuracies in percentage points with its 95 % interval. p is of one pair, "
+        "not corrected for the number of pairs, and speaks of these two trained nets, not of other seeds."
+    )
+    return Section(title, f"{text} {unequal(lines.shown)}".strip(), pd.DataFrame(rows))
+
+
+def _pair(first: Average, second: Average) -> dict[str, str] | None:
+    common = [seed for seed in first.seeds if seed in second.seeds]
+    if not common:
+        return None
+    one, other = (average.outcomes[average.seeds.index(common[0])] for average in (first, second))
+    withstood = one.survivors(), other.survivors()
+    if withstood[0] is None or withstood[1] is None or one.at.n_examples != other.at.n_examples:
+        return None
+    pair = compare_pair(withstood[0], withstood[1])
+    return {
+        "Model": net_name(first.first.net),
+        "First": first.training,
+        "Second": second.training,
+        "Seed": str(common[0]),
+        "Images": str(pair.n_examples),
+        "Only first withstands": str(pair.only_first),
+        "Only second": str(pair.only_second),
+        "Difference": f"{pair.difference:+.2f} ({pair.interval[0]:+.2f} to {pair.interval[1]:+.2f})",
+        "p": f"{pair.p:.2g}",
+    }

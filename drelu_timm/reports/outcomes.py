@@ -1,0 +1,328 @@
+"""What evaluated runs' files say, gathered for tables, figures and statistics; nothing is loaded or measured here."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..attacks.threat_model import ThreatModel
+from ..errors import InputError
+from ..models.saved import CONFIG, WEIGHTS, sha256_of
+from .naming import Flags, activation_of, method_of, net_of, placement_of, radius_written, settings_of, written
+from .points import VERDICTS, Point, together, worst_verdict
+from .result_files import ResultFile, read_config, read_held_out, read_result, read_survivors
+
+__all__ = ["VERDICTS", "Group", "Outcome", "Outcomes", "Point", "read_outcomes"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """What has to be the same for accuracies to stand in one table.
+
+    Attributes:
+        dataset: Its name, such as "cifar10".
+        title: What it is called, such as "CIFAR-10 (JPEG copy)".
+        norm: "Linf" or "L2".
+        eps: The radius in its one spelling, such as "8/255".
+        generated: Whether the nets were trained with generated images as well.
+    """
+
+    dataset: str
+    title: str
+    norm: str
+    eps: str
+    generated: bool
+
+    def __str__(self) -> str:
+        """As in headings."""
+        return f"{self.title}, {self.norm}, eps {self.eps}" + (", with generated images" if self.generated else "")
+
+    @property
+    def radius(self) -> float:
+        """eps as a number."""
+        return ThreatModel.parse(self.norm, self.eps).eps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained net and what its evaluations in one threat model left of it.
+
+    Attributes:
+        run: The run directory.
+        train: The flags it was trained with, of its config.json.
+        start: Those of the run that it went on from (``--init-from``), if any.
+        group: With what it can be compared.
+        at: Accuracies at the group's eps; of several evaluations on as many examples, what they leave together.
+        held_out: Accuracy in [0, 1] under the inner attack on held-out training images, of the epoch that was kept.
+        sources: The result files that ``at`` comes from.
+        measured: Of these, those that have an accuracy, by attack.
+        others: What further evaluations say at this eps: those on fewer examples, and sweeps.
+        curve: Accuracies at rising radii, of a sweep in the same norm; empty without one.
+        curve_source: Its file.
+        curve_suite: Its suite of attacks.
+        measured_with: Hardware and versions of the evaluations, a line each.
+    """
+
+    run: Path
+    train: Flags
+    start: Flags | None
+    group: Group
+    at: Point
+    held_out: float | None
+    sources: tuple[Path, ...]
+    measured: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    others: tuple[Point, ...] = ()
+    curve: tuple[Point, ...] = ()
+    curve_source: Path | None = None
+    curve_suite: str = ""
+    measured_with: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+        return self.train["seed"]
+
+    @property
+    def net(self) -> str:
+        """The architecture, without what the added layer adds to its name."""
+        return net_of(self.train)
+
+    @property
+    def activation(self) -> str:
+        """What stands in the added layer; "relu" for a net without one."""
+        return activation_of(self.train)
+
+    @property
+    def placement(self) -> str:
+        """Where the added layer stands; "head" for a net without one."""
+        return placement_of(self.train)
+
+    @property
+    def cap_weight(self) -> float | None:
+        """The balancer of a D-ReLU; None for other activations."""
+        return self.train["cap_weight"] if self.activation == "drelu" else None
+
+    @property
+    def method(self) -> str:
+        """Objective and activation without the balancer: "AT", "TRADES-6", "D-ReLU", "AT + D-ReLU", "natural", ..."""
+        return method_of(self.train)
+
+    @property
+    def training(self) -> str:
+        """The method with its balancer, as the paper writes it: "AT", "TRADES-6", "D-ReLU-0.1", "AT + D-ReLU-0.01"."""
+        return self.method if self.cap_weight is None else f"{self.method}-{written(self.cap_weight)}"
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """All that runs which differ in their seed only have in common, with those of ``start`` as "init_from ..."."""
+        if self.start is None:
+            return settings_of(self.train) | {"init_from": "none"}
+        start = {f"init_from {name}": value for name, value in settings_of(self.start).items()}
+        return settings_of(self.train) | {"init_from": "a run"} | start
+
+    @property
+    def settings(self) -> str:
+        """The flags as one string, for comparisons."""
+        return json.dumps(self.flags, sort_keys=True)
+
+    @property
+    def verdict(self) -> str:
+        """On gradient masking, the worst of all evaluations in this threat model."""
+        return worst_verdict(point.verdict for point in (self.at, *self.others))
+
+    @property
+    def verdict_images(self) -> int | None:
+        """The test images of the verdict where the evaluations that the accuracies come from do not have it."""
+        if self.verdict == self.at.verdict:
+            return None
+        return max(point.n_examples for point in self.others if point.verdict == self.verdict)
+
+    def survivors(self) -> np.ndarray | None:
+        """Which test images [N] nothing broke, 1 or 0; None where rows an example were left out.
+
+        Raises:
+            InputError: Rows that are cut short, or of another version.
+        """
+        return read_survivors(self.sources, self.at.n_examples)
+
+
+@dataclass
+class Outcomes:
+    """All that was found.
+
+    Attributes:
+        found: One a run and threat model.
+        broken: Files that were skipped since they cannot be used, and why; a line each.
+        notes: What else a reader has to know; a line each.
+    """
+
+    found: list[Outcome] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def skip(self, error: InputError) -> None:
+        """Note a file down that cannot be used, once."""
+        if str(error) not in self.broken:
+            self.broken.append(str(error))
+
+    def groups(self) -> dict[Group, list[Outcome]]:
+        """Outcomes that can be compared, each group by net, method, balancer and seed."""
+        groups: dict[Group, list[Outcome]] = {}
+        for outcome in sorted(self.found, key=_order):
+            groups.setdefault(outcome.group, []).append(outcome)
+        return groups
+
+
+def read_outcomes(paths: Iterable[Path]) -> Outcomes:
+    """What the run directories in some folders hold, at any depth.
+
+    Args:
+        paths: Run directories, or folders that hold them.
+
+    Raises:
+        InputError: A path that is no folder, or folders without any run.
+    """
+    paths, outcomes = list(paths), Outcomes()
+    for path in paths:
+        if not path.is_dir():
+            raise InputError(f"{path} is no folder; give run directories, or folders that hold them")
+    runs = sorted({run.resolve(): run for path in paths for run in _runs(path)}.values())
+    if not runs:
+        raise InputError(f"no run in {', '.join(map(str, paths))}; make one: drelu-timm sweep, or train and evaluate")
+    seen: dict[tuple[Group, str, int], Outcome] = {}
+    for run in runs:
+        for outcome in _read_run(run, outcomes):
+            key = (outcome.group, outcome.settings, outcome.seed)
+            if key in seen:
+                outcomes.notes.append(f"{run} is {seen[key].run} once more (settings and seed); it is left out")
+                continue
+            seen[key] = outcome
+            outcomes.found.append(outcome)
+    return outcomes
+
+
+def _runs(folder: Path) -> Iterator[Path]:
+    if _is_run(folder):
+        yield folder
+        return
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir() and not inner.name.startswith("."):
+            yield from _runs(inner)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory, a broken one included: a timm folder has a config.json too, but no log."""
+    return (folder / CONFIG).is_file() and not (folder / WEIGHTS).is_file()
+
+
+def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
+    """The outcomes of a run, one a threat model; what cannot be used is noted down."""
+    try:
+        train, start = read_config(run / CONFIG)
+        held_out = read_held_out(run)
+    except InputError as error:
+        outcomes.skip(error)
+        return []
+    results, sweeps = (_read_all(run, folder, outcomes) for folder in ("results", "sweeps"))
+    if not results:
+        outcomes.notes.append(_without_results(run, sweeps))
+    by_group: dict[Group, list[ResultFile]] = {}
+    for result in results:
+        content = result.content
+        eps, generated = radius_written(content["eps"]), bool(train["generated_fraction"])
+        group = Group(content["dataset"], content["dataset_title"], content["norm"], eps, generated)
+        by_group.setdefault(group, []).append(result)
+    found = []
+    for group, of_group in by_group.items():
+        same = [one for one in sweeps if all(one.content[name] == getattr(group, name) for name in ("dataset", "norm"))]
+        sweep = max(same, key=lambda one: len(one.points), default=None)
+        others = [point for one in same for point in one.points if radius_written(point.eps) == group.eps]
+        kept, fewer = _most_examples(run, of_group, outcomes)
+        found.append(
+            Outcome(
+                run=run,
+                train=train,
+                start=start,
+                group=group,
+                at=together([one.points[0] for one in kept], _survivors(kept, outcomes)),
+                held_out=held_out,
+                sources=tuple(one.path for one in kept),
+                measured=_measured(kept),
+                others=(*(one.points[0] for one in fewer), *others),
+                curve=() if sweep is None else sweep.points,
+                curve_source=sweep and sweep.path,
+                curve_suite="" if sweep is None else sweep.suite,
+                measured_with=tuple(dict.fromkeys(one.measured_with for one in kept)),
+            )
+        )
+    return found
+
+
+def _without_results(run: Path, sweeps: Sequence[ResultFile]) -> str:
+    """Why a run is not in any table, and what mends it."""
+    makes_one = f"drelu-timm evaluate {run} makes one"
+    if sweeps:
+        return f"{run} has a sweep over eps, but no evaluation at one eps, which tables are made of; {makes_one}"
+    if any((run / "last" / "results").glob("*.json")):
+        return f"{run} has evaluations of its last epoch's weights only (last/results), not of the best; {makes_one}"
+    return f"{run} has no evaluation that could be read; {makes_one}"
+
+
+def _read_all(run: Path, folder: str, outcomes: Outcomes) -> list[ResultFile]:
+    """The result files of a run's folder that are whole and of its weights, the one with the most attacks first."""
+    read = []
+    weights = run / "model" / WEIGHTS
+    digest = sha256_of(weights) if weights.is_file() else None  # published results come without
+    for path in sorted((run / folder).glob("*.json")):
+        try:
+            result = read_result(path)
+        except InputError as error:
+            outcomes.skip(error)
+            continue
+        if digest not in (None, result.content["model_digest"]):
+            outcomes.skip(InputError(f"{path} was measured on other weights than {weights}; delete it, evaluate anew"))
+            continue
+        read.append(result)
+    return sorted(read, key=lambda one: -len(one.points[0].accuracy))
+
+
+def _most_examples(
+    run: Path, results: Sequence[ResultFile], outcomes: Outcomes
+) -> tuple[list[ResultFile], list[ResultFile]]:
+    """Those evaluations that were made on the most examples, and the others, which cannot be put together with them."""
+    most = max(one.n_examples for one in results)
+    kept, fewer = ([one for one in results if (one.n_examples == most) == many] for many in (True, False))
+    for one in fewer:
+        (at,) = one.points
+        outcomes.notes.append(
+            f"{one.path} is left out, but for its verdict: worst case {100 * at.worst:.2f} % of {at.n_examples} "
+            f"examples, {at.verdict}; another evaluation of {run} has {most} examples"
+        )
+    return kept, fewer
+
+
+def _survivors(results: Sequence[ResultFile], outcomes: Outcomes) -> np.ndarray | None:
+    """Of several evaluations together; None where the rows of one are not there, or cannot be read."""
+    if len(results) == 1:
+        return None
+    try:
+        return read_survivors([one.path for one in results], results[0].n_examples)
+    except InputError as error:
+        outcomes.skip(error)
+        return None
+
+
+def _measured(results: Sequence[ResultFile]) -> dict[str, tuple[Path, ...]]:
+    """The files that have an accuracy, by attack."""
+    attacks = dict.fromkeys(attack for one in results for attack in sorted(one.points[0].columns))
+    return {attack: tuple(one.path for one in results if attack in one.points[0].columns) for attack in attacks}
+
+
+def _order(outcome: Outcome) -> tuple[Any, ...]:
+    group = outcome.group
+    weight = -1.0 if outcome.cap_weight is None else outcome.cap_weight
+    where = (group.dataset, group.title, group.norm, group.radius, group.generated)
+    return (*where, outcome.net, outcome.method, weight, outcome.seed)

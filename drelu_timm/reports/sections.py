@@ -1,0 +1,171 @@
+"""What a report says beside its tables and statistics: figures, how it was measured and from what."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..errors import InputError
+from .averages import Lines, families
+from .figures import draw_balancers, draw_caps, draw_eps, read_caps
+from .means import Average
+from .outcomes import Outcome, Outcomes
+from .page import Section
+from .paper import net_name
+from .tables import slug
+
+
+def opening(outcomes: Outcomes, groups: Sequence[Lines]) -> Section:
+    """What a reader has to know before the first table."""
+    runs = {outcome.run for outcome in outcomes.found}
+    shown = [one for lines in groups for one in lines.shown]
+    masked, undecided = (
+        "; ".join(dict.fromkeys(f"{net_name(one.first.net)}, {one.training}" for one in shown if is_so(one)))
+        for is_so in (lambda one: one.masked, lambda one: one.undecided)
+    )
+    text = ["The worst case is the robust accuracy: the share of the test images that nothing broke."]
+    if masked:
+        text.append(
+            "The accuracy of a masked row under gradient attacks is not robustness: the net hides its gradients, so "
+            f"that these attacks fail where others succeed. Masked: {masked}."
+        )
+    else:
+        text.append("No row of the main tables is masked, as far as the probes for masking can tell.")
+    if undecided:
+        text.append(f"Of these rows the probes show neither that they are masked nor that they are not: {undecided}.")
+    if len(groups) > 1:
+        listed = "; ".join(str(lines.group) for lines in groups)
+        text.append(f"These {len(groups)} groups cannot be compared with one another and are kept apart: {listed}.")
+    return Section(
+        f"What {_count(len(runs), 'run')} {'withstand' if len(runs) > 1 else 'withstands'}", "\n\n".join(text)
+    )
+
+
+def figures(lines: Lines, folder: Path, outcomes: Outcomes) -> list[Section]:
+    """Accuracy over balancers and over eps, and the learned caps; what cannot be drawn is said.
+
+    Args:
+        lines: The group.
+        folder: For the pictures.
+        outcomes: Weights that cannot be read are noted down here.
+    """
+    group, sections = lines.group, []
+    for family in families(lines.all):
+        if len(family) > 1:
+            name = f"{net_name(family[0].first.net)}, {family[0].method}: {group}"
+            runs = [outcome for one in family for outcome in one.outcomes]
+            sections.append(_drawn(f"Balancers: {name}", folder, draw_balancers, runs))
+    for net, shown in lines.by_net.items():
+        name = f"{net_name(net)}, {group}"
+        sections += _over_eps(name, shown, folder)
+        if caps := _caps(shown, outcomes):
+            sections.append(_drawn(f"Learned caps: {name}", folder, draw_caps, caps))
+    return sections
+
+
+def _over_eps(name: str, shown: Sequence[Average], folder: Path) -> list[Section]:
+    """A figure for each suite and number of images, as only curves of the same ones can be averaged and compared."""
+    kinds: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
+    for one in shown:
+        for outcome in one.outcomes:
+            if outcome.curve:
+                kind = (outcome.curve_suite, outcome.curve[0].n_examples)
+                kinds.setdefault(kind, {}).setdefault(one.training, []).append(outcome)
+    sections = []
+    for (suite, images), of_kind in sorted(kinds.items()):
+        title = f"Over eps: {name}" + (f", suite {suite} on {images} images" if len(kinds) > 1 else "")
+        seeds = ", ".join(f"{training} {len(outcomes)}" for training, outcomes in of_kind.items())
+        text = (
+            f"The rows of the main table at other radii too, under the suite {suite}, on the first {images} test "
+            f"images. Seeds: {seeds}."
+        )
+        curves = {training: [outcome.curve for outcome in outcomes] for training, outcomes in of_kind.items()}
+        sections.append(_drawn(title, folder, draw_eps, curves, text))
+    return sections
+
+
+def attacks(groups: Iterable[Lines]) -> Section:
+    """How each attack was set, by group and number of lines where they differ."""
+    rows: dict[tuple[str, str, str], dict[str, None]] = {}
+    for lines in groups:
+        for one in lines.all:
+            for outcome in one.outcomes:
+                for attack, settings in outcome.at.tried:
+                    key = (str(lines.group), attack, settings)
+                    rows.setdefault(key, {})[f"{one.first.net} {one.training}"] = None
+    table = pd.DataFrame(
+        [(group, attack, settings or "none", len(named)) for (group, attack, settings), named in rows.items()],
+        columns=["Group", "Attack", "Settings", "Rows"],
+    ).sort_values(["Group", "Attack", "Settings"])
+    several = table[table.duplicated(["Group", "Attack"], keep=False)]
+    text = "An attack's own settings; what it returns is brought into the ball and judged by the net itself."
+    if len(several):
+        names = ", ".join(dict.fromkeys(several["Attack"]))
+        text += f" Not all rows were attacked alike by {names}: their accuracies under it cannot be compared."
+    return Section("How the attacks were set", text, table.reset_index(drop=True).astype(str))
+
+
+def origin(outcomes: Outcomes, groups: Sequence[Lines], files: Iterable[str]) -> list[Section]:
+    """What the report was made from, what was noted on the way, and the files beside it."""
+    found = outcomes.found
+    results = {source for outcome in found for source in outcome.sources}
+    sweeps = {outcome.curve_source for outcome in found} - {None}
+    measured = dict.fromkeys(line for outcome in found for line in outcome.measured_with)
+    runs = len({outcome.run for outcome in found})
+    counts = f"{_count(runs, 'run')}, {_count(len(results), 'result file')} and {_count(len(sweeps), 'sweep')} over eps"
+    made_from = [
+        f"{counts}; nothing was measured anew. numbers.json names the files that every accuracy comes from.",
+        *(f"Measured with: {line}." for line in measured),
+    ]
+    notes = [*outcomes.notes, *(note for lines in groups for note in _uneven(lines))]
+    sections = [Section("Made from", "\n\n".join(made_from))]
+    if notes:
+        sections.append(Section("Notes", "\n\n".join(notes)))
+    if outcomes.broken:
+        sections.append(Section("Broken files, left out", "\n\n".join(outcomes.broken)))
+    return [*sections, Section("Files", "\n\n".join(files))]
+
+
+def _uneven(lines: Lines) -> list[str]:
+    """Seeds that some lines lack, and other numbers of test images than the rest."""
+    lacking: dict[str, list[str]] = {}
+    for one in lines.all:
+        if missing := ", ".join(str(seed) for seed in lines.seeds if seed not in one.seeds):
+            lacking.setdefault(missing, []).append(f"{net_name(one.first.net)} {one.training}")
+    notes = [
+        f"{lines.group}: seed {missing}, which other rows have, is missing of {'; '.join(named)}."
+        for missing, named in lacking.items()
+    ]
+    images = sorted({count for one in lines.all for count in one.n_examples})
+    if len(images) > 1:
+        notes.append(f"{lines.group}: not all rows have as many test images: {', '.join(map(str, images))}.")
+    return notes
+
+
+def _caps(shown: Iterable[Average], outcomes: Outcomes) -> dict[str, np.ndarray]:
+    """The caps of all seeds of each line that has any."""
+    caps: dict[str, list[np.ndarray]] = {}
+    for one in shown:
+        for outcome in one.outcomes if one.first.cap_weight is not None else ():
+            try:
+                learned = read_caps(outcome.run)
+            except InputError as error:
+                outcomes.skip(error)
+                continue
+            if learned is not None:
+                caps.setdefault(one.training, []).append(learned)
+    return {training: np.concatenate(of_seeds) for training, of_seeds in caps.items()}
+
+
+def _drawn(title: str, folder: Path, draw: Callable[..., None], what: object, text: str = "") -> Section:
+    picture = folder / f"{slug(title)}.png"
+    try:
+        draw(what, picture, title=title)
+    except InputError as error:
+        return Section(title, f"Not drawn: {error}.")
+    return Section(title, text, picture=picture)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,0 +1,320 @@
+"""A grid: many trainings with their evaluations, as the product of its axes, in a TOML file.
+
+    title = "Balancers on MNIST"
+    source = "where its settings are from, and what of them is a choice"
+    [train]                        # fields of `train_config.TrainConfig`, for every cell; a list is an axis
+    dataset = "mnist"
+    seed = [0, 1, 2]
+    [[evaluate]]                   # fields of `evaluate.EvaluateConfig`: an evaluation of every cell; one or several
+    suite = "standard"
+    [[net]]                        # an axis whose alternatives set several fields at once, over those of [train]
+    name = "dense"
+    model = "dense_drelu"
+    [[method]]                     # another; its fields win over those of [[net]]
+    name = "natural"
+    activation = "relu"
+    [[method]]
+    name = "at"
+    activation = "relu"
+    objective = "at"
+    init_from = "natural"          # begins with the weights of the cell that differs in the method alone
+    [[method]]
+    name = "drelu"
+    cap_weight = [0.0, 0.001]      # an axis within one alternative
+    [smoke]                        # NAME-smoke, which ends in minutes:
+    net = ["dense"]                # the alternatives that stay, all where none are named;
+    [smoke.train]                  # fields in the place of the grid's own, wherever it sets them;
+    epochs = 1
+    [[smoke.evaluate]]             # evaluations in the place of its own
+    n_examples = 20
+
+A cell is named by its alternatives and its value on every axis that is a list: ``dense-drelu-cap_weight0.001-seed0``.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from ..attacks.threat_model import ThreatModel
+from ..errors import InputError, unknown
+from ..evaluate import EvaluateConfig, attacked_in, check_flags, result_path
+from ..training.config import TrainConfig, resolve
+from .cells import Cell
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+FOLDER = Path(__file__).with_name("grids")
+SMOKE = "-smoke"
+AXES = ("net", "method")
+_TABLES = ("title", "source", "train", "evaluate", *AXES, "smoke")
+# What belongs to the machine, and is given to the sweep.
+_TRAIN = {field.name for field in fields(TrainConfig)} - {"data_dir", "generated", "output_dir", "resume", "init_from"}
+_EVALUATE = {field.name for field in fields(EvaluateConfig)} - {"run", "data_dir"}
+_KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+_NOWHERE = Path(os.devnull) / "run"  # never there, so that no folder in use is in the way of checking a cell's flags
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a grid's file says, checked but for the values of single cells.
+
+    Attributes:
+        name: Of the file, with ``-smoke`` behind it for its short version.
+        title: What it is, in a line.
+        source: Where its settings are from.
+        train: Fields of `TrainConfig`; a list is an axis.
+        evaluate: Fields of `EvaluateConfig`, a table an evaluation.
+        net: Alternatives, each with a name.
+        method: Likewise.
+    """
+
+    name: str
+    title: str
+    source: str
+    train: Table
+    evaluate: tuple[Table, ...]
+    net: tuple[Table, ...] = ()
+    method: tuple[Table, ...] = ()
+
+    def cells(self, output_dir: Path, *, data_dir: Path, generated: Sequence[Path] = ()) -> list[Cell]:
+        """Every cell, with its run directory in ``output_dir``.
+
+        Args:
+            output_dir: Folder of the sweep.
+            data_dir: Where the datasets lie.
+            generated: Generated images, for the cells that mix some in.
+
+        Raises:
+            InputError: No cells, two of one name, or one that `train` or `evaluate` would refuse.
+        """
+        points = list(self._points())
+        if not points:
+            raise InputError(f"{self.name} has no cells; every list needs a value")
+        cells: dict[str, Cell] = {}
+        for point in points:
+            if point.name in cells:
+                raise InputError(f"{self.name} has two cells called {point.name}; give them other names or values")
+            start = self._start(point, points)
+            settings = {**point.settings, "data_dir": data_dir, "output_dir": output_dir / point.name, "resume": True}
+            if start is not None:
+                settings["init_from"] = output_dir / start
+            try:
+                cells[point.name] = self._cell(point.name, settings, tuple(generated), start)
+            except InputError as error:
+                raise InputError(f"{self.name}, cell {point.name}: {error}") from error
+        return list(cells.values())
+
+    def _points(self) -> Iterator["_Point"]:
+        for net, method in product(self.net or ({},), self.method or ({},)):
+            own = {**net, **method}
+            table = own | {key: value for key, value in self.train.items() if key not in own}
+            table.pop("name", None)
+            coordinates = {axis: one["name"] for axis, one in zip(AXES, (net, method), strict=True) if one}
+            axes = {key: value for key, value in table.items() if isinstance(value, list)}
+            for values in product(*axes.values()):
+                chosen = dict(zip(axes, values, strict=True))
+                yield _Point({**coordinates, **chosen}, {**table, **chosen})
+
+    def _start(self, point: "_Point", points: Sequence["_Point"]) -> str | None:
+        """Name of the cell that another one begins with."""
+        method = point.settings.get("init_from")
+        if method is None:
+            return None
+        wanted = {**point.coordinates, "method": method}
+        fit = [other.name for other in points if all(wanted.get(k, v) == v for k, v in other.coordinates.items())]
+        if len(fit) != 1:
+            raise InputError(
+                f'{self.name}, cell {point.name}: init_from = "{method}" fits {len(fit)} cells '
+                f"({', '.join(fit[:3]) or 'none'}); it must be the one that differs in the method alone"
+            )
+        return fit[0]
+
+    def _cell(self, name: str, settings: Table, generated: tuple[Path, ...], start: str | None) -> Cell:
+        if missing := {"model", "dataset"} - settings.keys():
+            raise InputError(f"it has no {' and no '.join(sorted(missing))}; [train] or [[net]] sets it")
+        preset = settings.pop("preset", None)
+        config = TrainConfig(**settings) if preset is None else TrainConfig.from_preset(preset, **settings)
+        if config.generated_fraction:  # of the grid, or of its preset
+            config = replace(config, generated=generated)
+        resolved = resolve(replace(config, output_dir=_NOWHERE, resume=False))
+        evaluations = tuple(EvaluateConfig(run=str(config.output_dir), **table) for table in self.evaluate)
+        _check_evaluations(evaluations, resolved.threat_model)
+        return Cell(name, config, evaluations, start)
+
+
+def _check_evaluations(evaluations: Sequence[EvaluateConfig], trained: ThreatModel) -> None:
+    """Refuse what `evaluate` would refuse, and two evaluations whose results would go into one file."""
+    paths = set()
+    for evaluation in evaluations:
+        check_flags(evaluation)
+        path = result_path(Path("results"), evaluation.suite, attacked_in(evaluation, trained))
+        if path in paths:
+            raise InputError(f"two [[evaluate]] would write {path}; give them other suites, norms or radii")
+        paths.add(path)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A place in the product.
+
+    Attributes:
+        coordinates: The alternative or the value on every axis.
+        settings: All fields of `TrainConfig` that are set there; ``init_from`` is a method.
+    """
+
+    coordinates: Table
+    settings: Table
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(_written, self.coordinates, self.coordinates.values())).replace("/", "_") or "cell"
+
+
+def _written(axis: str, value: Any) -> str:
+    """A coordinate in a name: text as it is, other values behind their axis."""
+    if isinstance(value, str):
+        return value
+    return f"{axis}{value:g}" if isinstance(value, float) else f"{axis}{value}"
+
+
+def shipped() -> list[str]:
+    """Names of the grids that come with the package, without their short versions."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def read_grid(name: str) -> Grid:
+    """A grid that comes with the package, or one of a TOML file; ``-smoke`` behind either is its short version.
+
+    Raises:
+        InputError: No such grid, a file that is no TOML, or anything in it that is not understood.
+    """
+    which = name.removesuffix(SMOKE)
+    path = FOLDER / f"{which}.toml" if which in shipped() else Path(which)
+    if not path.is_file():
+        if path.suffix == ".toml":
+            raise InputError(f"GRID {which} is not there; give a TOML file or one of {', '.join(shipped())}")
+        raise unknown("GRID", name, [*shipped(), *(grid + SMOKE for grid in shipped())])
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"GRID {path} cannot be read as TOML ({error}); mend it there") from error
+    _check_tables(path, content)
+    smoke = content.pop("smoke", None)
+    if which == name:
+        return _grid(path.stem, content)
+    if smoke is None:
+        raise InputError(f"GRID {path} has no table [smoke], which says what its short version is")
+    return _grid(path.stem + SMOKE, _shortened(path, content, smoke))
+
+
+def _grid(name: str, content: Table) -> Grid:
+    values: Table = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    return Grid(name, **values)
+
+
+def _check_tables(path: Path, content: Table) -> None:
+    """Refuse what no grid has, and values of a wrong kind."""
+    for key in content:
+        if key not in _TABLES:
+            raise unknown(f"GRID {path}:", key, _TABLES)
+    for key, kind in {"title": str, "source": str, "train": dict, "evaluate": list}.items():
+        if not isinstance(content.get(key), kind) or not content[key]:
+            form = {str: f'{key} = "..."', dict: f"[{key}]", list: f"[[{key}]]"}[kind]
+            raise InputError(f"GRID {path} needs {form}, with something in it")
+    _check_fields(path, "[train]", content["train"], TrainConfig, _TRAIN)
+    _check_array(path, "evaluate", content["evaluate"])
+    for key in AXES:
+        _check_array(path, key, content.get(key, []))
+    _check_starts(path, content.get("method", []))
+    smoke = content.get("smoke", {})
+    if not isinstance(smoke, dict):
+        raise InputError(f"GRID {path}: smoke must be a table, [smoke]")
+    for key in smoke:
+        if key not in (*AXES, "train", "evaluate"):
+            raise unknown(f"GRID {path}: [smoke]", key, (*AXES, "train", "evaluate"))
+    _check_fields(path, "[smoke.train]", smoke.get("train", {}), TrainConfig, _TRAIN)
+    _check_array(path, "evaluate", smoke.get("evaluate", []))
+
+
+def _check_array(path: Path, key: str, tables: Any) -> None:
+    """Check an array of tables: evaluations, or the alternatives of an axis."""
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise InputError(f"GRID {path}: {key} must be one or several tables, each begun by [[{key}]]")
+    for table in tables:
+        if key == "evaluate":
+            _check_fields(path, "[[evaluate]]", table, EvaluateConfig, _EVALUATE)
+            continue
+        name = table.get("name")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+            raise InputError(f"GRID {path}: [[{key}]] needs a name of letters, digits and . _ + -, not {name!r}")
+        allowed = {"name", *_TRAIN, *(["init_from"] if key == "method" else [])}
+        _check_fields(path, f"[[{key}]] {name}:", table, TrainConfig, allowed)
+
+
+def _check_fields(path: Path, where: str, table: Any, config: type, allowed: set[str]) -> None:
+    """Refuse unknown fields and values of a wrong kind; whole numbers become floats where those are meant."""
+    if not isinstance(table, dict):
+        raise InputError(f"GRID {path}: {where} must be a table")
+    hints = get_type_hints(config)
+    for key, value in table.items():
+        if key not in allowed:
+            raise unknown(f"GRID {path}: {where}", key, allowed)
+        if key in ("name", "init_from"):
+            continue
+        if value == []:
+            raise InputError(f"GRID {path}: {where} {key} = [] leaves no cell; give a value")
+        if config is EvaluateConfig or not isinstance(value, list):
+            table[key] = _typed(f"GRID {path}: {where} {key}", value, hints[key])
+        else:
+            table[key] = [_typed(f"GRID {path}: {where} {key}", one, hints[key]) for one in value]
+
+
+def _typed(what: str, value: Any, hint: Any) -> Any:
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    if type(value) is int and float in kinds:
+        return float(value)
+    if type(value) not in kinds:
+        raise InputError(f"{what} = {value!r} must be {' or '.join(_KINDS[kind] for kind in kinds)}")
+    return value
+
+
+def _check_starts(path: Path, methods: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse an ``init_from`` that names no method, or comes back to where it began."""
+    starts = {method["name"]: method.get("init_from") for method in methods}
+    for name, start in starts.items():
+        chain = [name]
+        while start is not None:
+            if start not in starts:
+                raise unknown(f"GRID {path}: init_from of [[method]] {chain[-1]}:", str(start), starts)
+            if start in chain:
+                raise InputError(f"GRID {path}: init_from goes in a circle: {' -> '.join([*chain, start])}")
+            chain.append(start)
+            start = starts[start]
+
+
+def _shortened(path: Path, content: Table, smoke: Table) -> Table:
+    """A grid's content with that of its table [smoke] in place."""
+    train = content["train"]
+    for key, value in smoke.get("train", {}).items():
+        tables = [train, *(table for axis in AXES for table in content.get(axis, []))]
+        for table in [table for table in tables if key in table] or [train]:
+            table[key] = value
+    for axis in set(AXES) & smoke.keys():
+        names = [table["name"] for table in content.get(axis, [])]
+        kept = smoke[axis] if isinstance(smoke[axis], list) else [smoke[axis]]
+        for name in kept:
+            if name not in names:
+                raise unknown(f"GRID {path}: [smoke] {axis}", str(name), names)
+        content[axis] = [table for table in content[axis] if table["name"] in kept]
+    return content | {"evaluate": smoke.get("evaluate", content["evaluate"])}

@@ -1,0 +1,205 @@
+"""What training minimises: natural training, adversarial training, TRADES, MART.
+
+An objective says what the inner attack raises, and what the loss is on the images that it gives: two calls, as
+adversarial weight perturbation evaluates the loss twice on the same adversarial images. BatchNorm: the inner attack
+runs in eval mode, on running statistics that it neither uses up nor moves; the forwards of the loss run in training
+mode, each on its own batch (clean images, adversarial images), as in the code of the authors of TRADES.
+
+Labels are classes [B], or, for all but MART, probabilities [B, K] as CutMix mixes them. Losses are float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attacks.losses import Loss, cross_entropy
+from ..attacks.pgd import pgd
+from ..attacks.threat_model import ThreatModel
+from ..errors import InputError, unknown
+from ..models.modes import frozen
+
+
+@dataclass(frozen=True)
+class InnerAttack:
+    """The maximisation inside a robust objective: PGD from a random start.
+
+    Attributes:
+        model: The bare module, not its distributed wrapper: no gradients are synchronised.
+        threat_model: Norm and radius.
+        steps: Number of gradients.
+        step_size: In units of a [0, 1] pixel.
+    """
+
+    model: nn.Module
+    threat_model: ThreatModel
+    steps: int
+    step_size: float
+
+    def __call__(self, images: Tensor, loss: Loss, noise: Tensor) -> Tensor:
+        """Adversarial images [B, C, H, W] that raise ``loss``, begun at ``images + noise``."""
+        start = self.threat_model.project(images + noise, images)
+        with frozen(self.model) as model:
+            return pgd(
+                model,
+                images,
+                loss,
+                self.threat_model,
+                start=start,
+                steps=self.steps,
+                step_size=self.step_size,
+            )
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A loss with its parts, all scalars: ``parts`` go into the log under their names."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises, and what the attack inside it raises.
+
+    Attributes:
+        raised: (frozen model in eval mode, images [B, C, H, W], labels) to what the inner attack raises; None where
+            nothing is attacked.
+        losses: (model in training mode, images, adversarial images, labels) to the loss; both images [B, C, H, W].
+    """
+
+    raised: Callable[[nn.Module, Tensor, Tensor], Loss] | None
+    losses: Callable[[nn.Module, Tensor, Tensor, Tensor], Losses]
+
+    def adversarial(self, images: Tensor, labels: Tensor, attack: InnerAttack, noise: Tensor) -> Tensor:
+        """Adversarial images [B, C, H, W] from ``images + noise``; the images themselves where nothing is attacked."""
+        if self.raised is None:
+            return images
+        with frozen(attack.model) as model:
+            loss = self.raised(model, images, labels)
+        return attack(images, loss, noise)
+
+
+def natural(label_smoothing: float = 0.0) -> Objective:
+    """Cross-entropy on clean images.
+
+    Args:
+        label_smoothing: Share of each label that is spread over all classes, in [0, 1].
+    """
+
+    def losses(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Losses:
+        del adversarial
+        loss = F.cross_entropy(model(images).float(), labels, label_smoothing=label_smoothing)
+        return Losses(loss, {"cross_entropy": loss})
+
+    return Objective(None, losses)
+
+
+def adversarial_training(label_smoothing: float = 0.0) -> Objective:
+    """Cross-entropy on adversarial images (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
+
+    Args:
+        label_smoothing: As for `natural`; in the loss alone, the attack raises plain cross-entropy.
+    """
+
+    def losses(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Losses:
+        del images
+        loss = F.cross_entropy(model(adversarial).float(), labels, label_smoothing=label_smoothing)
+        return Losses(loss, {"adversarial_cross_entropy": loss})
+
+    return Objective(_cross_entropy, losses)
+
+
+def trades(beta: float, label_smoothing: float = 0.0) -> Objective:
+    """TRADES (Zhang et al. 2019, https://arxiv.org/abs/1901.08573): cross-entropy on clean images + beta * KL.
+
+    KL is KL(p(clean) || p(adversarial)), a mean over the batch, and the inner attack raises it. The attack begins at a
+    uniform point of the ball; the authors begin at Gaussian noise of 0.001.
+
+    Args:
+        beta: Weight of the KL term, >= 0; the authors use 1 and 6.
+        label_smoothing: As for `natural`, in the cross-entropy.
+    """
+
+    def raised(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
+        del labels
+        clean = F.softmax(model(images).detach().float(), dim=1)
+        return lambda logits: kl_divergence(clean, logits)
+
+    def losses(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Losses:
+        logits = model(images).float()
+        cross = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        divergence = kl_divergence(F.softmax(logits, dim=1), model(adversarial)) / len(images)
+        return Losses(cross + beta * divergence, {"cross_entropy": cross, "kl": divergence})
+
+    return Objective(raised, losses)
+
+
+def mart(beta: float, label_smoothing: float = 0.0) -> Objective:
+    """MART (Wang et al. 2020, https://openreview.net/forum?id=rklOg6EFwS): boosted cross-entropy + beta * weighted KL.
+
+    Boosted cross-entropy is that of the adversarial images, and -log(1 - p) with p the largest probability of another
+    class. KL is KL(p(clean) || p(adversarial)), each image weighted by 1 - p(clean) of its label, a mean over the
+    batch. The inner attack raises cross-entropy. All is computed from log-probabilities, where the authors add 1e-4
+    and 1e-12 to probabilities: a very confident mistake costs more here.
+
+    Args:
+        beta: Weight of the KL term, >= 0; the authors use 5.
+        label_smoothing: As for `natural`, in the boosted cross-entropy's first term.
+    """
+
+    def losses(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Losses:
+        if labels.is_floating_point():
+            raise InputError(
+                "--objective mart needs one class an image, not the mixed labels of --cutmix; "
+                "leave --cutmix out, or take --objective at or trades"
+            )
+        clean = F.log_softmax(model(images).float(), dim=1)
+        logits = model(adversarial).float()
+        boosted = F.cross_entropy(logits, labels, label_smoothing=label_smoothing) + _runner_up(logits, labels).mean()
+        kl = F.kl_div(F.log_softmax(logits, dim=1), clean, reduction="none", log_target=True).sum(dim=1)
+        mistaken = -torch.expm1(clean.gather(1, labels.unsqueeze(1)).squeeze(1))
+        weighted = (kl * mistaken).mean()
+        return Losses(boosted + beta * weighted, {"boosted_cross_entropy": boosted, "weighted_kl": weighted})
+
+    return Objective(_cross_entropy, losses)
+
+
+def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
+    """Plain cross-entropy, which does not ask the model, for `Objective.raised`."""
+    del model, images
+    return cross_entropy(labels)
+
+
+def _runner_up(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log(1 - p) of logits [B, K], with p the largest probability of a class other than the label's; [B]."""
+    nothing = float("-inf")
+    other = logits.scatter(1, labels.unsqueeze(1), nothing).argmax(dim=1, keepdim=True)
+    return logits.logsumexp(dim=1) - logits.scatter(1, other, nothing).logsumexp(dim=1)
+
+
+def kl_divergence(probabilities: Tensor, logits: Tensor) -> Tensor:
+    """Sum over the batch of KL(probabilities || softmax(logits)), both [B, K]."""
+    # A probability that underflowed to 0, from logits some 100 apart, would have the gradient nan.
+    probabilities = probabilities.clamp(min=torch.finfo(torch.float32).tiny)
+    return F.kl_div(F.log_softmax(logits.float(), dim=1), probabilities, reduction="sum")
+
+
+def make_objective(name: str, *, beta: float, label_smoothing: float = 0.0) -> Objective:
+    """The objective of a name; ``beta`` is for TRADES and MART, ``label_smoothing`` for the cross-entropy of each.
+
+    Raises:
+        InputError: No such objective.
+    """
+    objectives = {
+        "natural": natural(label_smoothing),
+        "at": adversarial_training(label_smoothing),
+        "trades": trades(beta, label_smoothing),
+        "mart": mart(beta, label_smoothing),
+    }
+    if name not in objectives:
+        raise unknown("--objective", name, objectives)
+    return objectives[name]
