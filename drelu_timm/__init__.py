@@ -23,8 +23,8 @@ if TYPE_CHECKING or not _is_doctor():
     from .models.drelu import DReLU, SReLU
     from .models.normalize import normalized
     from .models.saved import load_folder, save_folder
-    from .publishing.published import register_published
-    from .publishing.robust_models import register_robust_model
+    from .zoo.published import register_published
+    from .zoo.robust_models import register_robust_model
 
     register_published()
 

@@ -171,7 +171,7 @@ def _problems() -> list[Problem]:
     if any(problem.fault for problem in found):
         return found
     try:
-        from .publishing.published import register_published
+        from .zoo.published import register_published
 
         register_published()
     except Exception as error:

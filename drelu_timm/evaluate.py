@@ -35,9 +35,9 @@ from .errors import InputError, one_line, unknown
 from .evaluation.adversarial import ADVERSARIAL
 from .evaluation.curves import draw_curve, require_matplotlib
 from .evaluation.evaluation import Evaluation, evaluate_model, evaluate_sweep
-from .evaluation.processes import Processes
 from .evaluation.results import rows, show, show_curve, summary, sweep_rows
 from .evaluation.subjects import Subject, find_subject
+from .processes import Processes
 from .runs import environment, read_json, write_json, write_text
 
 __all__ = [

@@ -31,19 +31,20 @@ from .attacks.threat_model import ThreatModel
 from .command_line import read_flags
 from .data.images import Images, to_float
 from .data.readers import load_images
+from .digests import sha256_of
 from .errors import InputError, one_line, unknown
 from .evaluation.curves import draw_curve
-from .models.saved import CONFIG, WEIGHTS, sha256_of
+from .models.saved import CONFIG, WEIGHTS
 from .publishing.cards import SHIPPED, model_card
 from .publishing.entries import AUTOATTACK, Measured, Paper, card_record, check_entry, from_record, model_info
-from .publishing.published import published_sha256
 from .publishing.recipes import recipe
 from .publishing.records import check_no_worse_verdict, choose_results, measured_run, read_results
-from .publishing.robust_models import check_name_is_free, register_robust_model, robust_model_name
 from .publishing.submission import autoattack_log, is_external, new_evaluation, new_model
 from .publishing.verification import Evaluated, checks_page, read_evaluated, verify
 from .robustbench import adapt
 from .runs import Run, read_json, write_json, write_text, written_whole
+from .zoo.published import published_sha256
+from .zoo.robust_models import check_name_is_free, register_robust_model, robust_model_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -127,7 +128,7 @@ def push_exported(output_dir: Path, repo: str, *, run: Run) -> str:
     Raises:
         InputError: A folder that is no export of the run's weights, or what `hub.push` raises.
     """
-    from .publishing.hub import push
+    from .zoo.hub import push
 
     records = [*output_dir.glob("model_cards/*/*/*.json")]
     if len(records) != 1:
@@ -151,7 +152,7 @@ def push_exported(output_dir: Path, repo: str, *, run: Run) -> str:
 
 
 def _check_repository(repo: str) -> None:
-    from .publishing.hub import check_name
+    from .zoo.hub import check_name
 
     check_name(repo, f"--push {repo!r}")
 

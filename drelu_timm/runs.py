@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .digests import sha256_of
 from .errors import InputError
 from .models.normalize import normalized
-from .models.saved import WEIGHTS, load_folder, sha256_of
+from .models.saved import WEIGHTS, load_folder
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from .data.generated import GeneratedImages
 from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
-from .evaluation.processes import launched_on_cpu
 from .models.normalize import normalized
 from .models.saved import load_folder
+from .processes import launched_on_cpu
 from .runs import Run, environment, write_json
 from .training.config import TrainConfig, model_options, preset_in, resolve, saved
 from .training.presets import PRESETS

@@ -18,18 +18,18 @@ from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
+from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import EvaluateConfig
 from drelu_timm.export import ExportConfig
-from drelu_timm.models.saved import sha256_of
 from drelu_timm.publishing.cards import SHIPPED, VERDICTS, licences, model_card
 from drelu_timm.publishing.entries import AUTOATTACK, Paper, card_record, check_entry, from_record, model_info
 from drelu_timm.publishing.recipes import recipe, training_commands
 from drelu_timm.publishing.records import choose_results, measured_run, read_results
-from drelu_timm.publishing.robust_models import robust_model_name
 from drelu_timm.publishing.submission import autoattack_log, is_external, new_evaluation, new_model
 from drelu_timm.runs import Run
 from drelu_timm.training.config import TrainConfig, preset_in
+from drelu_timm.zoo.robust_models import robust_model_name
 
 KEY = "Tester2026Cards_dense"
 TEST_SIZE = 359

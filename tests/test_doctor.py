@@ -15,7 +15,7 @@ from fake_packages import install
 
 from drelu_timm import __main__, doctor, installation
 from drelu_timm.installation import EXTRAS, Problem, mend, pip, problems
-from drelu_timm.publishing import published
+from drelu_timm.zoo import published
 
 OURS = importlib.metadata.requires("drelu-timm")
 SOUND = {

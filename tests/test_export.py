@@ -17,9 +17,9 @@ from torch import nn
 
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
+from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
 from drelu_timm.export import ExportConfig, export, main, push_exported
-from drelu_timm.models.saved import sha256_of
 from drelu_timm.runs import Run
 
 KEY = "Tester2026Digits_dense"
@@ -412,7 +412,7 @@ def test_a_published_key_is_not_given_to_other_weights(run, tmp_path, monkeypatc
     card = tmp_path / "cards" / "digits" / "Linf" / f"{KEY.upper()}.json"
     card.parent.mkdir(parents=True)
     card.write_text(json.dumps({"measured": {"weights": {"sha256": "0" * 64}}}))
-    monkeypatch.setattr("drelu_timm.publishing.published.INSTALLED", tmp_path / "cards")
+    monkeypatch.setattr("drelu_timm.zoo.published.INSTALLED", tmp_path / "cards")
     with pytest.raises(InputError, match=rf"--key '{KEY}': drelu_timm publishes other weights as {NAME}"):
         export(ExportConfig(run, KEY, **PAPER))
 

@@ -12,8 +12,8 @@ import torch
 from hub_server import hub_fixture  # noqa: F401
 
 from drelu_timm import InputError, load_folder, normalized, save_folder
-from drelu_timm.models.saved import sha256_of
-from drelu_timm.publishing.hub import push
+from drelu_timm.digests import sha256_of
+from drelu_timm.zoo.hub import push
 
 REPO = "robust-lab/Tester2026Hub_dense"
 NAMES = ["README.md", "Tester2026Hub_dense.png", "config.json", "model.safetensors"]
@@ -42,7 +42,7 @@ import sys
 from pathlib import Path
 import timm, torch
 from drelu_timm import register_robust_model
-from drelu_timm.publishing.hub import push
+from drelu_timm.zoo.hub import push
 repo, folder, sha256 = sys.argv[1:]
 print(push(Path(folder), repo).url)
 name = register_robust_model("Tester2026Hub", "digits", "Linf", f"hf-hub:{repo}", sha256=sha256)

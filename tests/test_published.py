@@ -13,9 +13,9 @@ import torch
 
 import drelu_timm
 from drelu_timm import InputError, load_folder, normalized, save_folder
-from drelu_timm.models.saved import sha256_of
-from drelu_timm.publishing import published
-from drelu_timm.publishing.published import register_published
+from drelu_timm.digests import sha256_of
+from drelu_timm.zoo import published
+from drelu_timm.zoo.published import register_published
 
 KEY = "Tester2026Published_dense"
 NAME = "tester2026published_dense_digits_linf"

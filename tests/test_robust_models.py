@@ -14,7 +14,7 @@ from hub_server import hub_fixture, sha  # noqa: F401
 
 import drelu_timm
 from drelu_timm import InputError, load_folder, normalized, register_robust_model, save_folder
-from drelu_timm.models.saved import sha256_of
+from drelu_timm.digests import sha256_of
 
 KEY = "Tester2026Sources_dense-8"
 NAME = "tester2026sources_dense_8_digits_linf"
@@ -229,8 +229,8 @@ def test_no_network_is_said(hub, monkeypatch):
 
 
 def test_without_the_hubs_library_it_is_named(monkeypatch):
-    monkeypatch.delattr(drelu_timm.publishing, "hub", raising=False)
-    monkeypatch.delitem(sys.modules, "drelu_timm.publishing.hub", raising=False)
+    monkeypatch.delattr(drelu_timm.zoo, "hub", raising=False)
+    monkeypatch.delitem(sys.modules, "drelu_timm.zoo.hub", raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
         InputError, match=r"huggingface_hub cannot be used \(.*\); pip install --upgrade huggingface_hub"

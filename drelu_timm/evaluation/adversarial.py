@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..digests import sha256_of
 from ..errors import InputError
-from ..models.saved import sha256_of
 from ..runs import written_whole
 
 ADVERSARIAL = ".adversarial.safetensors"  # the suffix of the file with the images, beside a result's .json

@@ -14,9 +14,9 @@ from ..attacks.pgd import Found
 from ..attacks.suites import Attack
 from ..attacks.threat_model import ThreatModel, per_image
 from ..data.images import as_float
+from ..processes import Processes
 from .attacked import Attacked, label_margin
 from .checks import device_of
-from .processes import Processes
 from .rows import Rows
 
 Value = TypeVar("Value")

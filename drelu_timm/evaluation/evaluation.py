@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from ..attacks.adaptive import substitutable_layers
 from ..attacks.suites import ATTACKS, Suite, find_suite
 from ..attacks.threat_model import ThreatModel
+from ..digests import digest, model_digest
 from ..errors import InputError
 from ..models.modes import channels_last, frozen
+from ..processes import Processes
 from .adversarial import Adversarial
 from .checks import check_data, count_classes
 from .driver import Driver, Outcome, example_seed
 from .masking import Verdict
-from .processes import Processes
-from .rows import Rows, digest, model_digest
+from .rows import Rows
 from .stages import CLEAN, CleanPass, ProbeRun, SuiteRun, run_clean, run_probes, run_suite
 
 

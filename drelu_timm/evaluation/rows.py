@@ -6,16 +6,15 @@ one write, so whatever stops a process leaves whole lines and at most one that i
 image that broke an example first lies beside them, see `write_images`, and was there before its line.
 """
 
-import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..runs import write_text
@@ -138,21 +137,6 @@ class Rows:
             raise InputError(f"{path} lacks its images, {path.stem}.images; delete {path.parent} to evaluate anew")
         for row in rows:
             self.stages[row.pop("stage")][row.pop("example")] = row
-
-
-def model_digest(model: nn.Module) -> str:
-    """sha256 over a model's structure as printed, and the name, type, shape and values of everything in its state."""
-    state = model.state_dict()
-    about = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in state.items()]
-    return digest(state.values(), repr(model) + json.dumps(about))
-
-
-def digest(tensors: Iterable[Tensor], text: str = "") -> str:
-    """sha256 over a text and the values of tensors."""
-    sha256 = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
 
 
 def _parsed(path: Path, line: str) -> dict[str, Any]:

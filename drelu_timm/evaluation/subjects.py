@@ -15,9 +15,9 @@ from ..attacks.threat_model import Norm
 from ..data.datasets import DATASETS
 from ..errors import InputError, one_line
 from ..models.normalize import normalized
-from ..publishing.robust_models import robust_model_name
 from ..robustbench import adapt
 from ..runs import Run
+from ..zoo.robust_models import robust_model_name
 
 MODEL_DIR = "models"  # where RobustBench keeps its checkpoints: models/<dataset>/<norm>/<key>.pt
 

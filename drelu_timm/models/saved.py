@@ -1,6 +1,5 @@
 """A model as a folder of files, in timm's and the Hub's form: its config and its weights."""
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -125,15 +124,6 @@ def read_config(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)}); give a folder that save_folder wrote") from error
-
-
-def sha256_of(file: Path) -> str:
-    """A file's SHA-256, as sha256sum prints it."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 20):  # a file of adversarial images may be larger than the memory
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_config(config: Any, where: Path) -> None:

@@ -1,1 +1,1 @@
-"""What `drelu-timm export` is made of: entries, cards and checks; and trained models under RobustBench's names."""
+"""What `drelu-timm export` is made of: RobustBench's entry and issues, the model card, recipes, checks."""

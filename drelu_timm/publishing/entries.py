@@ -12,7 +12,7 @@ import jsonschema
 from ..attacks.threat_model import ThreatModel
 from ..data.datasets import DATASETS
 from ..errors import InputError
-from .robust_models import robust_model_name
+from ..zoo.robust_models import robust_model_name
 
 AUTOATTACK = "autoattack"
 PROBES = "the probes for gradient masking"  # which break examples as well, and count

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.images import Images, to_float
+from ..digests import sha256_of
 from ..errors import InputError
 from ..evaluation.adversarial import ADVERSARIAL
-from ..models.saved import WEIGHTS, sha256_of
+from ..models.saved import WEIGHTS
 from .entries import AUTOATTACK, Measured, check_entry, model_info
 
 _BATCH = 256

@@ -24,8 +24,8 @@ from ..data.batches import TrainingBatches
 from ..data.datasets import DATASETS
 from ..data.generated import GeneratedImages
 from ..data.images import Images, hold_out, to_float
+from ..digests import digest
 from ..errors import InputError, one_line
-from ..evaluation.rows import digest
 from ..models.caps import cap_statistics, check_cap_penalty, unit_shares
 from ..models.drelu import drelu_layers
 from ..models.saved import save_folder

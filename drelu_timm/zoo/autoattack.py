@@ -15,7 +15,7 @@ import pyautoattack
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class AutoAttack(pyautoattack.AutoAttack):

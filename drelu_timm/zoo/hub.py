@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..models.saved import CONFIG, WEIGHTS, sha256_of
+from ..models.saved import CONFIG, WEIGHTS
 
 try:
     from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..errors import InputError
+from .errors import InputError
 
 Batch = TypeVar("Batch")
 Value = TypeVar("Value")
