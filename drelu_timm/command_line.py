@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 Config = TypeVar("Config")
+
+# What an unset flag does its text says; "(default: None)" behind it would say less.
+_UNSET = ("None", "", "''", "False")
+_HINT = tyro.conf.arg(help_behavior_hint=lambda default: "" if default in _UNSET else f"(default: {default})")
 
 
 def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Config | None = None) -> Config:
@@ -20,17 +24,21 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
         default: Values of flags that are not given, where they are not those of the dataclass.
     """
     groups = [base for base in reversed(config.__mro__) if is_dataclass(base) and base is not config]
-    given: dict[str, Any] = {} if default is None else {"default": _grouped(default, groups) if groups else default}
+    parts = [_hinted(part) for part in groups or [config]]
+    shown = _together(config, parts) if groups else parts[0]
+    given: dict[str, Any] = {}
+    if default is not None:
+        values = [part(**{each.name: getattr(default, each.name) for each in fields(part)}) for part in parts]
+        given["default"] = shown(*values) if groups else values[0]
     flags = tyro.cli(
-        _flags(config, groups) if groups else config,
+        shown,
         prog=f"drelu-timm {verb}",
         args=argv,
         **given,
         config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )
-    if not groups:
-        return flags
-    return config(**{name: value for group in vars(flags).values() for name, value in vars(group).items()})
+    read = vars(flags).values() if groups else [flags]
+    return config(**{name: value for part in read for name, value in vars(part).items()})
 
 
 def flag(name: str) -> str:
@@ -49,13 +57,13 @@ def written_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> l
     return flags
 
 
-def _flags(config: type, groups: Sequence[type]) -> type:
+def _hinted(config: type) -> type:
+    """The same dataclass, with a help that shows a default only where there is something to show."""
+    members = [(each.name, Annotated[each.type, _HINT], each) for each in fields(config)]
+    return make_dataclass(config.__name__, members, bases=(config,), frozen=True, namespace={"__doc__": config.__doc__})
+
+
+def _together(config: type, groups: Sequence[type]) -> type:
     """A dataclass that holds one of each group: tyro makes of it the groups of a help."""
     members = [(group.__name__.lower(), tyro.conf.OmitArgPrefixes[group]) for group in groups]
     return make_dataclass("Flags", members, frozen=True, namespace={"__doc__": config.__doc__})
-
-
-def _grouped(config: Any, groups: Sequence[type]) -> Any:
-    """A config's values as `_flags` holds them."""
-    members = [group(**{field.name: getattr(config, field.name) for field in fields(group)}) for group in groups]
-    return _flags(type(config), groups)(*members)

@@ -61,8 +61,8 @@ class EvaluateConfig:
     """Attack a model with the strongest attacks known for it, and say whether the numbers can be believed."""
 
     run: tyro.conf.Positional[str]
-    """Run directory made by train (RUN/last for its last epoch instead of its best), or the name of a timm model with
-    pretrained weights, or of a RobustBench model."""
+    """Run directory made by train (RUN/last: its last epoch, not its best).
+    Or the name of a timm model with pretrained weights, or of a RobustBench model."""
     suite: str = "quick"
     """quick, paper, autoattack, standard (AutoAttack and more), adaptive or all; each gives a verdict on masking."""
     norm: str | None = None

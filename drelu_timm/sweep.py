@@ -39,9 +39,10 @@ class SweepConfig:
     """Train and evaluate every cell of a grid: the paper's tables and figures, or your own."""
 
     grid: tyro.conf.Positional[str]
-    """One that comes with the package (paper-mnist, paper-cifar10, paper-cifar100, paper-tiny-imagenet,
-    paper-edm-cifar10, paper-edm-cifar100, paper-edm-tiny-imagenet, paper-placement, paper-eps, activations), or a TOML
-    file; with -smoke behind it, a version that ends in minutes on two cores."""
+    """A TOML file, or the name of a grid that comes with the package:
+    paper-mnist, paper-cifar10, paper-cifar100, paper-tiny-imagenet,
+    paper-edm-cifar10, paper-edm-cifar100, paper-edm-tiny-imagenet, paper-placement, paper-eps, activations.
+    With -smoke behind it, a version that ends in minutes on two cores."""
     output_dir: Path | None = None
     """Folder for the run directories; by default runs/ and the grid's name."""
     data_dir: Path = Path("data")

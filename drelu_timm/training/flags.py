@@ -109,8 +109,8 @@ class Optimisation:
     epochs: int = 10
     """Passes over the training set, at most."""
     monitor: str | None = None
-    """Held-out figure that says which epoch is best: loss (the default for natural training), or pgd
-    (accuracy under the inner attack, the default for robust objectives); of the averaged weights if there are any."""
+    """Held-out figure that says which epoch is best: loss, or pgd (accuracy under the inner attack).
+    By default loss for natural training and pgd for robust objectives; of the averaged weights if there are any."""
     patience: int | None = None
     """Stop after so many epochs without a better held-out figure; by default never."""
     batch_size: int = 128

@@ -1,0 +1,49 @@
+"""Flags as every verb reads them, and its help."""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+
+from drelu_timm.__main__ import VERBS, main
+from drelu_timm.command_line import read_flags
+
+
+@dataclass(frozen=True)
+class Fruit:
+    """What is eaten."""
+
+    name: str
+    """Its name."""
+    stones: int | None = None
+    """How many stones; by default one."""
+
+
+@dataclass(frozen=True)
+class Meal(Fruit):
+    """Eat."""
+
+
+@pytest.mark.parametrize("config", [Fruit, Meal])
+def test_flags_become_the_config(config):
+    assert read_flags(config, "eat", ["--name", "plum"]) == config("plum")
+    assert read_flags(config, "eat", [], default=config("fig", stones=0)) == config("fig", stones=0)
+    assert read_flags(config, "eat", ["--stones", "2"], default=config("fig", stones=0)) == config("fig", stones=2)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_help_shows_defaults_where_they_say_something(verb, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert done.value.code == 0
+    assert "--help" in out
+    assert not re.search(r"\(default:\s*(None|False|'')?\s*\)", out)
+
+
+def test_the_help_of_train_shows_defaults_and_groups(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(default: data)" in out
+    assert "optimisation options" in out
