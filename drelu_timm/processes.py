@@ -1,8 +1,9 @@
-"""How the processes of a launch share an evaluation: whoever is done takes the next batch."""
+"""How processes are launched, and how those of a launch share an evaluation: whoever is done takes the next batch."""
 
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,30 @@ from .errors import InputError
 
 Batch = TypeVar("Batch")
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a training or an evaluation is started.
+
+    Attributes:
+        num_processes: Processes that share it, a GPU each where there are GPUs.
+        mixed_precision: "no" or "bf16".
+        on_cpu: Whether there are no GPUs, which accelerate has to be told.
+    """
+
+    num_processes: int = 1
+    mixed_precision: str = "no"
+    on_cpu: bool = False
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of ``accelerate launch``; none where the command can be started without it."""
+        if (self.num_processes, self.mixed_precision) == (1, "no"):
+            return []
+        # Without GPUs accelerate starts a single process, unless it is told --multi_gpu.
+        where = ["--multi_gpu"] if self.num_processes > 1 else ["--cpu"] if self.on_cpu else []
+        return ["--num_processes", str(self.num_processes), *where, "--mixed_precision", self.mixed_precision]
 
 
 def launched_on_cpu() -> bool:

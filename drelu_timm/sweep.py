@@ -21,8 +21,9 @@ import tyro
 
 from .command_line import read_flags
 from .errors import InputError, one_line, unknown
+from .processes import Launch
 from .publishing.recipes import duration
-from .sweeps.cells import Cell, Launch
+from .sweeps.cells import Cell
 from .sweeps.grids import Grid, read_grid
 from .sweeps.jobs import Here, Place, locked, threads_of_a_process
 from .sweeps.scheduler import Scheduler

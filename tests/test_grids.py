@@ -9,7 +9,7 @@ import torch
 from drelu_timm.command_line import read_flags
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import EvaluateConfig
-from drelu_timm.sweeps.cells import Launch
+from drelu_timm.processes import Launch
 from drelu_timm.sweeps.cost import _net
 from drelu_timm.sweeps.grids import read_grid, shipped
 from drelu_timm.training.config import TrainConfig, preset_in
@@ -144,13 +144,22 @@ def test_commands_hold_only_what_is_not_the_default(grid_of):
     assert " ".join(evaluation) == "python -m drelu_timm evaluate runs/g/dense-natural-seed0"
 
 
-def test_several_processes_go_through_accelerate():
-    assert " ".join(Launch(2, "bf16").words) == (
-        "python -m accelerate.commands.launch --num_processes 2 --mixed_precision bf16 --multi_gpu "
-        "--main_process_port 0 -m drelu_timm"
-    )
-    assert "--cpu" in Launch(1, "bf16", on_cpu=True).words
-    assert Launch(1, "no", on_cpu=True).words == ["python", "-m", "drelu_timm"]
+@pytest.mark.parametrize(
+    ("launch", "program"),
+    [
+        (Launch(1, "no", on_cpu=True), "-m drelu_timm"),
+        (Launch(1, "bf16"), "--num_processes 1 --mixed_precision bf16 -m drelu_timm"),
+        (Launch(1, "bf16", on_cpu=True), "--num_processes 1 --cpu --mixed_precision bf16 -m drelu_timm"),
+        (
+            Launch(2, "bf16"),
+            "--num_processes 2 --multi_gpu --mixed_precision bf16 --main_process_port 0 -m drelu_timm",
+        ),
+    ],
+)
+def test_processes_and_precision_go_through_accelerate(launch, program, grid_of):
+    command = " ".join(cells_of(grid_of(GRID))["dense-natural-seed0"].commands(launch)[0])
+    through = "" if launch.mixed_precision == "no" else "-m accelerate.commands.launch "
+    assert command.startswith(f"python {through}{program} train --model dense_drelu")
 
 
 def test_generated_images_go_to_the_cells_that_mix_them_in(grid_of):

@@ -27,9 +27,10 @@ from drelu_timm import sweep as sweeping
 from drelu_timm.errors import InputError
 from drelu_timm.evaluate import EvaluateConfig
 from drelu_timm.preemption import Preempted
+from drelu_timm.processes import Launch
 from drelu_timm.sweep import SweepConfig, main, sweep
 from drelu_timm.sweeps import jobs
-from drelu_timm.sweeps.cells import Cell, Launch
+from drelu_timm.sweeps.cells import Cell
 from drelu_timm.sweeps.grids import read_grid
 from drelu_timm.sweeps.jobs import CellJob, Here
 from drelu_timm.sweeps.progress import Ended, Progress, Running, Screen

@@ -6,6 +6,7 @@ from textwrap import wrap
 from typing import Any
 
 from ..command_line import flag, written_flags
+from ..processes import Launch
 from ..training.config import flag_defaults
 from .entries import Measured, percent
 
@@ -31,18 +32,14 @@ def training_commands(config: dict[str, Any], output_dir: str, seed: int | str |
         start = {"init_from": earlier}
     settings = {**train, "seed": seed, **start, "output_dir": output_dir}
     lines = [shlex.join(words) for words in written_flags(settings, flag_defaults(train["preset"]))]
-    return [*before, " \\\n    ".join([f"{_launch(config)} train", *lines])]
+    return [*before, " \\\n    ".join([f"{_program(config)} train", *lines])]
 
 
-def _launch(config: dict[str, Any]) -> str:
-    """The program, through ``accelerate launch`` where the training was started by it."""
+def _program(config: dict[str, Any]) -> str:
+    """What stands before the verb: ``accelerate launch`` where the training was started by it."""
     launch = config.get("launch", {"num_processes": 1, "mixed_precision": "no", "device": "cpu"})
-    if (launch["num_processes"], launch["mixed_precision"]) == (1, "no"):
-        return "drelu-timm"
-    words = ["accelerate launch", f"--num_processes {launch['num_processes']}"]
-    if launch["device"] == "cpu":  # without GPUs accelerate starts a single process, unless it is told --multi_gpu
-        words.append("--cpu" if launch["num_processes"] == 1 else "--multi_gpu")
-    return " ".join([*words, f"--mixed_precision {launch['mixed_precision']}", "-m drelu_timm"])
+    flags = Launch(launch["num_processes"], launch["mixed_precision"], on_cpu=launch["device"] == "cpu").flags
+    return shlex.join(["accelerate", "launch", *flags, "-m", "drelu_timm"] if flags else ["drelu-timm"])
 
 
 def recipe(measured: Measured) -> str:

@@ -9,38 +9,11 @@ from typing import Any
 from ..attacks.threat_model import ThreatModel
 from ..command_line import written_flags
 from ..evaluate import EvaluateConfig, attacked_in
+from ..processes import Launch
 from ..runs import read_json
 from ..training.config import TrainConfig, flag_defaults, resolve
 
 _ASKED = ("suite", "n_examples", "seed", "precision", "transfer_from")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the commands of a cell are started.
-
-    Attributes:
-        num_processes: Processes that share a training or an evaluation, a GPU each.
-        mixed_precision: "no" or "bf16".
-        on_cpu: Whether there are no GPUs, which accelerate has to be told.
-    """
-
-    num_processes: int = 1
-    mixed_precision: str = "no"
-    on_cpu: bool = False
-
-    @property
-    def words(self) -> list[str]:
-        """What stands before the verb."""
-        if (self.num_processes, self.mixed_precision) == (1, "no"):
-            return ["python", "-m", "drelu_timm"]
-        words = ["python", "-m", "accelerate.commands.launch", "--num_processes", str(self.num_processes)]
-        words += ["--mixed_precision", self.mixed_precision]
-        if self.num_processes > 1:  # which starts all of them without GPUs too; port 0 is a free one, for many cells
-            words += ["--multi_gpu", "--main_process_port", "0"]
-        elif self.on_cpu:
-            words.append("--cpu")
-        return [*words, "-m", "drelu_timm"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +48,7 @@ class Cell:
         commands = [[["train"], *written_flags(vars(self.train), flag_defaults(self.train.preset))]]
         for one in self.evaluations:
             commands.append([["evaluate", one.run], *written_flags(vars(one), vars(EvaluateConfig(one.run)))])
-        return [[*launch.words, *chain.from_iterable(words)] for words in commands]
+        return [[*_program(launch), *chain.from_iterable(words)] for words in commands]
 
     def is_done(self) -> bool:
         """Whether all its files are there.
@@ -120,6 +93,14 @@ class Cell:
             "eps": eps if len(eps) > 1 else eps[0],
             **{key: getattr(evaluation, key) for key in _ASKED},
         }
+
+
+def _program(launch: Launch) -> list[str]:
+    """What stands before the verb."""
+    if not launch.flags:
+        return ["python", "-m", "drelu_timm"]
+    port = ["--main_process_port", "0"] if launch.num_processes > 1 else []  # a free one: cells may run side by side
+    return ["python", "-m", "accelerate.commands.launch", *launch.flags, *port, "-m", "drelu_timm"]
 
 
 def _is_of(result: dict[str, Any], asked: dict[str, Any]) -> bool:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from ..errors import InputError, one_line
 from ..preemption import Preempted, noticed_sigterm
-from .cells import Cell, Launch
+from ..processes import Launch
+from .cells import Cell
 from .jobs import CellJob, Place
 from .progress import Ended, Progress, Running, Screen
 
