@@ -15,7 +15,6 @@ again goes on from there, whatever stopped it.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .attacks.suites import SUITES
-from .attacks.threat_model import ThreatModel
+from .attacks.threat_model import ThreatModel, threat_models
 from .command_line import read_flags
 from .data.datasets import DATASETS, Dataset
 from .data.images import Images
@@ -50,7 +49,6 @@ __all__ = [
     "evaluate_sweep",
     "main",
     "result_path",
-    "threat_models",
 ]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -205,24 +203,9 @@ def check_flags(config: EvaluateConfig) -> None:
             raise InputError(f"{flag} {value} is not possible; give 1 or more")
 
 
-def threat_models(norm: str, eps: str) -> list[ThreatModel]:
-    """One for each radius of ``--eps``, from the smallest.
-
-    Raises:
-        InputError: An unknown norm, text that is no radius, one named twice, or none above 0.
-    """
-    balls = sorted((ThreatModel.parse(norm, radius) for radius in eps.split(",")), key=lambda ball: ball.eps)
-    for smaller, larger in pairwise(balls):
-        if smaller.eps == larger.eps:
-            raise InputError(f"--eps {eps} names {larger.written} twice; give each radius once")
-    if balls[-1].eps == 0:
-        raise InputError(f"--eps {eps} leaves nothing to attack; give a radius above 0")
-    return balls
-
-
 def attacked_in(config: EvaluateConfig, trained: ThreatModel) -> list[ThreatModel]:
     """The balls, from the smallest, that a run trained in one is evaluated in; raises as `threat_models` does."""
-    return threat_models(config.norm or trained.norm, config.eps or trained.written)
+    return threat_models(config.norm or trained.norm, (config.eps or trained.written).split(","))
 
 
 def result_path(folder: Path, suite: str, balls: Sequence[ThreatModel]) -> Path:
@@ -254,7 +237,8 @@ def _dataset(config: EvaluateConfig, subject: Subject) -> Dataset:
 def _threat_models(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> list[ThreatModel]:
     """Those that are asked for, or else the subject's, or the dataset's."""
     norm = config.norm or subject.defaults.get("norm") or dataset.norm
-    return threat_models(norm, config.eps or subject.defaults.get("eps") or dataset.eps)
+    eps = config.eps or subject.defaults.get("eps") or dataset.eps
+    return threat_models(norm, eps.split(","))
 
 
 def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> Images:

@@ -1,6 +1,8 @@
 """Threat models: how far an adversary may move an image."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -87,6 +89,22 @@ class ThreatModel:
             return adversarial + step_size * gradient.sign()
         length = per_image(gradient.flatten(1).norm(dim=1), gradient)
         return adversarial + step_size * gradient / length.clamp(min=1e-12)
+
+
+def threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:
+    """One for each radius, from the smallest.
+
+    Raises:
+        InputError: An unknown norm, text that is no radius, one named twice, or none above 0.
+    """
+    balls = sorted((ThreatModel.parse(norm, radius) for radius in radii), key=lambda ball: ball.eps)
+    written = ",".join(map(str, radii))
+    for smaller, larger in pairwise(balls):
+        if smaller.eps == larger.eps:
+            raise InputError(f"--eps {written} names {larger.written} twice; give each radius once")
+    if not balls or balls[-1].eps == 0:
+        raise InputError(f"--eps {written} leaves nothing to attack; give a radius above 0")
+    return balls
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:

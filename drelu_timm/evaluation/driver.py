@@ -24,7 +24,7 @@ Columns = dict[str, Tensor]  # one value an example, [B], by field
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What a stage measures on a batch.
 
     Attributes:
@@ -113,7 +113,7 @@ class Driver:
         self,
         stage: str,
         examples: Tensor,
-        measurement: Callable[[Batch], Measured],
+        measurement: Callable[[Batch], Measurement],
         *,
         so_far: Callable[[], str] | None = None,
     ) -> None:
@@ -172,11 +172,11 @@ class Driver:
             left = torch.minimum(limit, self.column(stage, "broken_at").nan_to_num(count).long())
             return f"robust accuracy so far {100 * float((left == count).double().mean()):.1f} %"
 
-        def search(batch: Batch) -> Measured:
+        def search(batch: Batch) -> Measurement:
             columns, images = (self._nearest if attack.minimum_norm else self._grow)(attack, limit, batch)
             kept = keep[batch.examples] & (columns["broken_at"].cpu() < count)
             found = images[kept.to(images.device)].cpu()
-            return Measured(columns, dict(zip(batch.examples[kept].tolist(), found, strict=True)))
+            return Measurement(columns, dict(zip(batch.examples[kept].tolist(), found, strict=True)))
 
         self.measure(stage, limit > weakest, search, so_far=so_far)
         return Outcome(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..attacks.adaptive import substitutable_layers
 from ..attacks.suites import ATTACKS, Suite, find_suite
-from ..attacks.threat_model import ThreatModel
+from ..attacks.threat_model import ThreatModel, threat_models
 from ..digests import digest, model_digest
 from ..errors import InputError
 from ..models.modes import channels_last, frozen
@@ -216,9 +216,7 @@ def evaluate_sweep(
     started = time.monotonic()
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more")
-    threat_models = sorted((ThreatModel.parse(norm, radius) for radius in eps), key=lambda ball: ball.eps)
-    if threat_models[-1].eps == 0:
-        raise InputError("--eps 0 leaves nothing to attack; give a radius above 0")
+    balls = threat_models(norm, eps)
     check_data(images, labels)
     labels = labels.cpu().long()
     processes = processes or Processes()
@@ -227,14 +225,14 @@ def evaluate_sweep(
         columns = find_suite(suite, num_classes, adaptive=bool(substitutable_layers(model)))
         if transfer_from is not None:
             columns["transfer"] = (replace(ATTACKS["transfer"], source=transfer_from),)
-        driver = Driver(model, images, labels, threat_models, seed, batch_size, search_dtype, processes=processes)
+        driver = Driver(model, images, labels, balls, seed, batch_size, search_dtype, processes=processes)
         driver = replace(driver, rows=Rows(state, _identity(driver, suite, columns), processes.index))
         clean = run_clean(driver)
         suite_run = run_suite(driver, columns, clean.correct)
-        probed = [run_probes(driver, position, columns, clean, suite_run) for position in range(len(threat_models))]
+        probed = [run_probes(driver, position, columns, clean, suite_run) for position in range(len(balls))]
         evaluations = [
             _evaluation(driver, suite, columns, clean, suite_run, probed[: position + 1])
-            for position in range(len(threat_models))
+            for position in range(len(balls))
         ]
     seconds = time.monotonic() - started
     return [replace(evaluation, seconds=seconds) for evaluation in evaluations]

@@ -11,7 +11,7 @@ from ..attacks.suites import Suite
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError
 from .attacked import Attacked, label_margin
-from .driver import Batch, Driver, Measured, Outcome
+from .driver import Batch, Driver, Measurement, Outcome
 from .masking import PROBED, SIGNALS, Probe, Verdict, probes, signals, verdict
 
 CLEAN = "clean"  # the stage of the clean images
@@ -68,11 +68,11 @@ def run_clean(driver: Driver) -> CleanPass:
     return CleanPass(predictions, margins, correct, flags)
 
 
-def _measure_clean(model: nn.Module, batch: Batch) -> Measured:
+def _measure_clean(model: nn.Module, batch: Batch) -> Measurement:
     with torch.no_grad():
         logits = model(batch.images)
     columns = {"prediction": logits.argmax(dim=1), "margin": label_margin(logits, batch.labels)}
-    return Measured(columns | signals(model, batch.images, batch.labels))
+    return Measurement(columns | signals(model, batch.images, batch.labels))
 
 
 def run_suite(driver: Driver, columns: Suite, correct: Tensor) -> SuiteRun:
