@@ -15,34 +15,27 @@
 The folder appears only after the model was loaded from it and predicted what the evaluation had written down.
 """
 
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 from .attacks.threat_model import ThreatModel
 from .command_line import read_flags
-from .data.images import Images, to_float
+from .data.images import Images
 from .data.readers import load_images
-from .digests import sha256_of
 from .errors import InputError, one_line, unknown
-from .evaluation.curves import draw_curve
-from .models.saved import CONFIG, WEIGHTS
-from .publishing.cards import SHIPPED, model_card
-from .publishing.entries import AUTOATTACK, Measured, Paper, card_record, check_entry, from_record, model_info
-from .publishing.recipes import recipe
+from .publishing.cards import model_card
+from .publishing.entries import AUTOATTACK, Paper, check_entry, from_record, model_info
+from .publishing.folder import whole_or_not_at_all, write_model, write_submission
 from .publishing.records import check_no_worse_verdict, choose_results, measured_run, read_results
-from .publishing.submission import autoattack_log, is_external, new_evaluation, new_model
-from .publishing.verification import Evaluated, checks_page, read_evaluated, verify
+from .publishing.submission import new_model
+from .publishing.verification import checks_page, read_evaluated, verify
 from .robustbench import adapt
-from .runs import Run, read_json, write_json, write_text, written_whole
+from .runs import Run, read_json, write_text
 from .zoo.published import published_sha256
 from .zoo.robust_models import check_name_is_free, register_robust_model, robust_model_name
 
@@ -196,9 +189,9 @@ def export(config: ExportConfig) -> Path:
     measured = replace(measured, results={**measured.results, "dataset": dataset})
     check_entry(model_info(measured))
     evaluated = read_evaluated(results_path.with_suffix(".csv"), results, test)
-    with _whole_or_not_at_all(output_dir) as folder:
-        _write_model(folder, measured, run)
-        _write_submission(folder, measured, test, evaluated)
+    with whole_or_not_at_all(output_dir) as folder:
+        write_model(folder, measured, run)
+        write_submission(folder, measured, test, evaluated)
         checks = verify(folder, measured, evaluated, robustbench, config.benchmark_examples)
         write_text(folder / "CHECKS.md", checks_page(measured, checks))
     register_robust_model(
@@ -270,87 +263,6 @@ def _read_paper(path: Path) -> dict[str, str]:
 def _test_images(run: Run, dataset: str, data_dir: Path | None) -> Images:
     size = {"img_size": run.config["img_size"], "in_chans": run.config["in_chans"]}
     return load_images(dataset, data_dir or run.config["train"]["data_dir"], "test", **size)
-
-
-# What is written
-
-
-def _write_model(folder: Path, measured: Measured, run: Run) -> None:
-    """Everything but the submission: register.py, hub/, weights/, model_info/, model_cards/ and scripts/."""
-    write_text(folder / "register.py", _registration(measured))
-    hub, weights = folder / "hub", folder / "weights"
-    for place in (hub, weights):
-        place.mkdir()
-    for file in (WEIGHTS, CONFIG):
-        shutil.copyfile(run.model_folder / file, hub / file)
-    write_text(hub / "README.md", model_card(measured, source="."))
-    shutil.copyfile(hub / WEIGHTS, weights / f"{measured.key}.safetensors")
-    with written_whole(weights / f"{measured.key}.pt") as beside:
-        torch.save(run.load_model().state_dict(), beside)
-    names = [f"{measured.key}.safetensors", f"{measured.key}.pt"]
-    write_text(weights / "SHA256SUMS", "".join(f"{sha256_of(weights / name)}  {name}\n" for name in names))
-
-    write_json(folder / "model_info" / f"{measured.place}.json", model_info(measured))
-    cards = folder / "model_cards" / measured.place.parent
-    write_json(cards / f"{measured.key}.json", card_record(measured))
-    write_text(cards / f"{measured.key}.md", model_card(measured))
-    if measured.weights.bytes <= SHIPPED:
-        shutil.copyfile(hub / WEIGHTS, cards / f"{measured.key}.safetensors")
-    if measured.curve is not None:
-        curve, dataset = measured.curve, measured.results["dataset_title"]
-        title = f"{measured.key}\n{dataset}, {measured.norm}, first {curve['n_examples']:,} test images"
-        draw_curve(curve["curve"], cards / f"{measured.key}.png", title=title)
-        shutil.copyfile(cards / f"{measured.key}.png", hub / f"{measured.key}.png")
-    script = folder / measured.recipe
-    write_text(script, recipe(measured))
-    script.chmod(0o755)
-
-
-def _registration(measured: Measured) -> str:
-    """The file register.py, which lets timm and RobustBench load the model from the folder that it lies in."""
-    named = ", ".join(f'"{word}"' for word in (measured.key, measured.dataset, measured.norm))
-    return f'''\
-"""Registers {measured.name} with timm, and so with RobustBench.
-
-The source may as well be "hf-hub:ORG/NAME" or the https:// address of hub/.
-"""
-
-from pathlib import Path
-
-from drelu_timm import register_robust_model
-
-SHA256 = "{measured.weights.sha256}"
-register_robust_model({named}, Path(__file__).parent / "hub", sha256=SHA256)
-'''
-
-
-def _write_submission(folder: Path, measured: Measured, test: Images, evaluated: Evaluated) -> None:
-    """What goes to RobustBench by hand."""
-    submission = folder / "submission"
-    write_text(submission / "new-model.md", new_model(measured, None))
-    write_text(submission / "autoattack.log", autoattack_log(measured.results))
-    if is_external(measured):
-        images = f"{measured.key}_adversarial.pt"
-        write_text(submission / "new-external-evaluation.md", new_evaluation(measured, images))
-        whole = to_float(test.images)
-        whole[evaluated.index[evaluated.broken]] = evaluated.adversarial
-        with written_whole(submission / images) as beside:
-            torch.save(whole, beside)
-
-
-@contextmanager
-def _whole_or_not_at_all(output_dir: Path) -> Iterator[Path]:
-    """A new folder beside ``output_dir``, which takes its name at the end, or vanishes with an error."""
-    folder = output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"--output-dir {output_dir} cannot be made ({one_line(error)}); give another one") from error
-    try:
-        yield folder
-        folder.replace(output_dir)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # What is checked
