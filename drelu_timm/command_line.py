@@ -1,4 +1,4 @@
-"""How every verb reads its flags: a frozen dataclass becomes the flags, their types, defaults and help."""
+"""How every verb reads its flags, for which a frozen dataclass stands, and how it says a time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
@@ -55,6 +55,13 @@ def written_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> l
         values = value if isinstance(value, list | tuple) else [] if value is True else [value]
         flags.append([flag(name), *map(str, values)])
     return flags
+
+
+def duration(seconds: float) -> str:
+    """Seconds for the eye: 42 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _hinted(config: type) -> type:

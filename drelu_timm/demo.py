@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .command_line import read_flags
-from .evaluate import EvaluateConfig, evaluate
+from .evaluate import evaluate
+from .evaluation.config import EvaluateConfig
 from .evaluation.results import VERDICT_COLOURS
 from .export import ExportConfig, export
-from .runs import Run, read_json
-from .train import TrainConfig, train
+from .files import read_json
+from .runs import Run
+from .train import train
+from .training.config import TrainConfig
 
 KEY = "Demo2026Digits_Dense"
 PAPER: dict[str, Any] = {"title": "D-ReLU with TRADES, a demonstration", "authors": "N/A", "venue": "N/A"}

@@ -14,17 +14,13 @@ again goes on from there, whatever stopped it.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import tyro
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 
-from .attacks.suites import SUITES
 from .attacks.threat_model import ThreatModel, threat_models
 from .command_line import read_flags
 from .data.datasets import DATASETS, Dataset
@@ -32,55 +28,15 @@ from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .evaluation.adversarial import ADVERSARIAL
-from .evaluation.curves import draw_curve, require_matplotlib
-from .evaluation.evaluation import Evaluation, evaluate_model, evaluate_sweep
+from .evaluation.config import PRECISIONS, EvaluateConfig, check_flags, result_path
+from .evaluation.curves import draw_curve
+from .evaluation.evaluation import Evaluation, evaluate_sweep
+from .evaluation.pictures import require_matplotlib
+from .evaluation.processes import Processes
 from .evaluation.results import rows, show, show_curve, summary, sweep_rows
 from .evaluation.subjects import Subject, find_subject
-from .processes import Processes
-from .runs import environment, read_json, write_json, write_text
-
-__all__ = [
-    "EvaluateConfig",
-    "Evaluation",
-    "attacked_in",
-    "check_flags",
-    "evaluate",
-    "evaluate_model",
-    "evaluate_sweep",
-    "main",
-    "result_path",
-]
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Attack a model with the strongest attacks known for it, and say whether the numbers can be believed."""
-
-    run: tyro.conf.Positional[str]
-    """Run directory made by train (RUN/last: its last epoch, not its best).
-    Or the name of a timm model with pretrained weights, or of a RobustBench model."""
-    suite: str = "quick"
-    """quick, paper, autoattack, standard (AutoAttack and more), adaptive or all; each gives a verdict on masking."""
-    norm: str | None = None
-    """Linf or L2; by default the run's, or the dataset's."""
-    eps: str | None = None
-    """Radius in units of a [0, 1] pixel, such as 8/255, or several: 2/255,8/255; by default the run's or dataset's."""
-    n_examples: int = 1000
-    """Use the first so many test images, at most."""
-    batch_size: int = 256
-    """Images a pass, at most."""
-    precision: str = "float32"
-    """What attacks search in: float32, or bfloat16 where that is faster; what they find is judged in float32."""
-    transfer_from: str | None = None
-    """A second model, named as RUN is, whose adversarial images are tried as well."""
-    seed: int = 0
-    """Keys the randomness of every example and attack."""
-    dataset: str | None = None
-    """Dataset whose test set is attacked; by default the run's."""
-    data_dir: Path | None = None
-    """Where the dataset lies; by default where it lay for the run."""
+from .files import read_json, write_json, write_text
+from .runs import environment
 
 
 def main(argv: Sequence[str]) -> None:
@@ -183,38 +139,6 @@ def _write(
             "room and run the same command again"
         ) from error
     shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
-
-
-def check_flags(config: EvaluateConfig) -> None:
-    """Raise what is wrong with the flags, before anything is loaded.
-
-    Raises:
-        InputError: The first flag with a value that is not possible.
-    """
-    for flag, value, allowed in (
-        ("--suite", config.suite, SUITES),
-        ("--precision", config.precision, PRECISIONS),
-        ("--dataset", config.dataset, DATASETS),
-    ):
-        if value is not None and value not in allowed:
-            raise unknown(flag, value, allowed)
-    for flag, value in (("--n-examples", config.n_examples), ("--batch-size", config.batch_size)):
-        if value < 1:
-            raise InputError(f"{flag} {value} is not possible; give 1 or more")
-
-
-def attacked_in(config: EvaluateConfig, trained: ThreatModel) -> list[ThreatModel]:
-    """The balls, from the smallest, that a run trained in one is evaluated in; raises as `threat_models` does."""
-    return threat_models(config.norm or trained.norm, (config.eps or trained.written).split(","))
-
-
-def result_path(folder: Path, suite: str, balls: Sequence[ThreatModel]) -> Path:
-    """Where a result goes: of one radius into ``folder``, of several into ``sweeps`` beside it."""
-    largest = balls[-1]
-    radius = largest.written.replace("/", "_")
-    if len(balls) > 1:
-        folder, radius = folder.with_name("sweeps"), f"up-to-{radius}"
-    return folder / f"{suite}-{largest.norm}-{radius}.json"
 
 
 def _second_model(config: EvaluateConfig) -> nn.Module | None:

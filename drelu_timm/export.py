@@ -28,14 +28,16 @@ from .command_line import read_flags
 from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
+from .files import read_json, write_text
 from .publishing.cards import model_card
-from .publishing.entries import AUTOATTACK, Paper, check_entry, from_record, model_info
+from .publishing.entries import check_entry, model_info
 from .publishing.folder import whole_or_not_at_all, write_model, write_submission
+from .publishing.measured import AUTOATTACK, Paper, from_record
 from .publishing.records import check_no_worse_verdict, choose_results, measured_run, read_results
 from .publishing.submission import new_model
 from .publishing.verification import checks_page, read_evaluated, verify
 from .robustbench import adapt
-from .runs import Run, read_json, write_text
+from .runs import Run
 from .zoo.published import published_sha256
 from .zoo.robust_models import check_name_is_free, register_robust_model, robust_model_name
 
@@ -119,7 +121,7 @@ def push_exported(output_dir: Path, repo: str, *, run: Run) -> str:
         What was done, or would be done with a token.
 
     Raises:
-        InputError: A folder that is no export of the run's weights, or what `hub.push` raises.
+        InputError: A folder that is no export of the run's weights, or what `zoo.hub.push` raises.
     """
     from .zoo.hub import push
 

@@ -28,6 +28,7 @@ from rich.text import Text
 
 from .command_line import read_flags
 from .errors import InputError
+from .files import write_json, write_text
 from .reports.averages import Lines, lines_of
 from .reports.comparisons import papers_statistics, statistics
 from .reports.folder import replaced
@@ -38,7 +39,6 @@ from .reports.page import Section, write_page
 from .reports.paper import SOURCE, net_name
 from .reports.sections import attacks, figures, opening, origin
 from .reports.tables import NONE, Table, against_paper, all_rows, paper_table, seed_count, square_tables
-from .runs import write_json, write_text
 
 
 @dataclass(frozen=True)

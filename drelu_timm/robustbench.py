@@ -31,8 +31,8 @@ from .installation import ROBUSTBENCH, broken_robustbench, pip, robustbench_prob
 def adapt() -> ModuleType:
     """The package ``robustbench``, imported, with what it lacks.
 
-    - The module ``autoattack``, which robustbench imports but does not declare, is ours (`drelu_timm.zoo.autoattack`,
-      on top of pyautoattack), unless the real one is installed.
+    - The module ``autoattack``, which robustbench imports but does not declare, is ours, on top of pyautoattack
+      (`drelu_timm.attacks.autoattack`), unless the real one is installed.
     - The datasets of `drelu_timm.data` that RobustBench does not know (digits, mnist, ...) become further values of
       its enumeration ``BenchmarkDataset``. So ``load_model(key, dataset="mnist")`` finds a registered model, and
       ``benchmark(model, dataset="mnist")`` images.
@@ -66,7 +66,7 @@ def _stand_in_for_autoattack() -> None:
         raise InputError(
             f"robustbench needs autoattack or pyautoattack, and neither is installed; {pip(('install', ROBUSTBENCH))}"
         ) from None
-    sys.modules["autoattack"] = import_module("drelu_timm.zoo.autoattack")
+    sys.modules["autoattack"] = import_module("drelu_timm.attacks.autoattack")
 
 
 def _add_datasets(robustbench: ModuleType) -> None:

@@ -9,14 +9,11 @@ results/      an evaluation: a .json, a .csv, and the images that broke the mode
 sweeps/       an evaluation at several radii: a .json, a .csv and a .png
 """
 
-import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -28,6 +25,7 @@ from torch import nn
 
 from .digests import sha256_of
 from .errors import InputError
+from .files import read_json
 from .models.normalize import normalized
 from .models.saved import WEIGHTS, load_folder
 
@@ -86,44 +84,6 @@ class Run:
     def load_model(self) -> nn.Module:
         """The trained model in eval mode; it takes [0, 1] images [B, C, H, W] and returns logits [B, K]."""
         return normalized(load_folder(self.model_folder)).eval()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: A file that is cut short or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); restore it or make it anew") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; restore it or make it anew")
-    return content
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes ``path`` afterwards: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: some writers go by it
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, atomically."""
-    with written_whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, atomically; paths are written as text."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -5,9 +5,9 @@
     drelu-timm sweep my-grid.toml --num-processes 4 --mixed-precision bf16
     drelu-timm sweep paper-cifar10 --cluster slurm --partition gpu --num-processes 4 --hours 12
 
-`grids` says what a grid is. Every cell is a `train` and its `evaluate`s, as processes of their own; what they print
-lies in ``<cell>.log`` beside the run directory. Cells that are done are skipped, others go on where they were: the same
-command again ends what was stopped, in whatever way.
+`sweeps.grids` says what a grid is. Every cell is a `train` and its `evaluate`s, as processes of their own; what they
+print lies in ``<cell>.log`` beside the run directory. Cells that are done are skipped, others go on where they were:
+the same command again ends what was stopped, in whatever way.
 """
 
 import shlex
@@ -19,16 +19,13 @@ from typing import BinaryIO
 import torch
 import tyro
 
-from .command_line import read_flags
+from .command_line import duration, read_flags
 from .errors import InputError, one_line, unknown
-from .processes import Launch
-from .publishing.recipes import duration
+from .launches import Launch
 from .sweeps.cells import Cell
 from .sweeps.grids import Grid, read_grid
 from .sweeps.jobs import Here, Place, locked, threads_of_a_process
 from .sweeps.scheduler import Scheduler
-
-__all__ = ["SweepConfig", "main", "sweep"]
 
 _PRECISIONS = ("no", "bf16")
 _CLUSTERS = ("slurm", "local")

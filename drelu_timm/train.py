@@ -1,4 +1,4 @@
-"""`drelu-timm train`: the only training loop.
+"""`drelu-timm train`: checks the launch, reads the data, makes the model, and trains it.
 
     drelu-timm train --model dense_drelu --dataset mnist --data-dir data --cap-weight 0.1
     accelerate launch --num_processes 4 -m drelu_timm train --model resnet50_drelu --dataset cifar10 --objective trades
@@ -11,28 +11,23 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from torch import nn
 
 from .command_line import flag, read_flags
-from .data.datasets import DATASETS
 from .data.generated import GeneratedImages
 from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
-from .models.normalize import normalized
-from .models.saved import load_folder
-from .processes import launched_on_cpu
-from .runs import Run, environment, write_json
-from .training.config import TrainConfig, model_options, preset_in, resolve, saved
+from .files import write_json
+from .launches import launched_on_cpu
+from .runs import Run, environment
+from .training.config import TrainConfig, preset_in, resolve, saved
+from .training.model import create_model
 from .training.presets import PRESETS
 from .training.sharding import check_sharding, sharding
 from .training.trainer import Trainer
-
-__all__ = ["TrainConfig", "main", "train"]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -150,46 +145,3 @@ def _describe(config: TrainConfig, data: Images, generated: GeneratedImages | No
     if config.init_from is not None:
         about["init_from"] = Run.open(config.init_from).config
     write_json(path, {"train": saved(config), **about, **environment()})
-
-
-def create_model(config: TrainConfig, data: Images) -> nn.Module:
-    """The config's model for the images' size, channels and classes; it takes [0, 1] images.
-
-    Raises:
-        InputError: Arguments that the architecture does not take, or that cannot run on images of this size.
-    """
-    _, channels, *size = data.images.shape
-    arguments = model_options(config)
-    if timm.models.get_pretrained_cfg_value(config.model, "fixed_input_size") and not config.small_images:
-        arguments["img_size"] = size[0]
-    arguments |= {"num_classes": len(data.classes), "in_chans": channels}
-    try:
-        model = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
-    except (OSError, RuntimeError) as error:
-        if not config.pretrained:
-            raise
-        raise InputError(
-            f"--pretrained: there are no weights of {config.model} to be had ({one_line(error)})"
-        ) from error
-    model._model_args = getattr(model, "_model_args", arguments)  # timm 1.0.9 does not record a plain model's
-    dataset = DATASETS[config.dataset]
-    mean, std = (dataset.mean, dataset.std) if dataset.mean else data.mean_std()
-    model.pretrained_cfg.update(input_size=(channels, *size), num_classes=len(data.classes), mean=mean, std=std)
-    if config.init_from is not None:
-        _initialise(model, config.init_from)
-    return normalized(model)
-
-
-def _initialise(model: nn.Module, init_from: Path) -> None:
-    """Load the trained weights of a run.
-
-    Raises:
-        InputError: No run with a trained model, or weights that do not fit.
-    """
-    weights = load_folder(Run.open(init_from).model_folder).state_dict()
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(
-            f"--init-from {init_from} does not fit --model ({one_line(error)}); train the same model"
-        ) from error

@@ -4,7 +4,7 @@ Prints a row a run (its end state, and what the evaluation says of it) and draws
 
     python scripts/cap_curves.py runs/caps/paper runs/caps/own-rate
 
-The runs that the README shows are those of scripts/caps.sh.
+The runs that scripts/README.md shows are those of scripts/caps.sh.
 """
 
 import json
@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import tyro
 from matplotlib.figure import Figure
 
+from drelu_timm.files import read_json, written_whole
 from drelu_timm.models.variants import Options
-from drelu_timm.runs import Run, read_json, written_whole
+from drelu_timm.runs import Run
 
 COLUMNS = (
     "learning rates",

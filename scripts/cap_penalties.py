@@ -14,9 +14,12 @@ from typing import Any
 
 import tyro
 
-from drelu_timm.evaluate import EvaluateConfig, evaluate
-from drelu_timm.runs import Run, environment, read_json
-from drelu_timm.train import TrainConfig, train
+from drelu_timm.evaluate import evaluate
+from drelu_timm.evaluation.config import EvaluateConfig
+from drelu_timm.files import read_json
+from drelu_timm.runs import Run, environment
+from drelu_timm.train import train
+from drelu_timm.training.config import TrainConfig
 
 PENALTIES = [
     ("squared", 0.0),

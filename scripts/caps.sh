@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The caps' curves of the README (model_cards/caps.png): MNIST, the dense net, balancer 0.1, natural training.
+# The caps' curves of scripts/README.md (model_cards/caps.png): MNIST, the dense net, balancer 0.1, natural training.
 #
 #   scripts/caps.sh [folder that holds MNIST, or that it is downloaded to]
 #

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from drelu_timm.publishing.entries import Measured, from_record, percent
+from drelu_timm.publishing.measured import Measured, from_record, percent
 from drelu_timm.publishing.recipes import OBJECTIVES
 
 CARDS = Path(__file__).parents[1] / "model_cards"

@@ -16,13 +16,13 @@ from pathlib import Path
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from drelu_timm.files import read_json, write_json, write_text
 from drelu_timm.publishing.records import without_paths
 from drelu_timm.report import ReportConfig, report
 from drelu_timm.reports.averages import Average, lines_of
 from drelu_timm.reports.outcomes import read_outcomes
 from drelu_timm.reports.paper import paper_scores, read_paper
 from drelu_timm.reports.statistics import compare_methods
-from drelu_timm.runs import read_json, write_json, write_text
 
 HERE = Path(__file__).parent
 TEXT = HERE / "reproduction" / "reproduction.md.j2"

@@ -12,9 +12,11 @@ import torch
 import drelu_timm  # noqa: F401  (registers the models)
 from drelu_timm import robustbench as our_robustbench
 from drelu_timm.errors import InputError
-from drelu_timm.evaluate import EvaluateConfig, evaluate
+from drelu_timm.evaluate import evaluate
+from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.models.saved import save_folder
-from drelu_timm.train import TrainConfig, train
+from drelu_timm.train import train
+from drelu_timm.training.config import TrainConfig
 
 BESIDE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
 

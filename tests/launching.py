@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from drelu_timm.train import TrainConfig
+from drelu_timm.training.config import TrainConfig
 
 SMALL = {"n_train": 256, "batch_size": 32, "epochs": 2, "steps": 2, "width": 16}
 

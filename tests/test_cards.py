@@ -20,10 +20,11 @@ from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
 from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
-from drelu_timm.evaluate import EvaluateConfig
+from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.export import ExportConfig
-from drelu_timm.publishing.cards import SHIPPED, VERDICTS, licences, model_card
-from drelu_timm.publishing.entries import AUTOATTACK, Paper, card_record, check_entry, from_record, model_info
+from drelu_timm.publishing.cards import MEANINGS, SHIPPED, licences, model_card
+from drelu_timm.publishing.entries import card_record, check_entry, model_info
+from drelu_timm.publishing.measured import AUTOATTACK, Paper, from_record
 from drelu_timm.publishing.recipes import recipe, training_commands
 from drelu_timm.publishing.records import choose_results, measured_run, read_results
 from drelu_timm.publishing.submission import autoattack_log, is_external, new_evaluation, new_model
@@ -174,7 +175,7 @@ def test_the_card_says_every_number_with_the_verdict_and_its_evidence(measured):
         assert f"| {attack} | {100 * accuracy:.2f} |" in card
     assert f"| **worst case** | {100 * results['worst']:.2f} |" in card
     assert all(f"- {sentence}" in card for sentence in results["verdict"]["evidence"])
-    assert VERDICTS[measured.verdict] in card
+    assert MEANINGS[measured.verdict] in card
     assert all(f"| {at['eps']} | " in card for at in measured.curve["curve"])
     assert f"({KEY}.png)" in card
     assert results["hardware"] in card and f"torch {results['versions']['torch']}" in card

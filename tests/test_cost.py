@@ -10,7 +10,7 @@ from torch import nn
 
 from drelu_timm.attacks.suites import ATTACKS
 from drelu_timm.attacks.threat_model import ThreatModel
-from drelu_timm.evaluate import EvaluateConfig
+from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.models.modes import frozen
 from drelu_timm.sweeps.cells import Cell
 from drelu_timm.sweeps.cost import GRADIENT, Clock, _of_an_image, cost, evaluation, forwards, training

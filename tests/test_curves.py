@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import curves
+from drelu_timm.evaluation import pictures
 from drelu_timm.evaluation.curves import _figure, draw_curve
 
 EPS = {"0": "sound", "2/255": "undecided", "0.1": "masked"}
@@ -58,7 +58,7 @@ def test_the_picture_takes_the_place_of_the_old_one_whole(tmp_path):
 
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setattr(curves, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"matplotlib, .* is missing; pip install 'drelu-timm\[report\]'"):
         draw_curve(curve(), tmp_path / "curve.png", title="")
     assert not any(tmp_path.iterdir())

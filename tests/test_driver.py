@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from drelu_timm import __main__ as command_line
+from drelu_timm.__main__ import main
 from drelu_timm.attacks.pgd import Found
 from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
 from drelu_timm.data import images as decoded
@@ -175,13 +175,13 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
     # A server that has imported everything: a start costs no seconds, so that kills come in the midst of work.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["drelu_timm.evaluate"])
-    uninterrupted = processes.Process(target=command_line.main, args=(["evaluate", str(alone), *arguments],))
+    uninterrupted = processes.Process(target=main, args=(["evaluate", str(alone), *arguments],))
     uninterrupted.start()
     uninterrupted.join()
     moment = random.Random(0)
     state, sizes = run / "results" / "standard-Linf-8_255.state", [0]
     for kill in range(KILLS):
-        process = processes.Process(target=command_line.main, args=(["evaluate", str(run), *arguments],))
+        process = processes.Process(target=main, args=(["evaluate", str(run), *arguments],))
         process.start()
         if kill % 3:  # in the midst of work, else perhaps while it starts
             while process.is_alive() and size(state) == sizes[-1]:
@@ -194,7 +194,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
     print(f"{KILLS} kills, {len(set(sizes))} different states")
     assert sizes == sorted(sizes), "something was lost"
     assert len(set(sizes)) > KILLS // 2
-    assert command_line.main(["evaluate", str(run), *arguments]) == 0
+    assert main(["evaluate", str(run), *arguments]) == 0
     check_that_some_break(rows_of(alone, "standard-Linf-8_255"))
     assert rows_of(run, "standard-Linf-8_255") == rows_of(alone, "standard-Linf-8_255")
     after, expected = (images_of(path, "standard-Linf-8_255") for path in (run, alone))
@@ -219,7 +219,7 @@ def test_the_same_on_two_processes(run):
     arguments = ["evaluate", str(run), "--suite", "quick", "--n-examples", "359", "--batch-size", "10"]
     alone = run.with_name("alone")
     shutil.copytree(run, alone)
-    assert command_line.main([arguments[0], str(alone), *arguments[2:]]) == 0
+    assert main([arguments[0], str(alone), *arguments[2:]]) == 0
     # On a machine without GPUs `accelerate launch` starts a single process, whatever it is told.
     launch = [
         sys.executable,

@@ -15,10 +15,10 @@ from drelu_timm.attacks.pgd import Found
 from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
-from drelu_timm.evaluate import evaluate_model, evaluate_sweep
 from drelu_timm.evaluation import adversarial
 from drelu_timm.evaluation.adversarial import Adversarial
 from drelu_timm.evaluation.attacked import label_margin
+from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
 
 
 def small_net(num_classes=6):

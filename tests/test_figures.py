@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import curves
+from drelu_timm.evaluation import pictures
 from drelu_timm.reports.figures import (
     _balancers,
     _caps,
@@ -23,7 +23,8 @@ from drelu_timm.reports.figures import (
     draw_eps,
     read_caps,
 )
-from drelu_timm.reports.outcomes import Group, Outcome, Point
+from drelu_timm.reports.outcomes import Group, Outcome
+from drelu_timm.reports.points import Point
 from drelu_timm.reports.statistics import compare_methods
 
 GROUP = Group("mnist", "MNIST", "Linf", "0.1", False)
@@ -221,7 +222,7 @@ def test_a_picture_is_written_whole_and_always_the_same(draw, content, tmp_path,
         assert picture.width == 1350 and picture.height >= 450
         assert "Software" not in picture.info
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
-    monkeypatch.setattr(curves, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="matplotlib, which draws the pictures, is missing"):
         draw(content, path, title="A title")
     assert path.read_bytes() == first

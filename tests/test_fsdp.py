@@ -13,7 +13,8 @@ from launching import config, flags, kill_with_workers, launch, log, weights
 
 from drelu_timm.errors import InputError
 from drelu_timm.models.saved import load_folder
-from drelu_timm.train import TrainConfig, train
+from drelu_timm.train import train
+from drelu_timm.training.config import TrainConfig
 from drelu_timm.training.sharding import check_sharding, sharding
 
 PROGRAM = Path(__file__).parent / "fsdp_on_cpu.py"

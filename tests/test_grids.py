@@ -8,8 +8,8 @@ import torch
 
 from drelu_timm.command_line import read_flags
 from drelu_timm.errors import InputError
-from drelu_timm.evaluate import EvaluateConfig
-from drelu_timm.processes import Launch
+from drelu_timm.evaluation.config import EvaluateConfig
+from drelu_timm.launches import Launch
 from drelu_timm.sweeps.cost import _net
 from drelu_timm.sweeps.grids import read_grid, shipped
 from drelu_timm.training.config import TrainConfig, preset_in

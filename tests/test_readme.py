@@ -13,7 +13,7 @@ import torch
 
 import drelu_timm
 from drelu_timm.command_line import read_flags
-from drelu_timm.evaluate import EvaluateConfig
+from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.export import ExportConfig
 from drelu_timm.report import ReportConfig
 from drelu_timm.sweep import SweepConfig

@@ -8,7 +8,7 @@ import pytest
 import reproduction
 from reproduction import FOLDER, TEXT, Topic, make_report, text, topics
 
-from drelu_timm.runs import read_json
+from drelu_timm.files import read_json
 
 
 @pytest.mark.parametrize("topic", topics())

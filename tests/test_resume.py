@@ -19,8 +19,9 @@ from PIL import Image
 
 from drelu_timm.errors import InputError
 from drelu_timm.preemption import EXIT_CODE
-from drelu_timm.train import TrainConfig, train
+from drelu_timm.train import train
 from drelu_timm.training import trainer
+from drelu_timm.training.config import TrainConfig
 
 # Everything that has a state: the average of the weights, a schedule by the step, momentum, dropout-free BatchNorm.
 FULL = {

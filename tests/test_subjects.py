@@ -11,9 +11,10 @@ from torch import nn
 from drelu_timm import robustbench as our_robustbench
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.subjects import find_subject
+from drelu_timm.files import write_json
 from drelu_timm.models.saved import load_folder, save_folder
-from drelu_timm.runs import write_json
-from drelu_timm.train import TrainConfig, train
+from drelu_timm.train import train
+from drelu_timm.training.config import TrainConfig
 from drelu_timm.zoo.robust_models import register_robust_model
 
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))

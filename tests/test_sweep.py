@@ -25,9 +25,9 @@ from synthetic_runs import point, write_result, write_run, write_sweep
 from drelu_timm import __main__
 from drelu_timm import sweep as sweeping
 from drelu_timm.errors import InputError
-from drelu_timm.evaluate import EvaluateConfig
+from drelu_timm.evaluation.config import EvaluateConfig
+from drelu_timm.launches import Launch
 from drelu_timm.preemption import Preempted
-from drelu_timm.processes import Launch
 from drelu_timm.sweep import SweepConfig, main, sweep
 from drelu_timm.sweeps import jobs
 from drelu_timm.sweeps.cells import Cell
@@ -35,7 +35,7 @@ from drelu_timm.sweeps.grids import read_grid
 from drelu_timm.sweeps.jobs import CellJob, Here
 from drelu_timm.sweeps.progress import Ended, Progress, Running, Screen
 from drelu_timm.sweeps.scheduler import Scheduler
-from drelu_timm.train import TrainConfig
+from drelu_timm.training.config import TrainConfig
 
 GRID = """
 title = "three small nets"

@@ -15,8 +15,9 @@ from drelu_timm.__main__ import main
 from drelu_timm.data.readers import load_images
 from drelu_timm.errors import InputError
 from drelu_timm.runs import Run
-from drelu_timm.train import create_model, train
+from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig, resolve
+from drelu_timm.training.model import create_model
 from drelu_timm.training.presets import PRESETS
 from drelu_timm.training.trainer import Trainer
 

@@ -189,7 +189,7 @@ def bpda_apgd(
     substitute: str,
     **settings,
 ) -> Found:
-    """`library_attacks.apgd` with the gradient of a substitute for every known layer, as in `bpda`."""
+    """`library.apgd` with the gradient of a substitute for every known layer, as in `bpda`."""
     with substituted(model, SUBSTITUTES[substitute]):
         return apgd(model, images, labels, threat_model, seeds, **settings)
 

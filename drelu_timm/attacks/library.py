@@ -264,8 +264,8 @@ def _random_start(
 def _contained() -> Iterator[None]:
     """Keep to themselves what pyautoattack does: graphs of every step, the global random state, warnings.
 
-    It enables gradients where it needs them, and draws a start, on the CPU, even where it is given one. `masking`
-    reports zero gradients for every model.
+    It enables gradients where it needs them, and draws a start, on the CPU, even where it is given one. Zero gradients
+    are reported by `evaluation.masking`, for every model.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*zero gradient")

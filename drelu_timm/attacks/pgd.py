@@ -23,7 +23,7 @@ def pgd(
     """Projected gradient ascent on ``loss`` (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
 
     Args:
-        model: Takes [0, 1] images; used as it is, see `frozen`.
+        model: Takes [0, 1] images; used as it is, see `models.modes.frozen`.
         images: [B, C, H, W] in [0, 1], the centres of the balls.
         loss: What is raised, from the logits.
         threat_model: The balls.
@@ -69,8 +69,8 @@ class Found(NamedTuple):
 
 
 # Attacks of the evaluation share one form: (model, images, labels, threat_model, seeds, *, settings) -> Found. The
-# model is used as it is (see `frozen`). ``seeds`` holds one number an image, of which alone an image's randomness is
-# made. Those that can begin at a point which a smaller ball gave take it as ``start``.
+# model is used as it is (see `models.modes.frozen`). ``seeds`` holds one number an image, of which alone an image's
+# randomness is made. Those that can begin at a point which a smaller ball gave take it as ``start``.
 
 
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int]) -> Found:

@@ -141,7 +141,7 @@ _ADAPTIVE = _single("bpda", "bpda-soft", "twin")
 _ALL_ADAPTIVE = _single("restarts", "noise") | _ADAPTIVE
 _ALL_ADAPTIVE |= _single("bpda-straight-through", "bpda-apgd", "annealing", "annealing-t")
 
-# The probes for masking (`masking`) come on top, and what they break is broken.
+# The probes for masking (`evaluation.masking`) come on top, and what they break is broken.
 SUITES: dict[str, Suite] = {
     "quick": {"apgd-ce": _SHORT_APGD[:1], "apgd": _SHORT_APGD} | _ADAPTIVE,
     "paper": _PAPER | _ADAPTIVE,

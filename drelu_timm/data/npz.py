@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, one_line
-from ..runs import written_whole
+from ..files import written_whole
 
 _NAMES = ("image", "label")
 _MEMBERS = tuple(f"{name}.npy" for name in _NAMES)

@@ -1,1 +1,1 @@
-"""What `drelu-timm evaluate` is made of: measuring, batch by batch, and the verdict on gradient masking."""
+"""What `drelu-timm evaluate` is made of: subjects, measuring, the verdict on gradient masking, results."""

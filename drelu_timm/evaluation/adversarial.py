@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..digests import sha256_of
 from ..errors import InputError
-from ..runs import written_whole
+from ..files import written_whole
 
 ADVERSARIAL = ".adversarial.safetensors"  # the suffix of the file with the images, beside a result's .json
 

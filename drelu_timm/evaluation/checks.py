@@ -1,12 +1,11 @@
 """What cannot be evaluated: found before any attack, said in a line."""
 
-from itertools import chain
-
 import torch
 from torch import Tensor, nn
 
 from ..data.images import as_float
 from ..errors import InputError
+from ..models.modes import device_of
 
 
 def check_data(images: Tensor, labels: Tensor) -> None:
@@ -53,9 +52,3 @@ def count_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
             "give the model without its softmax"
         )
     return logits.shape[1]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model is; the CPU for one that holds nothing."""
-    tensors = chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -14,9 +14,9 @@ from ..attacks.pgd import Found
 from ..attacks.suites import Attack
 from ..attacks.threat_model import ThreatModel, per_image
 from ..data.images import as_float
-from ..processes import Processes
+from ..models.modes import device_of
 from .attacked import Attacked, label_margin
-from .checks import device_of
+from .processes import Processes
 from .rows import Rows
 
 Value = TypeVar("Value")
@@ -83,7 +83,7 @@ class Driver:
     """Everything that decides what is measured, and where the rows go.
 
     Attributes:
-        model: Frozen, see `attacks.frozen`.
+        model: Frozen, see `models.modes.frozen`.
         images: [N, C, H, W], floats in [0, 1] or uint8, on any device.
         labels: [N], on the CPU.
         threat_models: The balls, of one norm, from the smallest.

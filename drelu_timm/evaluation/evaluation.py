@@ -20,11 +20,11 @@ from ..attacks.threat_model import ThreatModel, threat_models
 from ..digests import digest, model_digest
 from ..errors import InputError
 from ..models.modes import channels_last, frozen
-from ..processes import Processes
 from .adversarial import Adversarial
 from .checks import check_data, count_classes
 from .driver import Driver, Outcome, example_seed
 from .masking import Verdict
+from .processes import Processes
 from .rows import Rows
 from .stages import CLEAN, CleanPass, ProbeRun, SuiteRun, run_clean, run_probes, run_suite
 

@@ -9,7 +9,7 @@ are the same whatever suite a model is evaluated under, and know of no particula
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ _SOUND_BELOW = 0.10
 _STUCK_ABOVE = 1 / 3  # share of examples that withstand, beyond chance, a radius which nothing can withstand
 
 
+Word = Literal["sound", "undecided", "masked"]
+VERDICTS: tuple[Word, ...] = get_args(Word)  # from good to bad
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What is to be thought of white-box robust accuracies.
@@ -42,7 +46,7 @@ class Verdict:
         numbers: The same by name: shares in [0, 1] of the ``examples`` that were probed.
     """
 
-    verdict: Literal["sound", "masked", "undecided"]
+    verdict: Word
     evidence: tuple[str, ...]
     numbers: dict[str, float]
 
@@ -239,7 +243,7 @@ def _any(broken: Mapping[str, Tensor], attacks: Sequence[Attack]) -> Tensor:
     return torch.stack([broken[attack.name] for attack in attacks]).any(dim=0)
 
 
-def _conclusion(numbers: Mapping[str, float]) -> Literal["sound", "masked", "undecided"]:
+def _conclusion(numbers: Mapping[str, float]) -> Word:
     stuck_above = numbers["chance"] + _STUCK_ABOVE
     if numbers["stuck_low"] > stuck_above or any(numbers[f"{gap}_low"] > _MASKED_ABOVE for gap in _GAPS):
         return "masked"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..runs import write_text
+from ..files import write_text
 from .adversarial import read_images, write_images
 
 LAYOUT = 2  # of the folder; the first one kept no images

@@ -1,1 +1,1 @@
-"""The models: D-ReLU and its caps, how a timm architecture gets them, and a model as a folder of files."""
+"""The models: D-ReLU and its caps, how a timm architecture gets them, nets that timm lacks, a model as a folder."""

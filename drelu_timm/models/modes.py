@@ -1,7 +1,8 @@
-"""How a model stands while it is attacked; afterwards all is as it was."""
+"""Where a model is, and how it stands while it is attacked; afterwards all is as it was."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -43,3 +44,9 @@ def channels_last(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for weight, data in zip(weights, before, strict=True):
             weight.data = data
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; the CPU for one that holds nothing."""
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -10,9 +10,7 @@ from timm.models._pretrained import DefaultCfg
 from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs
 from torch import nn
 
-from . import (
-    preact,  # noqa: F401  (our own nets, which get their variants as timm's own do)
-)
+from . import nets, preact  # noqa: F401  (our own nets, which get their variants as timm's own do)
 from .surgery import paths
 from .variants import build
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import yaml
 
-from .entries import PROBES, Measured, architecture, generated_images, is_pretrained, percent
-from .recipes import OBJECTIVES, duration, made_with, training_commands, training_time
+from ..command_line import duration
+from .entries import architecture, generated_images, is_pretrained
+from .measured import PROBES, Measured, percent
+from .recipes import OBJECTIVES, made_with, training_commands, training_time
 
 CITATION = """\
 @article{sooksatra2024dynamic,
@@ -20,15 +22,13 @@ CITATION = """\
   pages   = {3551},
   doi     = {10.3390/math12223551}
 }"""
-VERDICTS = {
-    "sound": "Attacks that know what could hide a gradient, or use none, find hardly more than those that follow it: "
-    "the accuracies above can be taken at their word.",
+MEANINGS = {
+    "sound": "Attacks that know what could hide a gradient, or use none, find hardly more than those that follow it; "
+    "that is no certificate, and a weaker attack above may still say too much: the worst case counts.",
     "masked": "**The gradients are masked.** The white-box attacks fail for want of a gradient, not for the model's "
     "robustness; only the worst case says something about it.",
     "undecided": "Whether the gradients are masked is undecided; take the worst case, and that as an upper bound.",
 }
-
-
 SHIPPED = 1_500_000  # bytes: the weights of a larger model do not lie beside its card
 
 
@@ -114,7 +114,7 @@ def _accuracy(measured: Measured) -> str:
         f"{measured.sample} The worst case is the share of the images that the model classifies right under every "
         f"attack, {PROBES} among them.",
         f"| attack | accuracy in % |\n| --- | ---: |\n{table}",
-        f"Gradient masking: {measured.verdict}. {VERDICTS[measured.verdict]} The evidence:",
+        f"Gradient masking: {measured.verdict}. {MEANINGS[measured.verdict]} The evidence:",
         _list(results["verdict"]["evidence"]),
         f"The input gradient is exactly zero for {percent(results['zero_gradient_share'])} % of the images classified "
         "right.",

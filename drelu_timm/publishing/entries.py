@@ -1,196 +1,19 @@
-"""An evaluated run as RobustBench files it: what was measured of it, and the ``model_info`` entry that follows."""
+"""An evaluated run as RobustBench files it: its ``model_info`` entry."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
-from ..attacks.threat_model import ThreatModel
-from ..data.datasets import DATASETS
 from ..errors import InputError
-from ..zoo.robust_models import robust_model_name
+from .measured import Measured, percent
 
-AUTOATTACK = "autoattack"
-PROBES = "the probes for gradient masking"  # which break examples as well, and count
-# What RobustBench's boards are made of; elsewhere it is the whole test set.
-BOARD_EXAMPLES = {"cifar10": 10_000, "cifar100": 10_000, "imagenet": 5_000}
 # Made from the 188 entries that RobustBench's repository holds at revision 78fcc9e for Linf and L2: the same fields,
 # types and formats. It is stricter than 19 of them: every accuracy has its two decimals, "reported" too.
 SCHEMA = Path(__file__).with_name("model_info.schema.json")
-
-
-@dataclass(frozen=True)
-class Paper:
-    """What RobustBench lists a model by.
-
-    Attributes:
-        title: Of the paper about the model.
-        authors: Separated by commas.
-        link: Where to read it.
-        venue: Such as "ICLR 2026", "arXiv, Mar 2026", or "N/A".
-    """
-
-    title: str
-    authors: str
-    link: str
-    venue: str
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The file model.safetensors of a run.
-
-    Attributes:
-        sha256: In hexadecimal.
-        bytes: How many there are.
-    """
-
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Seed:
-    """A run that differs from the one on the card by its seed only.
-
-    Attributes:
-        seed: Of the training.
-        n_examples: Test images of its evaluation.
-        clean: Accuracy in [0, 1].
-        autoattack: Likewise, under AutoAttack; None where it was not run.
-        worst: Likewise, over all attacks.
-        verdict: On gradient masking.
-        model_digest: sha256 of its weights.
-    """
-
-    seed: int
-    n_examples: int
-    clean: float
-    autoattack: float | None
-    worst: float
-    verdict: str
-    model_digest: str
-
-
-@dataclass(frozen=True)
-class Measured:
-    """An evaluated run under the name that it is to have: all that a card and an entry say, from the run's files.
-
-    Attributes:
-        key: RobustBench's name of the model.
-        config: The run's config.json.
-        training: Of log.jsonl: epochs, the epoch whose weights these are, seconds, images a second; and whether the
-            weights are the "last" epoch's or the best "model".
-        results: The evaluation's JSON file.
-        curve: A sweep's JSON file; None where the run has none of this norm.
-        seeds: The run and those that differ by the seed only, where any were given.
-        caps: Mean, min and max of the learned caps; empty without a D-ReLU.
-        num_parameters: Of the model.
-        test_size: Images in the whole test set.
-        paper: About the model.
-        timm: The timm folder's config.json.
-        weights: Their hash and size.
-    """
-
-    key: str
-    config: dict[str, Any]
-    training: dict[str, Any]
-    results: dict[str, Any]
-    curve: dict[str, Any] | None
-    seeds: list[Seed]
-    caps: dict[str, float]
-    num_parameters: int
-    test_size: int
-    paper: Paper
-    timm: dict[str, Any]
-    weights: Weights
-
-    @property
-    def name(self) -> str:
-        """What timm calls the model."""
-        return robust_model_name(self.key, self.dataset, self.norm)
-
-    @property
-    def dataset(self) -> str:
-        """As ``--dataset`` and RobustBench spell it."""
-        return self.results["dataset"]
-
-    @property
-    def norm(self) -> str:
-        """As ``--norm`` and RobustBench spell it."""
-        return self.results["norm"]
-
-    @cached_property
-    def threat_model(self) -> ThreatModel:
-        """What the attacks were allowed."""
-        return ThreatModel.parse(self.norm, self.results["eps"])
-
-    @property
-    def place(self) -> Path:
-        """Where its files lie below ``model_info``, ``model_cards`` and ``scripts``, less their suffix."""
-        return Path(self.dataset, self.norm, self.key)
-
-    @property
-    def recipe(self) -> str:
-        """Where the commands that make it lie in this project."""
-        return f"scripts/{self.place.as_posix()}.sh"
-
-    @property
-    def verdict(self) -> str:
-        """On gradient masking: "sound", "masked" or "undecided"."""
-        return self.results["verdict"]["verdict"]
-
-    @property
-    def autoattack(self) -> float | None:
-        """Robust accuracy under AutoAttack, in [0, 1]; None where it was not run."""
-        return self.results["accuracy"].get(AUTOATTACK)
-
-    @property
-    def external(self) -> float | None:
-        """What RobustBench ranks by in AutoAttack's stead: the worst case, where AutoAttack's number does not hold."""
-        worst = self.results["worst"]
-        holds = self.autoattack is not None and worst >= self.autoattack and self.verdict != "masked"
-        return None if holds else worst
-
-    @property
-    def trainings(self) -> list[dict[str, Any]]:
-        """The config of the training, then of that which it was begun from, and so on."""
-        chain = [self.config]
-        while earlier := chain[-1].get("init_from"):
-            chain.append(earlier)
-        return chain
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether the images are not those of RobustBench's board, but compressed or otherwise stored anew."""
-        known = DATASETS.get(self.dataset)
-        return self.dataset in BOARD_EXAMPLES and known is not None and self.results["dataset_title"] != known.title
-
-    @property
-    def preliminary(self) -> bool:
-        """Whether every number is from fewer images than the leaderboard asks for, or from a copy of them."""
-        return self.is_copy or self.results["n_examples"] < BOARD_EXAMPLES.get(self.dataset, self.test_size)
-
-    @property
-    def attacks(self) -> str:
-        """What the worst case is over."""
-        return ", ".join([*self.results["accuracy"], PROBES])
-
-    @property
-    def sample(self) -> str:
-        """How many of which images every number is from."""
-        n, title = self.results["n_examples"], self.results["dataset_title"]
-        sample = f"the first {n:,} of the {self.test_size:,}" if n < self.test_size else f"all {n:,}"
-        return f"{'Preliminary: measured' if self.preliminary else 'Measured'} on {sample} test images of {title}."
-
-
-def percent(accuracy: float | None) -> str | None:
-    """An accuracy in [0, 1] as RobustBench writes it: percent with two decimals, as text."""
-    return None if accuracy is None else f"{100 * accuracy:.2f}"
 
 
 def model_info(measured: Measured) -> dict[str, Any]:
@@ -276,11 +99,3 @@ def check_entry(entry: Mapping[str, Any]) -> None:
 def card_record(measured: Measured) -> dict[str, Any]:
     """What lies beside a card: RobustBench's entry, and in ``measured`` what it and the card are made from."""
     return {**model_info(measured), "measured": {**asdict(measured), "recipe": measured.recipe}}
-
-
-def from_record(record: Mapping[str, Any]) -> Measured:
-    """The inverse of `card_record`."""
-    held = record["measured"]
-    given = {field.name: held[field.name] for field in fields(Measured)}
-    seeds = [Seed(**seed) for seed in held["seeds"]]
-    return Measured(**{**given, "seeds": seeds, "paper": Paper(**held["paper"]), "weights": Weights(**held["weights"])})

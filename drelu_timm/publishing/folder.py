@@ -12,10 +12,12 @@ from ..data.images import Images, to_float
 from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..evaluation.curves import draw_curve
+from ..files import write_json, write_text, written_whole
 from ..models.saved import CONFIG, WEIGHTS
-from ..runs import Run, write_json, write_text, written_whole
+from ..runs import Run
 from .cards import SHIPPED, model_card
-from .entries import Measured, card_record, model_info
+from .entries import card_record, model_info
+from .measured import Measured
 from .recipes import recipe
 from .submission import autoattack_log, is_external, new_evaluation, new_model
 from .verification import Evaluated

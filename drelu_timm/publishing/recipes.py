@@ -5,10 +5,10 @@ from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
-from ..command_line import flag, written_flags
-from ..processes import Launch
+from ..command_line import duration, flag, written_flags
+from ..launches import Launch
 from ..training.config import flag_defaults
-from .entries import Measured, percent
+from .measured import Measured, percent
 
 _SEED = "@seed@"  # stands for the loop's variable, which must not be quoted; no key and no setting holds an @
 OBJECTIVES = {"natural": "natural training", "at": "adversarial training", "trades": "TRADES", "mart": "MART"}
@@ -128,10 +128,3 @@ def training_time(measured: Measured) -> str:
     """How long it took; where it was begun from another training, of the last one alone."""
     count = len(measured.trainings)
     return duration(measured.training["seconds"]) + (f" for the last of its {count} trainings" if count > 1 else "")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for the eye: 42 s, 12 min, 3.4 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -7,11 +7,12 @@ from typing import Any
 
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
+from ..evaluation.masking import VERDICTS
+from ..files import read_json
 from ..models.caps import cap_statistics
 from ..models.saved import CONFIG, WEIGHTS
-from ..runs import Run, read_json
-from .cards import VERDICTS
-from .entries import AUTOATTACK, Measured, Paper, Seed, Weights
+from ..runs import Run
+from .measured import AUTOATTACK, Measured, Paper, Seed, Weights
 
 _FIELDS = (
     *("dataset", "dataset_title", "norm", "eps", "suite", "n_examples", "seed", "precision", "settings"),

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..attacks.suites import ATTACKS, SUITES
 from .cards import licences
-from .entries import AUTOATTACK, Measured, architecture, generated_images, model_info, percent
+from .entries import architecture, generated_images, model_info
+from .measured import AUTOATTACK, Measured, percent
 from .recipes import made_with
 
 ZOO = "https://github.com/RobustBench/robustbench/tree/master/robustbench/model_zoo/architectures"

@@ -19,7 +19,8 @@ from ..digests import sha256_of
 from ..errors import InputError
 from ..evaluation.adversarial import ADVERSARIAL
 from ..models.saved import WEIGHTS
-from .entries import AUTOATTACK, Measured, check_entry, model_info
+from .entries import check_entry, model_info
+from .measured import AUTOATTACK, Measured
 
 _BATCH = 256
 

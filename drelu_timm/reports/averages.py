@@ -88,12 +88,12 @@ def _told_apart(namesakes: Sequence[Sequence[Average]]) -> tuple[dict[str, str],
     plain = _most_runs(namesakes)
     for number, family in enumerate(namesakes, 1):
         settings = _differing(family[0], [other[0] for other in namesakes])
-        name, written = _family(family[0]), ", ".join(settings)
+        name, said = _family(family[0]), ", ".join(settings)
         net, method = net_name(family[0].first.net), family[0].first.method
-        details[name] = "" if name == plain else written if len(settings) <= _NAMED else f"settings {number}"
-        if details[name] != written:
+        details[name] = "" if name == plain else said if len(settings) <= _NAMED else f"settings {number}"
+        if details[name] != said:
             named = f"{method} without more words" if name == plain else f"{method}, {details[name]}"
-            sentences.append(f"{net}: {named} is {method} with {written}.")
+            sentences.append(f"{net}: {named} is {method} with {said}.")
     return details, sentences
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from scikit_posthocs import critical_difference_diagram
 
 from ..errors import InputError, one_line
-from ..evaluation.curves import (
+from ..evaluation.pictures import (
     CLEAN,
     POINTS,
     WORST_CASE,
@@ -23,8 +23,8 @@ from ..evaluation.curves import (
     save_figure,
 )
 from ..models.saved import WEIGHTS
-from .outcomes import Outcome, Point
-from .points import worst_verdict
+from .outcomes import Outcome
+from .points import Point, worst_verdict
 from .statistics import Comparison
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ATTACK = "apgd-ce"  # of the paper's Figures 25 to 27
-_BINS_A_DECADE = 5
 
 
 def draw_balancers(outcomes: Sequence[Outcome], path: Path, *, title: str) -> None:

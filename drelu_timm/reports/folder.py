@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError, one_line
-from ..runs import read_json, write_json
+from ..files import read_json, write_json
 
 FILES = "files.json"  # what the last report wrote, relative to its folder
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from ..attacks.suites import ATTACKS
-from .outcomes import VERDICTS, Outcome
+from ..evaluation.masking import VERDICTS
+from .outcomes import Outcome
 from .points import worst_verdict
 
 HELD_OUT = "held-out"  # under the inner attack, on training images that were held out

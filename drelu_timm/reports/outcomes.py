@@ -13,10 +13,8 @@ from ..digests import sha256_of
 from ..errors import InputError
 from ..models.saved import CONFIG, WEIGHTS
 from .naming import Flags, activation_of, method_of, net_of, placement_of, radius_written, settings_of, written
-from .points import VERDICTS, Point, together, worst_verdict
+from .points import Point, together, worst_verdict
 from .result_files import ResultFile, read_config, read_held_out, read_result, read_survivors
-
-__all__ = ["VERDICTS", "Group", "Outcome", "Outcomes", "Point", "read_outcomes"]
 
 
 @dataclass(frozen=True)

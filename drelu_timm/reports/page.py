@@ -9,7 +9,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from ..errors import InputError
-from ..runs import written_whole
+from ..files import written_whole
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 

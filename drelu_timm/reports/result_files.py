@@ -11,9 +11,10 @@ import numpy as np
 
 from ..attacks.threat_model import Norm, ThreatModel
 from ..errors import InputError, one_line
-from ..runs import read_json
+from ..evaluation.masking import VERDICTS
+from ..files import read_json
 from .naming import Flags, radius_written
-from .points import VERDICTS, Point, point_of
+from .points import Point, point_of
 
 
 @dataclass(frozen=True)

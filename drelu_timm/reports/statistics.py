@@ -66,8 +66,7 @@ class PairComparison:
         only_second: Likewise.
         p: Of McNemar's exact test.
         difference: Accuracy of the first less that of the second, in percentage points.
-        interval: Newcombe's confidence interval of it at the level ``1 - alpha``, in percentage points.
-        alpha: Level of the interval.
+        interval: Newcombe's confidence interval of it at the confidence 1 - ``alpha``, in percentage points.
     """
 
     n_examples: int
@@ -76,7 +75,6 @@ class PairComparison:
     p: float
     difference: float
     interval: tuple[float, float]
-    alpha: float
 
 
 def compare_methods(scores: pd.DataFrame, *, alpha: float = 0.05) -> Comparison:
@@ -179,7 +177,6 @@ def compare_pair(first: np.ndarray, second: np.ndarray, *, alpha: float = 0.05) 
         p=float(mcnemar(table, exact=True).pvalue),  # pyright: ignore[reportAttributeAccessIssue]
         difference=100 * float(table[0, 1] - table[1, 0]) / first.size,
         interval=_newcombe(table, alpha),
-        alpha=alpha,
     )
 
 

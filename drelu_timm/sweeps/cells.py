@@ -8,9 +8,9 @@ from typing import Any
 
 from ..attacks.threat_model import ThreatModel
 from ..command_line import written_flags
-from ..evaluate import EvaluateConfig, attacked_in
-from ..processes import Launch
-from ..runs import read_json
+from ..evaluation.config import EvaluateConfig, attacked_in
+from ..files import read_json
+from ..launches import Launch
 from ..training.config import TrainConfig, flag_defaults, resolve
 
 _ASKED = ("suite", "n_examples", "seed", "precision", "transfer_from")

@@ -9,7 +9,7 @@ from typing import Any
 import submitit
 
 from ..errors import InputError, one_line
-from ..runs import read_json, write_json
+from ..files import read_json, write_json
 from .jobs import CellJob, Pending
 
 NUMBERS = "jobs.json"  # the number of each cell's job, by the cell's name

@@ -19,12 +19,12 @@ from ..attacks.suites import Attack, find_suite
 from ..data.datasets import DATASETS
 from ..data.images import Images, to_float
 from ..data.readers import load_images
-from ..evaluate import EvaluateConfig, attacked_in
+from ..evaluation.config import EvaluateConfig, attacked_in
 from ..evaluation.masking import PROBED, probes
 from ..models.modes import channels_last
 from ..runs import environment
-from ..train import create_model
 from ..training.config import TrainConfig, model_options, resolve
+from ..training.model import create_model
 from ..training.objectives import make_objective
 from ..training.validation import ATTACKED
 from .cells import Cell

@@ -2,7 +2,7 @@
 
     title = "Balancers on MNIST"
     source = "where its settings are from, and what of them is a choice"
-    [train]                        # fields of `train_config.TrainConfig`, for every cell; a list is an axis
+    [train]                        # fields of `training.config.TrainConfig`, for every cell; a list is an axis
     dataset = "mnist"
     seed = [0, 1, 2]
     [[evaluate]]                   # fields of `evaluate.EvaluateConfig`: an evaluation of every cell; one or several
@@ -43,7 +43,7 @@ from typing import Any, get_args, get_type_hints
 
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
-from ..evaluate import EvaluateConfig, attacked_in, check_flags, result_path
+from ..evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
 from ..training.config import TrainConfig, resolve
 from .cells import Cell
 

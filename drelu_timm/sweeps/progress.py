@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from ..command_line import duration
 from ..errors import InputError, one_line
 from ..evaluation.results import VERDICT_COLOURS
-from ..publishing.recipes import duration
 from ..reports.outcomes import Outcome, read_outcomes
 from .cells import Cell
 from .jobs import Pending

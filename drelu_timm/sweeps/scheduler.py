@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 
 from ..errors import InputError, one_line
+from ..launches import Launch
 from ..preemption import Preempted, noticed_sigterm
-from ..processes import Launch
 from .cells import Cell
 from .jobs import CellJob, Place
 from .progress import Ended, Progress, Running, Screen

@@ -14,9 +14,9 @@ from ..command_line import flag
 from ..data.augment import Augmentation
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
+from ..files import read_json
 from ..models.caps import CAP_PENALTIES
 from ..models.variants import Options
-from ..runs import read_json
 from . import flags
 from .objectives import make_objective
 from .presets import PRESETS

@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..runs import write_text
+from ..files import write_text
 
 
 class TrainLog:

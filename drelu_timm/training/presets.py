@@ -42,7 +42,7 @@ class Preset:
 
     Attributes:
         source: Where they are from, and what of them cannot be had here.
-        settings: Fields of `train_config.TrainConfig`.
+        settings: Fields of `config.TrainConfig`.
         datasets: The data sets that they are for.
     """
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import InputError, one_line
-from ..runs import read_json, write_json
+from ..files import read_json, write_json
 
 _AVERAGE = "average.safetensors"
 

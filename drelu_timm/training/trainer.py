@@ -26,11 +26,11 @@ from ..data.generated import GeneratedImages
 from ..data.images import Images, hold_out, to_float
 from ..digests import digest
 from ..errors import InputError, one_line
+from ..files import write_json
 from ..models.caps import cap_statistics, check_cap_penalty, unit_shares
 from ..models.drelu import drelu_layers
 from ..models.saved import save_folder
 from ..preemption import Preempted, noticed_sigterm
-from ..runs import write_json
 from .config import TrainConfig
 from .log import TrainLog
 from .sharding import is_sharded
@@ -70,7 +70,7 @@ class Trainer:
     """Everything one training needs, from the first step or from the last saved one.
 
     Args:
-        config: Resolved, see `train_config.resolve`.
+        config: Resolved, see `config.resolve`.
         data: The training images; a part of them is held out for every choice that training makes.
         generated: Images to mix in, if any.
         model: Takes [0, 1] images; its ``.model`` is the timm model that is saved.

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import InputError
-from ..runs import read_json
+from ..files import read_json
 from .robust_models import register, robust_model_name
 from .sources import SavedModel
 

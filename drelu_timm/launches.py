@@ -1,0 +1,50 @@
+"""How processes are launched: through ``accelerate launch``, or without it."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a training or an evaluation is started.
+
+    Attributes:
+        num_processes: Processes that share it, a GPU each where there are GPUs.
+        mixed_precision: "no" or "bf16".
+        on_cpu: Whether there are no GPUs, which accelerate has to be told.
+    """
+
+    num_processes: int = 1
+    mixed_precision: str = "no"
+    on_cpu: bool = False
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of ``accelerate launch``; none where the command can be started without it."""
+        if (self.num_processes, self.mixed_precision) == (1, "no"):
+            return []
+        # Without GPUs accelerate starts a single process, unless it is told --multi_gpu.
+        where = ["--multi_gpu"] if self.num_processes > 1 else ["--cpu"] if self.on_cpu else []
+        return ["--num_processes", str(self.num_processes), *where, "--mixed_precision", self.mixed_precision]
+
+
+def launched_on_cpu() -> bool:
+    """Whether several processes were launched on a machine without a GPU, which Accelerate has to be told.
+
+    Otherwise each of them takes itself for the only one.
+
+    Raises:
+        InputError: ``accelerate launch`` was asked for several processes and started one, as it does without a GPU.
+    """
+    if torch.cuda.is_available():
+        return False
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        raise InputError(
+            "accelerate launch --num_processes starts one process only on a machine without GPUs; "
+            "add --multi_gpu, which starts all of them there too"
+        )
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

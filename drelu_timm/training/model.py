@@ -1,0 +1,57 @@
+"""The model that a training begins with."""
+
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from ..data.datasets import DATASETS
+from ..data.images import Images
+from ..errors import InputError, one_line
+from ..models.normalize import normalized
+from ..models.saved import load_folder
+from ..runs import Run
+from .config import TrainConfig, model_options
+
+
+def create_model(config: TrainConfig, data: Images) -> nn.Module:
+    """The config's model for the images' size, channels and classes; it takes [0, 1] images.
+
+    Raises:
+        InputError: Arguments that the architecture does not take, or that cannot run on images of this size.
+    """
+    _, channels, *size = data.images.shape
+    arguments = model_options(config)
+    if timm.models.get_pretrained_cfg_value(config.model, "fixed_input_size") and not config.small_images:
+        arguments["img_size"] = size[0]
+    arguments |= {"num_classes": len(data.classes), "in_chans": channels}
+    try:
+        model = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
+    except (OSError, RuntimeError) as error:
+        if not config.pretrained:
+            raise
+        raise InputError(
+            f"--pretrained: there are no weights of {config.model} to be had ({one_line(error)})"
+        ) from error
+    model._model_args = getattr(model, "_model_args", arguments)  # timm 1.0.9 does not record a plain model's
+    dataset = DATASETS[config.dataset]
+    mean, std = (dataset.mean, dataset.std) if dataset.mean else data.mean_std()
+    model.pretrained_cfg.update(input_size=(channels, *size), num_classes=len(data.classes), mean=mean, std=std)
+    if config.init_from is not None:
+        _initialise(model, config.init_from)
+    return normalized(model)
+
+
+def _initialise(model: nn.Module, init_from: Path) -> None:
+    """Load the trained weights of a run.
+
+    Raises:
+        InputError: No run with a trained model, or weights that do not fit.
+    """
+    weights = load_folder(Run.open(init_from).model_folder).state_dict()
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"--init-from {init_from} does not fit --model ({one_line(error)}); train the same model"
+        ) from error
