@@ -9,9 +9,9 @@ from .errors import InputError, unknown
 from .preemption import EXIT_CODE, Preempted
 
 VERBS = {
-    "demo": "the whole way on scikit-learn's digits, in under two minutes on a laptop: start here",
+    "demo": "the whole way on scikit-learn's digits, in under two minutes on two cores: start here",
     "train": "train a timm model, naturally, adversarially or by TRADES; writes a run directory",
-    "evaluate": "attack a trained model with the strongest attacks known; writes results into its run",
+    "evaluate": "attack a model by AutoAttack and by what knows how gradients are hidden; writes results into its run",
     "export": "a run as a RobustBench entry, a timm / Hugging Face folder and a model card",
     "sweep": "a grid of trainings and evaluations, the paper's or your own, here or on a cluster",
     "report": "tables, statistics and figures of evaluated runs, beside the paper's",

@@ -1,6 +1,6 @@
 """`drelu-timm demo`: the whole way, by the same verbs that real work uses, on scikit-learn's digits.
 
-Three nets that differ in one thing each: a ReLU net, the same net with D-ReLU as in the paper, and that with TRADES.
+Three nets that differ in one thing each: a ReLU net, the same net with D-ReLU, and that with TRADES.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ PAPER["link"] = "https://doi.org/10.3390/math12223551"  # of the paper on D-ReLU
 # One setting for all three; the caps' own rate takes them from 100 to the paper's end state in the demo's few steps.
 COMMON: dict[str, Any] = {"dataset": "digits", "model": "dense_drelu", "eps": "0.2", "epochs": 80, "cap_lr": 1.0}
 NETS: dict[str, dict[str, Any]] = {
-    "ReLU": {"activation": "relu"},
-    "D-ReLU (paper)": {"cap_weight": 0.1},
-    "D-ReLU + TRADES": {"cap_weight": 0.1, "objective": "trades", "beta": 6.0},
+    "ReLU, natural": {"activation": "relu"},
+    "D-ReLU, natural": {"cap_weight": 0.1},
+    "D-ReLU, TRADES": {"cap_weight": 0.1, "objective": "trades", "beta": 6.0},
 }
 FOLDERS = dict(zip(NETS, ("relu", "drelu", "drelu-trades"), strict=True))
 COLUMNS = {"clean": "clean", "pgd": "PGD", "autoattack": "AutoAttack", "bpda": "BPDA", "worst": "worst"}
@@ -61,7 +61,7 @@ def demo(config: DemoConfig) -> Path:
         console.rule(title)
         runs[title] = _train_and_evaluate(config.output_dir / FOLDERS[title], settings)
     console.rule("Export")
-    exported = _export(runs["D-ReLU + TRADES"])
+    exported = _export(runs["D-ReLU, TRADES"])
     results = {title: _results(run) for title, run in runs.items()}
     picture = config.output_dir / "demo.png"
     draw(results, picture)
@@ -85,8 +85,8 @@ EXPLANATION = (
     "AutoAttack is what the RobustBench leaderboard runs. BPDA lets the gradient pass the caps, where it is exactly "
     "zero. [bold]Worst[/bold] counts an example as robust only if no attack broke it: the only figure that may be "
     "called robust accuracy. Zero grad.: share of the examples in which an attacker who follows the gradient sees "
-    "nothing. Verdict: whether the figures under gradient attacks can be believed (sound, high or low) or not "
-    "(masked).\n"
+    "nothing. Verdict: whether attacks of other kinds find hardly more than those that follow the gradient (sound), or "
+    "much more (masked).\n"
 )
 
 

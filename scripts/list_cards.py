@@ -2,23 +2,24 @@
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 
 from drelu_timm.publishing.measured import Measured, from_record, percent
 from drelu_timm.publishing.recipes import OBJECTIVES
 
 CARDS = Path(__file__).parents[1] / "model_cards"
-HEAD = "| card | net | trained | images | clean | AutoAttack | worst of all | over seeds | verdict |"
+HEAD = "| card | net | trained | images | clean | AutoAttack | worst of all | its mean over seeds | verdict |"
 RULE = "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |"
 
 
 def table() -> str:
-    """Markdown; a heading for every board, a row a card, the best worst case first."""
+    """Markdown; a heading for every board, a row a card, by the mean of their worst cases."""
     boards: dict[str, list[Measured]] = {}
     for path in sorted(CARDS.glob("*/*/*.json")):
         measured = from_record(json.loads(path.read_text()))
         boards.setdefault(f"{measured.results['dataset_title']}, {measured.threat_model}", []).append(measured)
     return "\n\n".join(
-        "\n".join([f"{board}:", "", HEAD, RULE, *map(_row, sorted(cards, key=lambda card: -card.results["worst"]))])
+        "\n".join([f"{board}:", "", HEAD, RULE, *map(_row, sorted(cards, key=lambda card: -_mean(card)))])
         for board, cards in boards.items()
     )
 
@@ -27,7 +28,6 @@ def _row(card: Measured) -> str:
     train, results = card.config["train"], card.results
     activation = train["activation"] or ("drelu" if train["model"].endswith("_drelu") else "as it is")
     where = " everywhere" if train["placement"] == "all" else ""
-    worst = " ".join(percent(seed.worst) or "" for seed in card.seeds) or "-"
     cells = [
         f"[{card.key}](model_cards/{card.place.as_posix()}.md)",
         f"{train['model'].removesuffix('_drelu')}, {activation}{where}",
@@ -35,10 +35,24 @@ def _row(card: Measured) -> str:
         f"{results['n_examples']:,}" + (" (preliminary)" if card.preliminary else ""),
         *(percent(value) or "-" for value in (results["clean"], card.autoattack)),
         f"**{percent(results['worst'])}**",
-        worst,
+        _spread(card),
         card.verdict,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _worst(card: Measured) -> list[float]:
+    return [seed.worst for seed in card.seeds] or [card.results["worst"]]
+
+
+def _mean(card: Measured) -> float:
+    return mean(_worst(card))
+
+
+def _spread(card: Measured) -> str:
+    """The mean with its standard deviation (n - 1), and of how many."""
+    count = len(_worst(card))
+    return f"{100 * _mean(card):.1f} ± {100 * stdev(_worst(card)):.1f} (n = {count})" if count > 1 else "-"
 
 
 if __name__ == "__main__":

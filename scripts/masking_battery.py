@@ -255,7 +255,7 @@ def loud(digits: Digits) -> nn.Module:
 
 
 NETS = (
-    _net("D-ReLU, as in the paper", MASKED, drelu, epochs=60),
+    _net("D-ReLU, natural", MASKED, drelu, epochs=60),
     _net("caps in somebody's own code", MASKED, own_caps, epochs=60),
     _net("k winners take all", MASKED, winners_take_all, epochs=40),
     _net("quantised activations", MASKED, lambda: dense(last=lambda: nn.Sequential(nn.ReLU(), Steps(1.0))), epochs=30),

@@ -17,7 +17,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Attack a model with the strongest attacks known for it, and say whether the numbers can be believed."""
+    """Attack a model by AutoAttack, and by attacks that know what hides a gradient; say what can be believed."""
 
     run: tyro.conf.Positional[str]
     """Run directory made by train (RUN/last: its last epoch, not its best).

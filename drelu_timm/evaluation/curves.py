@@ -26,9 +26,18 @@ def draw_curve(curve: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     save_figure(_figure(curve, title), path)
 
 
+def verdict_at(at: Mapping[str, Any]) -> str:
+    """The verdict at an eps of a curve; none at 0, where there is nothing to withstand."""
+    return at["verdict"]["verdict"] if _radius(at) else "-"
+
+
+def _radius(at: Mapping[str, Any]) -> float:
+    return ThreatModel.parse("Linf", at["eps"]).eps
+
+
 def _figure(curve: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     figure, axes = accuracy_axes(title)
-    eps = [ThreatModel.parse("Linf", at["eps"]).eps for at in curve]
+    eps = [_radius(at) for at in curve]
 
     def line(accuracies: Iterable[float], label: str, **style) -> None:
         axes.plot(eps, [100 * accuracy for accuracy in accuracies], label=label, clip_on=False, **style)
@@ -37,7 +46,7 @@ def _figure(curve: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     for attack, style in zip(curve[0]["accuracy"], attack_styles(), strict=False):
         line((at["accuracy"][attack] for at in curve), attack, **style)
     line((at["clean"] for at in curve), "clean", **CLEAN)
-    axes.set_xticks(eps, [f"{at['eps']}  {at['verdict']['verdict']}" for at in curve], rotation=90)
+    axes.set_xticks(eps, [f"{at['eps']}  {verdict_at(at)}" for at in curve], rotation=90)
     axes.set(xlim=(eps[0], eps[-1]), xlabel="eps and verdict")
     legend_outside(axes)
     return figure

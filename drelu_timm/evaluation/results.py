@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from ..attacks.suites import ATTACKS
+from .curves import verdict_at
 from .evaluation import Evaluation
 
 VERDICT_COLOURS = {"sound": "green", "masked": "red", "undecided": "yellow"}
@@ -109,7 +110,7 @@ def show_curve(results: dict[str, Any], title: str) -> None:
     table.add_column("verdict", no_wrap=True)
     for at in curve:
         accuracies = [at["clean"], *at["accuracy"].values(), at["worst"]]
-        table.add_row(at["eps"], *(f"{100 * accuracy:.1f}" for accuracy in accuracies), at["verdict"]["verdict"])
+        table.add_row(at["eps"], *(f"{100 * accuracy:.1f}" for accuracy in accuracies), verdict_at(at))
     console = Console()
     console.print(title, style="italic")
     console.print(table)

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ..command_line import duration
+from ..evaluation.curves import verdict_at
 from .entries import architecture, generated_images, is_pretrained
 from .measured import PROBES, Measured, percent
 from .recipes import OBJECTIVES, made_with, training_commands, training_time
@@ -142,8 +143,7 @@ def _curve(measured: Measured) -> str:
     assert measured.curve is not None
     curve = measured.curve
     rows = "\n".join(
-        f"| {at['eps']} | {percent(at['clean'])} | {percent(at['worst'])} | {at['verdict']['verdict']} |"
-        for at in curve["curve"]
+        f"| {at['eps']} | {percent(at['clean'])} | {percent(at['worst'])} | {verdict_at(at)} |" for at in curve["curve"]
     )
     return "\n\n".join(
         [
@@ -214,7 +214,7 @@ def _with_timm_and_robustbench(measured: Measured, source: str | None = None) ->
             f'sha256="{measured.weights.sha256}")'
         )
     return f"""\
-With timm (`pip install drelu-timm`):
+With timm, where drelu_timm is installed:
 
 ```python
 import drelu_timm
@@ -223,7 +223,7 @@ import timm{register}
 model = timm.create_model("{measured.name}", pretrained=True)
 ```
 
-With RobustBench (`pip install "drelu-timm[robustbench]"`):
+With RobustBench, where drelu_timm is installed with its extra `robustbench`:
 
 ```python
 import drelu_timm

@@ -121,7 +121,7 @@ def made_with(environment: dict[str, Any]) -> str:
     """Versions, revision and hardware, of a run's config or a result."""
     versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
     revision = environment.get("git_revision")
-    return f"{versions}" + (f" (revision {revision})" if revision else "") + f" on {environment['hardware']}"
+    return f"{versions}" + (f", this repository at {revision}" if revision else "") + f" on {environment['hardware']}"
 
 
 def training_time(measured: Measured) -> str:
