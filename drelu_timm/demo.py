@@ -9,6 +9,7 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -117,8 +118,8 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     """A row a net: accuracies in percent, share of zero gradients, verdict."""
     first = next(iter(results.values()))
     title = f"{first['dataset_title']}, {first['norm']}, eps {first['eps']}, {first['n_examples']} test images"
-    table = Table(title=title)
-    table.add_column("trained")
+    table = Table(title=title, box=SIMPLE)
+    table.add_column("trained", no_wrap=True)
     for column in [*COLUMNS.values(), "zero grad."]:
         table.add_column(column, justify="right")
     table.add_column("verdict")

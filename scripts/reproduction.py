@@ -12,9 +12,11 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from scipy.stats import ttest_ind
 
 from drelu_timm.files import read_json, write_json, write_text
 from drelu_timm.publishing.records import without_paths
@@ -121,6 +123,21 @@ class Topic:
         if mean is None:
             raise KeyError(f"{training} has no {column}")
         return f"{mean.mean:.{digits}f}" + ("" if mean.std is None else f" ± {mean.std:.{digits}f}")
+
+    def difference(self, net: str, training: str, other: str) -> str:
+        """Of two trainings' worst cases, in percentage points, with Welch's 95 % interval over seeds."""
+        first, second = (
+            [100 * outcome.at.worst for outcome in self.line(net, each).outcomes] for each in (training, other)
+        )
+        low, high = ttest_ind(first, second, equal_var=False).confidence_interval()
+        return f"{fmean(first) - fmean(second):+.1f} ({low:+.1f} to {high:+.1f})"
+
+    def zero_gradients(self, net: str, training: str) -> str:
+        """Share of the images classified right whose input gradient is zero, in percent, a mean over seeds."""
+        results = [
+            read_json(outcome.run / "results" / "all-Linf-0.1.json") for outcome in self.line(net, training).outcomes
+        ]
+        return f"{100 * fmean(result['zero_gradient_share'] for result in results):.1f}"
 
     def line(self, net: str, training: str) -> Average:
         """The runs of a net and a training, as the tables call it."""
