@@ -34,7 +34,9 @@ def test_every_attack_has_its_line_and_every_eps_its_verdict():
     assert list(lines["bpda"].get_ydata()) == pytest.approx([90, 76, 62])
     assert list(lines["worst case"].get_ydata()) == pytest.approx([90, 60, 30])
     assert axes.get_ylim() == (0, 100)
-    assert [label.get_text() for label in axes.get_xticklabels()] == [f"{eps}  {word}" for eps, word in EPS.items()]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        f"{eps}  {word if eps != '0' else '-'}" for eps, word in EPS.items()
+    ]
     assert axes.get_title() == "Digits"
 
 

@@ -13,6 +13,7 @@ import torch
 
 import drelu_timm
 from drelu_timm.command_line import read_flags
+from drelu_timm.demo import DemoConfig
 from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.export import ExportConfig
 from drelu_timm.report import ReportConfig
@@ -27,6 +28,7 @@ CONFIGS = {
     "export": ExportConfig,
     "sweep": SweepConfig,
     "report": ReportConfig,
+    "demo": DemoConfig,
 }
 # What the README's commands need that a test lacks: other data, a GPU, a network, time; all else runs as it stands.
 ON_DIGITS = {
