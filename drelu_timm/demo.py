@@ -118,7 +118,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     """A row a net: accuracies in percent, share of zero gradients, verdict."""
     first = next(iter(results.values()))
     title = f"{first['dataset_title']}, {first['norm']}, eps {first['eps']}, {first['n_examples']} test images"
-    table = Table(title=title, box=SIMPLE, pad_edge=False)
+    table = Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("trained", no_wrap=True)
     for column in [*COLUMNS.values(), "zero grad."]:
         table.add_column(column, justify="right")
