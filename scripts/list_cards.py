@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from drelu_timm.publishing.measured import Measured, from_record, percent
+from drelu_timm.publishing.measured import Measured, from_record, percent, spread
 from drelu_timm.publishing.recipes import OBJECTIVES
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -19,7 +19,7 @@ def table() -> str:
         measured = from_record(json.loads(path.read_text()))
         boards.setdefault(f"{measured.results['dataset_title']}, {measured.threat_model}", []).append(measured)
     return "\n\n".join(
-        "\n".join([f"{board}:", "", HEAD, RULE, *map(_row, sorted(cards, key=lambda card: -_mean(card)))])
+        "\n".join([f"{board}:", "", HEAD, RULE, *map(_row, sorted(cards, key=lambda card: -mean(_worst(card))))])
         for board, cards in boards.items()
     )
 
@@ -45,14 +45,10 @@ def _worst(card: Measured) -> list[float]:
     return [seed.worst for seed in card.seeds] or [card.results["worst"]]
 
 
-def _mean(card: Measured) -> float:
-    return mean(_worst(card))
-
-
 def _spread(card: Measured) -> str:
     """The mean with its standard deviation (n - 1), and of how many."""
-    count = len(_worst(card))
-    return f"{100 * _mean(card):.1f} ± {100 * stdev(_worst(card)):.1f} (n = {count})" if count > 1 else "-"
+    worst = _worst(card)
+    return f"{spread(worst, digits=1)} (n = {len(worst)})" if len(worst) > 1 else "-"
 
 
 if __name__ == "__main__":

@@ -134,10 +134,7 @@ class Topic:
 
     def zero_gradients(self, net: str, training: str) -> str:
         """Share of the images classified right whose input gradient is zero, in percent, a mean over seeds."""
-        results = [
-            read_json(outcome.run / "results" / "all-Linf-0.1.json") for outcome in self.line(net, training).outcomes
-        ]
-        return f"{100 * fmean(result['zero_gradient_share'] for result in results):.1f}"
+        return f"{100 * fmean(outcome.at.zero_gradient_share for outcome in self.line(net, training).outcomes):.1f}"
 
     def line(self, net: str, training: str) -> Average:
         """The runs of a net and a training, as the tables call it."""

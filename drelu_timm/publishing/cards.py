@@ -1,7 +1,6 @@
 """The model card of an evaluated run, from what was measured only."""
 
 from collections.abc import Iterable
-from statistics import mean, stdev
 from typing import Any
 
 import yaml
@@ -9,7 +8,7 @@ import yaml
 from ..command_line import duration
 from ..evaluation.curves import verdict_at
 from .entries import architecture, generated_images, is_pretrained
-from .measured import PROBES, Measured, percent
+from .measured import PROBES, Measured, percent, spread
 from .recipes import OBJECTIVES, made_with, training_commands, training_time
 
 CITATION = """\
@@ -166,7 +165,7 @@ def _seeds(measured: Measured) -> str:
         "clean": [seed.clean for seed in measured.seeds],
         "worst case": [seed.worst for seed in measured.seeds],
     }.items():
-        spreads.append(f"{name} {100 * mean(values):.2f} ± {100 * stdev(values):.2f}")
+        spreads.append(f"{name} {spread(values)}")
     return (
         "The same training with other seeds; this model is that of seed "
         f"{measured.config['train']['seed']}.\n\n"

@@ -1,9 +1,10 @@
 """What was measured of an evaluated run: all that its card, its entry and its recipe say, and the record of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from ..attacks.threat_model import ThreatModel
@@ -184,6 +185,11 @@ class Measured:
 def percent(accuracy: float | None) -> str | None:
     """An accuracy in [0, 1] as RobustBench writes it: percent with two decimals, as text."""
     return None if accuracy is None else f"{100 * accuracy:.2f}"
+
+
+def spread(accuracies: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation (n - 1) of two or more accuracies in [0, 1], in percent."""
+    return f"{100 * mean(accuracies):.{digits}f} ± {100 * stdev(accuracies):.{digits}f}"
 
 
 def from_record(record: Mapping[str, Any]) -> Measured:

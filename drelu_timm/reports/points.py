@@ -23,6 +23,7 @@ class Point:
             is an attack of its own too.
         worst: Likewise, over all of them and the probes for gradient masking.
         verdict: On gradient masking: "sound", "undecided" or "masked".
+        zero_gradient_share: Of the examples classified right, those whose input gradient is zero, in [0, 1].
         cw_l2: Accuracy at the L2 radius ``cw_budget`` under Carlini and Wagner's attack, which looks for the nearest
             adversarial example and knows no ball; its ``accuracy`` counts only what lies in the ball.
         cw_budget: eps for L2; for Linf the radius of the ball's corners, eps * sqrt(C * H * W).
@@ -36,6 +37,7 @@ class Point:
     accuracy: dict[str, float]
     worst: float
     verdict: str
+    zero_gradient_share: float
     cw_l2: float | None = None
     cw_budget: float | None = None
     tried: frozenset[tuple[str, str]] = field(default_factory=frozenset)
@@ -65,6 +67,7 @@ def point_of(at: dict[str, Any], n_examples: int) -> Point:
         accuracy={**dict(first), **at["accuracy"]},
         worst=at["worst"],
         verdict=at["verdict"]["verdict"],
+        zero_gradient_share=at["zero_gradient_share"],
         cw_l2=cw.get("accuracy_at_budget"),
         cw_budget=cw.get("budget"),
         tried=frozenset((attack, _listed(of_it)) for attack, of_it in settings.items() if attack not in sequences),
@@ -93,6 +96,7 @@ def together(points: Sequence[Point], survivors: np.ndarray | None) -> Point:
         accuracy=accuracy,
         worst=lowest if survivors is None else min(lowest, float(survivors.mean())),
         verdict=worst_verdict(point.verdict for point in points),
+        zero_gradient_share=max(point.zero_gradient_share for point in points),
         cw_l2=by_cw[0][0] if by_cw else None,
         cw_budget=by_cw[0][1] if by_cw else None,
         tried=frozenset().union(*(point.tried for point in points)),
