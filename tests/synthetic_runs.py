@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def write_result(
 
 
 def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 10, suite: str = "quick") -> Path:
-    """sweeps/<suite>-Linf.json of a run."""
+    """sweeps/<suite>-Linf.json of a run, from the smallest radius, with a row an example beside it."""
     train = json.loads((run / "config.json").read_text())["train"]
     content = {
         "dataset": train["dataset"],
@@ -103,6 +103,11 @@ def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 1
     }
     path = run / "sweeps" / f"{suite}-Linf.json"
     write_json(path, content)
+    broken_at = [
+        next((at["eps"] for at in points if index >= round(at.get("worst", 1) * n_examples)), "")
+        for index in range(n_examples)
+    ]
+    write_columns(path.with_suffix(".csv"), {"index": range(n_examples), "worst": broken_at})
     return path
 
 
@@ -124,9 +129,14 @@ def point(
 
 
 def write_rows(path: Path, broken_by: Sequence[str]) -> None:
+    """Beside a result: what broke each example."""
+    write_columns(path, {"index": range(len(broken_by)), "label": [0] * len(broken_by), "broken_by": broken_by})
+
+
+def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([("index", "label", "broken_by"), *((index, 0, by) for index, by in enumerate(broken_by))])
+        writer.writerows([tuple(columns), *zip(*columns.values(), strict=True)])
 
 
 def write_json(path: Path, content: Any) -> None:

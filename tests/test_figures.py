@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation import pictures
+from drelu_timm.evaluation.points import Point
+from drelu_timm.evaluation.result_files import ResultFile
 from drelu_timm.reports.figures import (
     _balancers,
     _caps,
@@ -24,7 +26,6 @@ from drelu_timm.reports.figures import (
     read_caps,
 )
 from drelu_timm.reports.outcomes import Group, Outcome
-from drelu_timm.reports.points import Point
 from drelu_timm.reports.statistics import compare_methods
 
 GROUP = Group("mnist", "MNIST", "Linf", "0.1", False)
@@ -91,7 +92,7 @@ def test_an_attack_that_knows_no_ball_is_not_among_those_in_it():
 
 
 def test_the_verdict_is_that_of_all_evaluations():
-    masked = replace(OUTCOMES[2], others=(point(verdict="masked"),))
+    masked = replace(OUTCOMES[2], others=(ResultFile(Path("results/all.json"), {}, (point(verdict="masked"),)),))
     (axes,) = _balancers([masked], "").axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1  masked"]
 

@@ -3,7 +3,17 @@
 import json
 
 import pytest
-from synthetic_runs import ATTACKS, RELU, point, write_json, write_result, write_rows, write_run, write_sweep
+from synthetic_runs import (
+    ATTACKS,
+    RELU,
+    point,
+    write_columns,
+    write_json,
+    write_result,
+    write_rows,
+    write_run,
+    write_sweep,
+)
 
 from drelu_timm.errors import InputError
 from drelu_timm.reports.outcomes import read_outcomes
@@ -18,7 +28,9 @@ def evaluated_run(path, result=None, **train):
 def test_a_run_of_train_and_evaluate(evaluated):
     outcomes = read_outcomes([evaluated])
     (outcome,) = outcomes.found
-    assert (outcomes.broken, outcomes.notes) == ([], [])
+    assert outcomes.broken == []
+    (note,) = outcomes.notes  # the sweep, on 20 images
+    assert "counts by its verdict and the images that it broke only" in note
     assert str(outcome.group) == "Digits, Linf, eps 0.1"
     assert (outcome.net, outcome.training, outcome.seed) == ("dense", f"D-ReLU-{outcome.cap_weight:g}", 0)
     result = json.loads((evaluated / "results" / "standard-Linf-0.1.json").read_text())
@@ -158,7 +170,7 @@ def test_no_image_broken_by_carlini_and_wagner_is_an_accuracy(tmp_path):
     path = write_result(run, suite="paper")
     write_json(path, json.loads(path.read_text()) | {"cw_l2": {"accuracy_at_budget": 1.0, "budget": 2.8}})
     (outcome,) = read_outcomes([tmp_path]).found
-    assert (outcome.at.cw_l2, outcome.at.cw_budget, outcome.measured["cw-l2"]) == (1.0, 2.8, (path,))
+    assert (outcome.at.cw_l2, outcome.at.cw_budget, outcome.sources("cw-l2")) == (1.0, 2.8, (path,))
 
 
 def test_a_masked_verdict_on_fewer_examples_is_that_of_the_run(tmp_path):
@@ -168,7 +180,45 @@ def test_a_masked_verdict_on_fewer_examples_is_that_of_the_run(tmp_path):
     outcomes = read_outcomes([tmp_path])
     (outcome,) = outcomes.found
     assert (outcome.at.verdict, outcome.verdict, outcome.verdict_images) == ("sound", "masked", 500)
-    assert outcomes.notes[0].startswith(f"{few} is left out, but for its verdict: worst case 5.00 % of 500 examples, m")
+    assert f"{few} counts by its verdict and the images that it broke only: worst case 5.00 %" in outcomes.notes[0]
+    assert outcome.at.worst == pytest.approx(0.325)  # of 1000 examples the first 800 withstood, of these 475 not this
+
+
+def test_a_sweep_on_as_many_images_counts_like_any_evaluation(tmp_path):
+    run = evaluated_run(tmp_path / "x", {"worst": 0.5})
+    path = write_sweep(run, [point(eps="1/10", accuracy={"bpda": 0.4}, worst=0.4)], n_examples=20)
+    write_columns(path.with_suffix(".csv"), {"index": range(20), "worst": ["0.1"] * 12 + ["0.2"] * 4 + [""] * 4})
+    (outcome,) = read_outcomes([tmp_path]).found
+    assert (outcome.at.accuracy["bpda"], outcome.at.accuracy["pgd"]) == (0.4, ATTACKS["pgd"])
+    assert (outcome.at.worst, outcome.at.at_most) == (0, False)  # each broke the images that the other left
+    assert outcome.sources("worst") == (run / "results" / "paper-Linf-0.1.json", path)
+
+
+def test_a_sweep_on_other_images_is_of_another_group(tmp_path):
+    run = evaluated_run(tmp_path / "x")
+    path = write_sweep(run, [point(worst=0, verdict="masked")], n_examples=20)
+    write_json(path, json.loads(path.read_text()) | {"dataset_title": "MNIST (JPEG copy)"})
+    (outcome,) = read_outcomes([tmp_path]).found
+    assert (outcome.verdict, outcome.at.worst, outcome.curve) == ("sound", 0.8, ())
+
+
+def test_of_several_sweeps_the_one_on_most_examples(tmp_path):
+    run = evaluated_run(tmp_path / "x")
+    few = write_sweep(run, [point(eps=eps, worst=0.5) for eps in ("0.2", "0.3", "0.4")], suite="paper")
+    most = write_sweep(run, [point(eps="0.2", worst=0.4)], n_examples=1000)
+    outcomes = read_outcomes([tmp_path])
+    assert outcomes.found[0].curve_source == most
+    assert outcomes.notes == [
+        f"{few} is in no figure: of {run}'s sweeps {most.name} has the most examples, or then radii"
+    ]
+
+
+def test_without_weights_the_results_must_be_of_the_same(tmp_path):
+    run = evaluated_run(tmp_path / "x")
+    write_result(run, suite="quick", model_digest="1" * 64)
+    outcomes = read_outcomes([tmp_path])
+    assert outcomes.found == []
+    assert outcomes.broken == [f"{run} holds evaluations of several weights, not these themselves; delete the older"]
 
 
 def test_a_sweeps_verdict_at_the_radius_counts(tmp_path):
@@ -183,10 +233,10 @@ def test_an_evaluation_on_fewer_examples_is_left_out(tmp_path):
     write_result(run, suite="paper")
     few = write_result(run, suite="quick", n_examples=10, worst=0.1)
     outcomes = read_outcomes([tmp_path])
-    assert outcomes.found[0].at.worst == 0.8
+    assert outcomes.found[0].at.worst == pytest.approx((1 + 6) / 20)
     assert outcomes.notes == [
-        f"{few} is left out, but for its verdict: worst case 10.00 % of 10 examples, sound; another evaluation of "
-        f"{run} has 20 examples"
+        f"{few} counts by its verdict and the images that it broke only: worst case 10.00 % of 10 examples, sound; "
+        f"another evaluation of {run} has 20 examples"
     ]
 
 

@@ -28,7 +28,7 @@ def make_runs(folder):
                 run = write_run(folder / f"{model}-{name}-{seed}", model=model, seed=seed, **train)
                 accuracy = {**ATTACKS, "pgd": 0.9 - seed / 100 - worst / 10}
                 write_result(run, accuracy=accuracy, worst=worst, verdict="masked" if worst < 0.5 else "sound")
-    write_sweep(folder / "dense_drelu-at-0", [point(eps=eps, worst=0.5) for eps in ("0.1", "0.2")])
+    write_sweep(folder / "dense_drelu-at-0", [point(eps="0.1", worst=1), point(eps="0.2", worst=0.5)])
     return folder
 
 
@@ -101,7 +101,8 @@ def test_every_number_follows_from_the_files_that_it_names(made, runs):
         if record["column"] == "held-out":
             assert all(source.endswith("/log.jsonl") for source in record["sources"])
             continue
-        results = [json.loads((runs / source).read_text()) for source in record["sources"]]
+        read = [json.loads((runs / source).read_text()) for source in record["sources"]]
+        results = [result for result in read if "curve" not in result]  # the sweep breaks nothing that they leave
         if record["column"] == "cw-l2":
             values = [result["cw_l2"]["accuracy_at_budget"] for result in results]
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, unknown
+from ..spelling import written
 
 Norm = Literal["Linf", "L2"]
 
@@ -105,6 +106,18 @@ def threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:
     if not balls or balls[-1].eps == 0:
         raise InputError(f"--eps {written} leaves nothing to attack; give a radius above 0")
     return balls
+
+
+def radius_written(eps: str) -> str:
+    """The one spelling of a radius: "0.1" for "0.10" and "1/10", "8/255" for "0.0313725490196".
+
+    Raises:
+        InputError: No radius.
+    """
+    radius = ThreatModel.parse("Linf", eps).eps
+    decimal, levels = written(round(radius, 9)), round(255 * radius)
+    fraction = f"{levels}/255"
+    return fraction if abs(levels / 255 - radius) < 1e-9 and len(fraction) < len(decimal) else decimal
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:

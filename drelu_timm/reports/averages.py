@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..spelling import written
 from .means import HELD_OUT, Average
-from .naming import written
 from .outcomes import Group, Outcome
 from .paper import net_name, paper_order
 

@@ -22,9 +22,9 @@ from ..evaluation.pictures import (
     require_matplotlib,
     save_figure,
 )
+from ..evaluation.points import Point, worst_verdict
 from ..models.saved import WEIGHTS
 from .outcomes import Outcome
-from .points import Point, worst_verdict
 from .statistics import Comparison
 
 if TYPE_CHECKING:

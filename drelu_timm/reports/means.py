@@ -6,8 +6,8 @@ from statistics import fmean, stdev
 
 from ..attacks.suites import ATTACKS
 from ..evaluation.masking import VERDICTS
+from ..evaluation.points import worst_verdict
 from .outcomes import Outcome
-from .points import worst_verdict
 
 HELD_OUT = "held-out"  # under the inner attack, on training images that were held out
 WHITE_BOX = "white-box"  # the lowest of a run's accuracies in the ball under single white-box attacks
@@ -129,4 +129,4 @@ def _in_ball(attack: str) -> bool:
 
 
 def _sources(outcome: Outcome, column: str) -> tuple[Path, ...]:
-    return (outcome.run / "log.jsonl",) if column == HELD_OUT else outcome.measured.get(column, outcome.sources)
+    return (outcome.run / "log.jsonl",) if column == HELD_OUT else outcome.sources(column)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..attacks.threat_model import ThreatModel
+from ..spelling import written
 
 Flags = dict[str, Any]
 
@@ -37,26 +37,6 @@ def settings_of(flags: Flags) -> Flags:
     if _has_layer(flags):
         settings |= {"placement": placement_of(flags), "activation": activation_of(flags)}
     return settings
-
-
-def written(value: Any) -> str:
-    """A setting in a name; other numbers give other texts."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value).lower()
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value).removesuffix(".0")
-
-
-def radius_written(eps: str) -> str:
-    """The one spelling of a radius: "0.1" for "0.10" and "1/10", "8/255" for "0.0313725490196".
-
-    Raises:
-        InputError: No radius.
-    """
-    radius = ThreatModel.parse("Linf", eps).eps
-    decimal, levels = written(round(radius, 9)), round(255 * radius)
-    fraction = f"{levels}/255"
-    return fraction if abs(levels / 255 - radius) < 1e-9 and len(fraction) < len(decimal) else decimal
 
 
 def _architecture(flags: Flags) -> str:

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ..attacks.threat_model import ThreatModel
+from ..attacks.threat_model import ThreatModel, radius_written
 from ..digests import sha256_of
 from ..errors import InputError
+from ..evaluation.points import Point, together, worst_verdict
+from ..evaluation.result_files import ResultFile, best_sweep, read_result, read_survivors
 from ..models.saved import CONFIG, WEIGHTS
-from .naming import Flags, activation_of, method_of, net_of, placement_of, radius_written, settings_of, written
-from .points import Point, together, worst_verdict
-from .result_files import ResultFile, read_config, read_held_out, read_result, read_survivors
+from ..spelling import written
+from .naming import Flags, activation_of, method_of, net_of, placement_of, settings_of
+from .run_files import read_config, read_held_out
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,8 @@ class Outcome:
         group: With what it can be compared.
         at: Accuracies at the group's eps; of several evaluations on as many examples, what they leave together.
         held_out: Accuracy in [0, 1] under the inner attack on held-out training images, of the epoch that was kept.
-        sources: The result files that ``at`` comes from.
-        measured: Of these, those that have an accuracy, by attack.
-        others: What further evaluations say at this eps: those on fewer examples, and sweeps.
+        files: The evaluations that ``at`` comes from, a sweep's point at this eps among them.
+        others: Those on other numbers of examples: their verdicts count, and the images that they broke.
         curve: Accuracies at rising radii, of a sweep in the same norm; empty without one.
         curve_source: Its file.
         curve_suite: Its suite of attacks.
@@ -71,9 +72,8 @@ class Outcome:
     group: Group
     at: Point
     held_out: float | None
-    sources: tuple[Path, ...]
-    measured: dict[str, tuple[Path, ...]] = field(default_factory=dict)
-    others: tuple[Point, ...] = ()
+    files: tuple[ResultFile, ...]
+    others: tuple[ResultFile, ...] = ()
     curve: tuple[Point, ...] = ()
     curve_source: Path | None = None
     curve_suite: str = ""
@@ -127,17 +127,24 @@ class Outcome:
         """The flags as one string, for comparisons."""
         return json.dumps(self.flags, sort_keys=True)
 
+    def sources(self, column: str) -> tuple[Path, ...]:
+        """The result files that an accuracy comes from: an attack's, "clean", or "worst", to which all contribute."""
+        if column == "worst":
+            return tuple(file.path for file in (*self.files, *self.others))
+        with_it = (file.path for file in self.files if column in _at(file, self.group).columns)
+        return tuple(with_it) or tuple(file.path for file in self.files)
+
     @property
     def verdict(self) -> str:
         """On gradient masking, the worst of all evaluations in this threat model."""
-        return worst_verdict(point.verdict for point in (self.at, *self.others))
+        return worst_verdict(point.verdict for point in (self.at, *self._others_at))
 
     @property
     def verdict_images(self) -> int | None:
         """The test images of the verdict where the evaluations that the accuracies come from do not have it."""
         if self.verdict == self.at.verdict:
             return None
-        return max(point.n_examples for point in self.others if point.verdict == self.verdict)
+        return max(point.n_examples for point in self._others_at if point.verdict == self.verdict)
 
     def survivors(self) -> np.ndarray | None:
         """Which test images [N] nothing broke, 1 or 0; None where rows an example were left out.
@@ -145,7 +152,11 @@ class Outcome:
         Raises:
             InputError: Rows that are cut short, or of another version.
         """
-        return read_survivors(self.sources, self.at.n_examples)
+        return read_survivors((*self.files, *self.others), self.at.n_examples, self.group.eps)
+
+    @property
+    def _others_at(self) -> list[Point]:
+        return [_at(file, self.group) for file in self.others]
 
 
 @dataclass
@@ -226,6 +237,9 @@ def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
         outcomes.skip(error)
         return []
     results, sweeps = (_read_all(run, folder, outcomes) for folder in ("results", "sweeps"))
+    if len({one.content["model_digest"] for one in (*results, *sweeps)}) > 1:
+        outcomes.skip(InputError(f"{run} holds evaluations of several weights, not these themselves; delete the older"))
+        return []
     if not results:
         outcomes.notes.append(_without_results(run, sweeps))
     by_group: dict[Group, list[ResultFile]] = {}
@@ -236,21 +250,21 @@ def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
         by_group.setdefault(group, []).append(result)
     found = []
     for group, of_group in by_group.items():
-        same = [one for one in sweeps if all(one.content[name] == getattr(group, name) for name in ("dataset", "norm"))]
-        sweep = max(same, key=lambda one: len(one.points), default=None)
-        others = [point for one in same for point in one.points if radius_written(point.eps) == group.eps]
-        kept, fewer = _most_examples(run, of_group, outcomes)
+        images = (group.dataset, group.title, group.norm)
+        same = [one for one in sweeps if _attacked(one) == images]
+        kept, others = _most_examples(run, of_group, [one for one in same if one.at(group.eps)], group, outcomes)
+        points, further = ([_at(one, group) for one in files] for files in (kept, others))
+        sweep = _sweep(run, same, outcomes)
         found.append(
             Outcome(
                 run=run,
                 train=train,
                 start=start,
                 group=group,
-                at=together([one.points[0] for one in kept], _survivors(kept, outcomes)),
+                at=together(points, further, _survivors((*kept, *others), group, outcomes)),
                 held_out=held_out,
-                sources=tuple(one.path for one in kept),
-                measured=_measured(kept),
-                others=(*(one.points[0] for one in fewer), *others),
+                files=tuple(kept),
+                others=tuple(others),
                 curve=() if sweep is None else sweep.points,
                 curve_source=sweep and sweep.path,
                 curve_suite="" if sweep is None else sweep.suite,
@@ -258,6 +272,28 @@ def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
             )
         )
     return found
+
+
+def _attacked(result: ResultFile) -> tuple[str, str, str]:
+    """Which images, in which norm."""
+    return result.content["dataset"], result.content["dataset_title"], result.content["norm"]
+
+
+def _at(result: ResultFile, group: Group) -> Point:
+    point = result.at(group.eps)
+    assert point is not None  # only those that have one are kept
+    return point
+
+
+def _sweep(run: Path, sweeps: Sequence[ResultFile], outcomes: Outcomes) -> ResultFile | None:
+    """The sweep that figures are drawn from; the others are named."""
+    best = best_sweep(sweeps)
+    for one in sweeps:
+        if one is not best and best is not None:
+            outcomes.notes.append(
+                f"{one.path} is in no figure: of {run}'s sweeps {best.path.name} has the most examples, or then radii"
+            )
+    return best
 
 
 def _without_results(run: Path, sweeps: Sequence[ResultFile]) -> str:
@@ -289,35 +325,36 @@ def _read_all(run: Path, folder: str, outcomes: Outcomes) -> list[ResultFile]:
 
 
 def _most_examples(
-    run: Path, results: Sequence[ResultFile], outcomes: Outcomes
+    run: Path,
+    results: Sequence[ResultFile],
+    sweeps: Sequence[ResultFile],
+    group: Group,
+    outcomes: Outcomes,
 ) -> tuple[list[ResultFile], list[ResultFile]]:
-    """Those evaluations that were made on the most examples, and the others, which cannot be put together with them."""
+    """Those evaluations that were made on the most examples, and the others, whose accuracies are of other images.
+
+    How many are the most say the evaluations at one eps, as a sweep has fewer attacks.
+    """
     most = max(one.n_examples for one in results)
-    kept, fewer = ([one for one in results if (one.n_examples == most) == many] for many in (True, False))
-    for one in fewer:
-        (at,) = one.points
+    kept, others = ([one for one in (*results, *sweeps) if (one.n_examples == most) == many] for many in (True, False))
+    for one in others:
+        at = _at(one, group)
         outcomes.notes.append(
-            f"{one.path} is left out, but for its verdict: worst case {100 * at.worst:.2f} % of {at.n_examples} "
-            f"examples, {at.verdict}; another evaluation of {run} has {most} examples"
+            f"{one.path} counts by its verdict and the images that it broke only: worst case {100 * at.worst:.2f} % of "
+            f"{at.n_examples} examples, {at.verdict}; another evaluation of {run} has {most} examples"
         )
-    return kept, fewer
+    return kept, others
 
 
-def _survivors(results: Sequence[ResultFile], outcomes: Outcomes) -> np.ndarray | None:
+def _survivors(results: Sequence[ResultFile], group: Group, outcomes: Outcomes) -> np.ndarray | None:
     """Of several evaluations together; None where the rows of one are not there, or cannot be read."""
     if len(results) == 1:
         return None
     try:
-        return read_survivors([one.path for one in results], results[0].n_examples)
+        return read_survivors(results, results[0].n_examples, group.eps)
     except InputError as error:
         outcomes.skip(error)
         return None
-
-
-def _measured(results: Sequence[ResultFile]) -> dict[str, tuple[Path, ...]]:
-    """The files that have an accuracy, by attack."""
-    attacks = dict.fromkeys(attack for one in results for attack in sorted(one.points[0].columns))
-    return {attack: tuple(one.path for one in results if attack in one.points[0].columns) for attack in attacks}
 
 
 def _order(outcome: Outcome) -> tuple[Any, ...]:

@@ -109,8 +109,9 @@ def attacks(groups: Iterable[Lines]) -> Section:
 def origin(outcomes: Outcomes, groups: Sequence[Lines], files: Iterable[str]) -> list[Section]:
     """What the report was made from, what was noted on the way, and the files beside it."""
     found = outcomes.found
-    results = {source for outcome in found for source in outcome.sources}
-    sweeps = {outcome.curve_source for outcome in found} - {None}
+    evaluations = {file.path: file for outcome in found for file in (*outcome.files, *outcome.others)}
+    results = {path for path, file in evaluations.items() if not file.is_sweep}
+    sweeps = ({*evaluations} - results) | ({outcome.curve_source for outcome in found} - {None})
     measured = dict.fromkeys(line for outcome in found for line in outcome.measured_with)
     runs = len({outcome.run for outcome in found})
     counts = f"{_count(runs, 'run')}, {_count(len(results), 'result file')} and {_count(len(sweeps), 'sweep')} over eps"

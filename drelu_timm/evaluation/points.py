@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..attacks.threat_model import ThreatModel
-from ..evaluation.masking import VERDICTS
-from .naming import written
+from ..spelling import written
+from .masking import VERDICTS
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,16 @@ def point_of(at: dict[str, Any], n_examples: int) -> Point:
     )
 
 
-def together(points: Sequence[Point], survivors: np.ndarray | None) -> Point:
-    """Several evaluations of one net on the same examples: each attack's lowest accuracy, and the worst verdict.
+def together(points: Sequence[Point], others: Sequence[Point], survivors: np.ndarray | None) -> Point:
+    """Several evaluations of one net: each attack's lowest accuracy, the worst case over all, and the worst verdict.
 
     Args:
-        points: One an evaluation.
-        survivors: Which examples [N] nothing broke in any of them; None where that is not known.
+        points: One an evaluation, on the same examples.
+        others: Those on other numbers of examples, of which only what they broke counts here.
+        survivors: Which examples [N] of ``points`` nothing broke in any of them all; None where that is not known.
     """
     first = points[0]
-    if len(points) == 1:
+    if len(points) + len(others) == 1:
         return first
     accuracy: dict[str, float] = {}
     for attack in dict.fromkeys(attack for point in points for attack in point.accuracy):
