@@ -15,6 +15,7 @@
 The folder appears only after the model was loaded from it and predicted what the evaluation had written down.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -28,12 +29,13 @@ from .command_line import read_flags
 from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
+from .evaluation.result_files import ResultFile
 from .files import read_json, write_text
 from .publishing.cards import model_card
-from .publishing.entries import check_entry, model_info
+from .publishing.entries import card_record, check_entry, model_info
 from .publishing.folder import whole_or_not_at_all, write_model, write_submission
-from .publishing.measured import AUTOATTACK, Paper, from_record
-from .publishing.records import check_no_worse_verdict, choose_results, measured_run, read_results
+from .publishing.measured import AUTOATTACK, Measured, Paper
+from .publishing.records import choose_results, further_evaluations, measured_run, with_further
 from .publishing.submission import new_model
 from .publishing.verification import checks_page, read_evaluated, verify
 from .robustbench import adapt
@@ -102,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     if config.push is None:
         print(f"next: the same command with --push ORG/NAME uploads {output_dir / 'hub'}")
     else:
-        print(push_exported(output_dir, config.push, run=Run.open(config.run)))
+        print(push_exported(config, config.push))
 
 
 def _say(output_dir: Path) -> None:
@@ -114,23 +116,29 @@ def _say(output_dir: Path) -> None:
     print(f"  RobustBench's forms  {forms}")
 
 
-def push_exported(output_dir: Path, repo: str, *, run: Run) -> str:
+def push_exported(config: ExportConfig, repo: str) -> str:
     """Upload the hub/ of an exported folder, its card and RobustBench's form now naming the repository.
 
     Returns:
         What was done, or would be done with a token.
 
     Raises:
-        InputError: A folder that is no export of the run's weights, or what `zoo.hub.push` raises.
+        InputError: A folder that is not what `export` would make of the run now, what `export` raises, or what
+            `zoo.hub.push` does.
     """
     from .zoo.hub import push
 
+    output_dir = _output_dir(config)
     records = [*output_dir.glob("model_cards/*/*/*.json")]
     if len(records) != 1:
         raise InputError(f"--output-dir {output_dir} is no exported folder; give another one or remove it")
-    measured = from_record(read_json(records[0]))
-    if measured.weights.sha256 != run.model_digest:
-        raise InputError(f"--output-dir {output_dir} holds an export of other weights than {run.path}; remove it first")
+    measured = _subject(config).measured
+    exported, now = read_json(records[0]), json.loads(json.dumps(card_record(measured)))
+    if differing := _differing(exported, now):
+        raise InputError(
+            f"--output-dir {output_dir} holds another export than this command makes now (other: "
+            f"{', '.join(differing)}); remove it first"
+        )
     card = output_dir / "hub" / "README.md"
     before = card.read_text()
     write_text(card, model_card(measured, source=f"hf-hub:{repo}"))
@@ -156,6 +164,24 @@ def _output_dir(config: ExportConfig) -> Path:
     return config.output_dir or config.run / "export" / config.key
 
 
+def _differing(exported: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The fields of two card records that differ, those of what was measured by name."""
+    fields_ = [name for name in {**exported, **now} if name != "measured" and exported.get(name) != now.get(name)]
+    before, after = exported.get("measured", {}), now["measured"]
+    return fields_ + [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is to be exported: all that was measured of it, the evaluations that it comes from, and the test images."""
+
+    run: Run
+    measured: Measured
+    chosen: ResultFile
+    further: list[ResultFile]
+    test: Images
+
+
 def export(config: ExportConfig) -> Path:
     """Write the exported folder of an evaluated run, and check that it loads and predicts as evaluated.
 
@@ -167,39 +193,44 @@ def export(config: ExportConfig) -> Path:
             metadata, a key or an output folder that is taken, or a folder that does not predict what the evaluation
             did. Nothing is left behind.
     """
-    run = Run.open(config.run)
-    train = run.config["train"]
-    threat_model = ThreatModel.parse(config.norm or train["norm"], config.eps or train["eps"])
-    dataset = _dataset(config, train["dataset"])
-    name = robust_model_name(config.key, dataset, threat_model.norm)
-    results_path = choose_results(run, threat_model, config.results)
-    results = read_results(results_path, run)
     output_dir = _output_dir(config)
     if output_dir.exists():
         raise InputError(f"--output-dir {output_dir} exists already; give another one or remove it")
-    _check_exportable(config, results)
-    check_no_worse_verdict(run, results_path, results)
-    paper = _paper(config, results)
-    _check_not_published(config.key, name, run)
+    subject = _subject(config)
+    measured = subject.measured
+    _check_not_published(config.key, measured.name, subject.run)
     robustbench = _robustbench_or_reason()
-    _check_key_is_free(config.key, name, dataset, threat_model.norm, robustbench)
-
-    test = _test_images(run, train["dataset"], config.data_dir)
-    measured = measured_run(
-        run, results_path, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
-    )
-    measured = replace(measured, results={**measured.results, "dataset": dataset})
+    _check_key_is_free(config.key, measured.name, measured.dataset, measured.norm, robustbench)
     check_entry(model_info(measured))
-    evaluated = read_evaluated(results_path.with_suffix(".csv"), results, test)
+    evaluated = read_evaluated(subject.chosen, subject.further, subject.test)
     with whole_or_not_at_all(output_dir) as folder:
-        write_model(folder, measured, run)
-        write_submission(folder, measured, test, evaluated)
+        write_model(folder, measured, subject.run)
+        write_submission(folder, measured, subject.test, evaluated)
         checks = verify(folder, measured, evaluated, robustbench, config.benchmark_examples)
         write_text(folder / "CHECKS.md", checks_page(measured, checks))
     register_robust_model(
         config.key, measured.dataset, measured.norm, output_dir / "hub", sha256=measured.weights.sha256
     )
     return output_dir
+
+
+def _subject(config: ExportConfig) -> _Subject:
+    """Gather what is to be exported, and check that it may be."""
+    run = Run.open(config.run)
+    train = run.config["train"]
+    threat_model = ThreatModel.parse(config.norm or train["norm"], config.eps or train["eps"])
+    dataset = _dataset(config, train["dataset"])
+    robust_model_name(config.key, dataset, threat_model.norm)  # raises what is no key
+    chosen = choose_results(run, threat_model, config.results)
+    further = further_evaluations(run, chosen)
+    _check_exportable(config, with_further(chosen, further))
+    paper = _paper(config, chosen.content)
+    test = _test_images(run, train["dataset"], config.data_dir)
+    measured = measured_run(
+        run, chosen, further, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
+    )
+    measured = replace(measured, results={**measured.results, "dataset": dataset})
+    return _Subject(run, measured, chosen, further, test)
 
 
 # What may be exported

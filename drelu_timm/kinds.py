@@ -40,6 +40,7 @@ COUNT = Kind(lambda value: is_whole(value) and value > 0, "a count above 0")
 NUMBER = Kind(_is_number, "a number")
 SHARE = Kind(lambda value: _is_number(value) and 0 <= value <= 1, "a share between 0 and 1")
 LIST = Kind(lambda value: isinstance(value, list) and value != [], "a list with something in it")
+ANYTHING = Kind(lambda value: True, "there")
 OBJECT = Kind(lambda value: isinstance(value, dict), "an object")
 
 

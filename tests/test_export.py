@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from timm.models import _factory
 from torch import nn
 
+from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
 from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
 from drelu_timm.export import ExportConfig, export, main, push_exported
+from drelu_timm.publishing.records import choose_results, further_evaluations, with_further
+from drelu_timm.publishing.verification import read_evaluated
 from drelu_timm.runs import Run
 
 KEY = "Tester2026Digits_dense"
@@ -401,11 +404,80 @@ def test_identical_weights_are_no_other_seed(run):
         export(ExportConfig(run, KEY, **PAPER, seeds=(other,)))
 
 
+def another_evaluation(run, **changes):
+    """Of the same weights and images, by the suite "adaptive"."""
+    for suffix in ("json", "csv", "adversarial.safetensors"):
+        shutil.copy(run / "results" / f"{RESULTS}.{suffix}", run / "results" / f"adaptive.{suffix}")
+    _edit(run / "results" / "adaptive.json", suite="adaptive", **changes)
+    return run / "results" / "adaptive.csv"
+
+
 def test_another_evaluation_that_says_masked_is_not_passed_over(run):
-    shutil.copy(run / "results" / f"{RESULTS}.json", run / "results" / "adaptive.json")
-    _edit(run / "results" / "adaptive.json", verdict={"verdict": "masked", "evidence": []}, accuracy={"pgd": 0.5})
-    with pytest.raises(InputError, match=r"adaptive\.json says masked, .*standard.* export by --results adaptive$"):
-        export(ExportConfig(run, KEY, **PAPER))
+    another_evaluation(run, verdict={"verdict": "masked", "evidence": ["BPDA leaves 0 %."]})
+    with pytest.raises(InputError, match="the verdict on gradient masking is masked, so AutoAttack's number does not"):
+        export(ExportConfig(run, KEY, **PAPER, results=RESULTS))
+    folder = export(ExportConfig(run, KEY, **PAPER, results=RESULTS, as_masked=True, benchmark_examples=0))
+    record = json.loads((folder / f"model_cards/digits/Linf/{KEY}.json").read_text())
+    said = "So says the suite adaptive on the first 40 test images."
+    assert record["measured"]["results"]["verdict"]["evidence"] == [said, "BPDA leaves 0 %."]
+
+
+def break_one_more(run):
+    """Let `another_evaluation` break the first image that the evaluation left, by noise; its position."""
+    rows = another_evaluation(run)
+    read = _rows(rows)
+    fallen = next(row for row in read if row["broken_by"] == "")
+    fallen["broken_by"] = "annealing"
+    with rows.open("w", newline="") as file:
+        writer = csv.DictWriter(file, read[0])
+        writer.writeheader()
+        writer.writerows(read)
+    path = rows.with_suffix(".adversarial.safetensors")
+    kept = load_file(path)
+    index = torch.cat([kept["index"], torch.tensor([int(fallen["index"])])])
+    images = torch.cat([kept["images"], torch.full_like(kept["images"][:1], 0.25)])
+    save_file({"index": index, "images": images}, path)
+    worst = sum(row["broken_by"] == "" for row in read) / N
+    _edit(rows.with_suffix(".json"), worst=worst, adversarial_sha256=sha256_of(path))
+    return int(fallen["index"])
+
+
+def test_what_another_evaluation_broke_is_broken(run, results):
+    fallen = break_one_more(run)
+    opened = Run.open(run)
+    chosen = choose_results(opened, ThreatModel.parse("Linf", "0.1"), RESULTS)
+    further = further_evaluations(opened, chosen)
+    assert sorted(file.path.parent.name for file in further) == ["results", "sweeps"]
+    joined = with_further(chosen, further)
+    assert joined["worst"] == pytest.approx(results["worst"] - 1 / N)
+    assert [one["suite"] for one in joined["further"]] == ["adaptive", "quick"]
+    evaluated = read_evaluated(chosen, further, load_images("digits", None, "test"))
+    position = evaluated.broken.tolist().index(fallen)
+    assert (evaluated.adversarial[position] == 0.25).all()
+    assert evaluated.without_image == 0
+    (run / "results" / "adaptive.csv").unlink()
+    with pytest.raises(InputError, match=r"beside .*adaptive\.json there is no \.csv with a row an example"):
+        with_further(chosen, further_evaluations(opened, chosen))
+
+
+def test_what_only_a_sweep_broke_has_no_image(run, results):
+    chosen = choose_results(Run.open(run), ThreatModel.parse("Linf", "0.1"), RESULTS)
+    left = next(row["index"] for row in _rows(chosen.path.with_suffix(".csv")) if row["broken_by"] == "")
+    (sweep,) = (run / "sweeps").glob("*.csv")
+    lines = sweep.read_text().splitlines()
+    lines[1 + int(left)] = ",".join([*lines[1 + int(left)].split(",")[:-1], "0.1"])
+    sweep.write_text("\n".join(lines) + "\n")
+    folder = export(ExportConfig(run, KEY, **PAPER, benchmark_examples=0))
+    entry = json.loads((folder / f"model_info/digits/Linf/{KEY}.json").read_text())
+    assert entry["external"] == entry["reported"] == f"{100 * (results['worst'] - 1 / N):.2f}"
+    assert "1 fell in a sweep over eps only, which keeps no images" in (folder / "CHECKS.md").read_text()
+    form = (folder / "submission" / "new-external-evaluation.md").read_text()
+    assert "are clean; so are 1 that fell in a sweep over eps only)" in form
+
+
+def _rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_a_published_key_is_not_given_to_other_weights(run, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """The model card of an evaluated run, from what was measured only."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -8,7 +8,7 @@ import yaml
 from ..command_line import duration
 from ..evaluation.curves import verdict_at
 from .entries import architecture, generated_images, is_pretrained
-from .measured import PROBES, Measured, percent, spread
+from .measured import PROBES, Measured, further_called, percent, spread
 from .recipes import OBJECTIVES, made_with, training_commands, training_time
 
 CITATION = """\
@@ -114,6 +114,7 @@ def _accuracy(measured: Measured) -> str:
         f"{measured.sample} The worst case is the share of the images that the model classifies right under every "
         f"attack, {PROBES} among them.",
         f"| attack | accuracy in % |\n| --- | ---: |\n{table}",
+        *_further(measured),
         f"Gradient masking: {measured.verdict}. {MEANINGS[measured.verdict]} The evidence:",
         _list(results["verdict"]["evidence"]),
         f"The input gradient is exactly zero for {percent(results['zero_gradient_share'])} % of the images classified "
@@ -124,6 +125,17 @@ def _accuracy(measured: Measured) -> str:
         _list(f"{attack}: {_settings(settings)}" for attack, settings in results["settings"].items()),
     ]
     return "\n\n".join(paragraphs)
+
+
+def _further(measured: Measured) -> Iterator[str]:
+    """What other evaluations contribute to the worst case."""
+    if measured.further:
+        yield "The worst case counts, beside this evaluation, every image that one of these broke:"
+        yield _list(
+            f"{further_called(one)}: {percent(one['worst'])} % of them in its worst case, gradient masking: "
+            f"{one['verdict']}"
+            for one in measured.further
+        )
 
 
 def _cw_l2(cw: dict[str, Any] | None) -> str:

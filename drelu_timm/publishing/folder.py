@@ -79,7 +79,7 @@ def write_submission(folder: Path, measured: Measured, test: Images, evaluated: 
     write_text(submission / "autoattack.log", autoattack_log(measured.results))
     if is_external(measured):
         images = f"{measured.key}_adversarial.pt"
-        write_text(submission / "new-external-evaluation.md", new_evaluation(measured, images))
+        write_text(submission / "new-external-evaluation.md", new_evaluation(measured, images, evaluated.without_image))
         whole = to_float(test.images)
         whole[evaluated.index[evaluated.broken]] = evaluated.adversarial
         with written_whole(submission / images) as beside:

@@ -172,7 +172,13 @@ class Measured:
     @property
     def attacks(self) -> str:
         """What the worst case is over."""
-        return ", ".join([*self.results["accuracy"], PROBES])
+        evaluations = (self.results, *self.further)
+        return ", ".join([*dict.fromkeys(attack for one in evaluations for attack in one["accuracy"]), PROBES])
+
+    @property
+    def further(self) -> list[dict[str, Any]]:
+        """Other evaluations of the same weights in the threat model: what they broke is in the worst case."""
+        return self.results.get("further", [])
 
     @property
     def sample(self) -> str:
@@ -180,6 +186,13 @@ class Measured:
         n, title = self.results["n_examples"], self.results["dataset_title"]
         sample = f"the first {n:,} of the {self.test_size:,}" if n < self.test_size else f"all {n:,}"
         return f"{'Preliminary: measured' if self.preliminary else 'Measured'} on {sample} test images of {title}."
+
+
+def further_called(evaluation: Mapping[str, Any]) -> str:
+    """Suite, radii and images of an evaluation, in words."""
+    eps = evaluation["eps"]
+    over = f" over eps {', '.join(eps)}" if isinstance(eps, list) else ""
+    return f"the suite {evaluation['suite']}{over} on the first {evaluation['n_examples']:,} test images"
 
 
 def percent(accuracy: float | None) -> str | None:

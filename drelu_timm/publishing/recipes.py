@@ -68,6 +68,7 @@ def recipe(measured: Measured) -> str:
         f"for seed in {' '.join(map(str, seeds))}; do",
         *("    " + line for command in each for line in command.replace(_SEED, "$seed").splitlines()),
         "done",
+        *_further(measured, f"{run}/seed{seed}{last}"),
         *_sweep(measured, f"{run}/seed{seed}{last}"),
         _export(measured, f"{run}/seed{seed}{last}", [f"{run}/seed{other}{last}" for other in seeds if other != seed]),
     ]
@@ -79,12 +80,21 @@ def _evaluation(measured: Measured, run: str) -> str:
     return shlex.join(["drelu-timm", "evaluate", run, *_threat_model(measured), *_attacked(results)])
 
 
+def _further(measured: Measured, run: str) -> list[str]:
+    """The commands of the other evaluations in the worst case, but for that of the curve."""
+    norm, curve = measured.norm, measured.curve
+    commands = [_at_radii(run, norm, one["eps"], one) for one in measured.further]
+    return [command for command in commands if curve is None or command != _at_radii(run, norm, curve["eps"], curve)]
+
+
 def _sweep(measured: Measured, run: str) -> list[str]:
-    if measured.curve is None:
-        return []
     curve = measured.curve
-    radii = ["--norm", curve["norm"], "--eps", ",".join(at["eps"] for at in curve["curve"])]
-    return [shlex.join(["drelu-timm", "evaluate", run, *radii, *_attacked(curve)])]
+    return [] if curve is None else [_at_radii(run, curve["norm"], curve["eps"], curve)]
+
+
+def _at_radii(run: str, norm: str, eps: str | list[str], results: dict[str, Any]) -> str:
+    radii = eps if isinstance(eps, str) else ",".join(eps)
+    return shlex.join(["drelu-timm", "evaluate", run, "--norm", norm, "--eps", radii, *_attacked(results)])
 
 
 def _threat_model(measured: Measured) -> list[str]:

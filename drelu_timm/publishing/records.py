@@ -8,92 +8,126 @@ from typing import Any
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
 from ..evaluation.masking import VERDICTS
+from ..evaluation.result_files import ResultFile, best_sweep, read_result, read_survivors
 from ..files import read_json
+from ..kinds import ANYTHING, check_fields
 from ..models.caps import cap_statistics
 from ..models.saved import CONFIG, WEIGHTS
 from ..runs import Run
-from .measured import AUTOATTACK, Measured, Paper, Seed, Weights
+from .measured import AUTOATTACK, Measured, Paper, Seed, Weights, further_called
 
-_FIELDS = (
-    *("dataset", "dataset_title", "norm", "eps", "suite", "n_examples", "seed", "precision", "settings"),
-    *("clean", "accuracy", "sequences", "worst", "zero_gradient_share", "verdict", "model_digest"),
-    *("adversarial_sha256", "versions", "hardware", "seconds"),
-)
+_FIELDS = ("seed", "precision", "settings", "sequences", "adversarial_sha256", "versions", "hardware", "seconds")
 
 
-def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> Path:
-    """The result file of that name, or the best in the threat model: with AutoAttack, then most examples and attacks.
+def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> ResultFile:
+    """The evaluation of that name, or the best in the threat model: with AutoAttack, then most examples and attacks.
 
     Raises:
-        InputError: No evaluation, none of that name, or none of the run's dataset in the threat model.
+        InputError: No evaluation, none of that name, none of the run's dataset in the threat model, or one that is
+            not whole or was measured on other weights than the run has now.
     """
-    paths = {path.stem: path for path in sorted(run.results_folder.glob("*.json"))}
-    if not paths:
+    results = _read_all(run)
+    if not results:
         raise InputError(f"{run.path} has no evaluation; make one: drelu-timm evaluate {run.path}")
-    if name is not None:
-        if name not in paths:
-            raise unknown("--results", name, paths)
-        paths = {name: paths[name]}
-    asked = {"dataset": run.config["train"]["dataset"], "norm": threat_model.norm, "eps": threat_model.written}
-    results = {path: read_json(path) for path in paths.values()}
-    found = [path for path in results if all(results[path].get(field) == asked[field] for field in asked)]
+    names = {file.path.stem: file for file in results}
+    if name is not None and name not in names:
+        raise unknown("--results", name, names)
+    dataset = run.config["train"]["dataset"]
+    found = [
+        file
+        for file in (results if name is None else [names[name]])
+        if (file.content["dataset"], file.content["norm"]) == (dataset, threat_model.norm)
+        and file.at(threat_model.written)
+    ]
     if not found:
         raise InputError(
-            f"{run.path} has no evaluation on {asked['dataset']} for {threat_model} in {', '.join(paths)}; evaluate "
-            "it so, or export what there is by --norm and --eps"
+            f"{run.path} has no evaluation on {dataset} for {threat_model} in "
+            f"{', '.join(str(file.path) for file in results)}; evaluate it so, or export what there is by --norm and "
+            "--eps"
         )
-    return max(found, key=lambda path: _size(results[path]))
+    chosen = max(found, key=_size)
+    check_fields(chosen.path, chosen.content, dict.fromkeys(_FIELDS, ANYTHING))
+    return chosen
 
 
-def _size(results: dict[str, Any]) -> tuple[bool, int, int]:
+def _size(file: ResultFile) -> tuple[bool, int, int]:
     """Whether an evaluation has AutoAttack, how many examples, and how many attacks."""
-    accuracy = results.get("accuracy", {})
-    return AUTOATTACK in accuracy, results.get("n_examples", 0), len(accuracy)
+    accuracy = file.content["accuracy"]
+    return AUTOATTACK in accuracy, file.n_examples, len(accuracy)
 
 
-def check_no_worse_verdict(run: Run, chosen: Path, results: dict[str, Any]) -> None:
-    """Raise where another evaluation of the same weights in the same threat model says that gradients are masked.
-
-    Raises:
-        InputError: One does.
-    """
-    same = ("dataset", "norm", "eps", "model_digest")
-    for path in sorted(run.results_folder.glob("*.json")):
-        other = read_json(path)
-        alike = all(other.get(field) == results[field] for field in same)
-        if alike and _verdict(other) == "masked" != _verdict(results):
-            raise InputError(f"{path} says masked, {chosen} {_verdict(results)}; export by --results {path.stem}")
+def _read_all(run: Run, folder: str = "results") -> list[ResultFile]:
+    """The result files of a run, of one radius each or the sweeps, all of the weights that it has now."""
+    files = [read_result(path) for path in sorted(run.results_folder.with_name(folder).glob("*.json"))]
+    for file in files:
+        if (digest := file.content["model_digest"]) != run.model_digest:
+            raise InputError(
+                f"{file.path} was measured on other weights (sha256 {digest[:12]}) than {run.model_folder} holds "
+                f"({run.model_digest[:12]}); delete it and evaluate anew: drelu-timm evaluate {run.path}"
+            )
+    return files
 
 
-def _verdict(results: dict[str, Any]) -> Any:
-    verdict = results.get("verdict")
-    return verdict.get("verdict") if isinstance(verdict, dict) else None
-
-
-def read_results(path: Path, run: Run) -> dict[str, Any]:
-    """A result file that is whole and was measured on the weights that the run has now.
+def further_evaluations(run: Run, chosen: ResultFile) -> list[ResultFile]:
+    """What else was measured of the run's weights in the threat model of an evaluation on images of its test set.
 
     Raises:
-        InputError: It is not.
+        InputError: One that is not whole, or was measured on other weights than the run has now.
     """
-    results = read_json(path)
-    again = f"delete it and evaluate anew: drelu-timm evaluate {run.path}"
-    if missing := [field for field in _FIELDS if field not in results]:
-        raise InputError(f"{path} lacks {', '.join(missing)}; {again}")
-    if _verdict(results) not in VERDICTS:
-        raise InputError(f"{path} has no verdict on gradient masking, and no number leaves without one; {again}")
-    if results["model_digest"] != run.model_digest:
+    same = ("dataset", "dataset_title", "norm")
+    return [
+        file
+        for file in (*_read_all(run), *_read_all(run, "sweeps"))
+        if file.path != chosen.path
+        and all(file.content[field] == chosen.content[field] for field in same)
+        and file.at(chosen.content["eps"])
+    ]
+
+
+def with_further(chosen: ResultFile, further: Sequence[ResultFile]) -> dict[str, Any]:
+    """An evaluation's results with what others add: what they broke counts as broken, and the worst verdict holds.
+
+    Returns:
+        The content of the file, its worst case and verdict those over all, and under "further" what the others are.
+
+    Raises:
+        InputError: The rows an example of one are missing, or not whole.
+    """
+    results, eps = chosen.content, chosen.content["eps"]
+    if not further:
+        return results
+    survivors = read_survivors([chosen, *further], chosen.n_examples, eps)
+    if survivors is None:
+        without = [str(file.path) for file in (chosen, *further) if not file.path.with_suffix(".csv").is_file()]
         raise InputError(
-            f"{path} was measured on other weights (sha256 {results['model_digest'][:12]}) than "
-            f"{run.model_folder} holds ({run.model_digest[:12]}); {again}"
+            f"beside {', '.join(without)} the .csv with a row an example is missing; restore it, or evaluate anew"
         )
-    return results
+    files = (chosen, *further)
+    verdicts = [_point(file, eps)["verdict"] for file in files]
+    worst, verdict = max(zip(files, verdicts, strict=True), key=lambda of: VERDICTS.index(of[1]["verdict"]))
+    if worst is not chosen:
+        evidence = [f"So says {further_called(worst.content)}.", *verdict["evidence"]]
+        verdict = {**verdict, "evidence": evidence}
+    asked = ("suite", "eps", "n_examples", "seed", "precision", "transfer_from")
+    told = [
+        without_paths({field: file.content.get(field) for field in asked})
+        | {field: _point(file, eps)[field] for field in ("accuracy", "worst")}
+        | {"verdict": verdict_of_it["verdict"]}
+        for file, verdict_of_it in zip(further, verdicts[1:], strict=True)
+    ]
+    return {**results, "worst": float(survivors.mean()), "verdict": verdict, "further": told}
+
+
+def _point(file: ResultFile, eps: str) -> dict[str, Any]:
+    """What a file's content says at a radius."""
+    contents = file.content["curve"] if file.is_sweep else [file.content]
+    return next(at for at, point in zip(contents, file.points, strict=True) if point is file.at(eps))
 
 
 def measured_run(
     run: Run,
-    results_path: Path,
-    results: dict[str, Any],
+    chosen: ResultFile,
+    further: Sequence[ResultFile],
     *,
     key: str,
     paper: Paper,
@@ -104,24 +138,25 @@ def measured_run(
 
     Args:
         run: The run.
-        results_path: Of `choose_results`.
-        results: Of `read_results`.
+        chosen: Of `choose_results`.
+        further: Of `further_evaluations`.
         key: RobustBench's name of the model.
         paper: About the model.
         other_seeds: Runs that differ by their seed only.
         test_size: Images in the whole test set.
 
     Raises:
-        InputError: A log that is cut, or other seeds' runs that do not match.
+        InputError: A log that is cut, results that are not whole, or other seeds' runs that do not match.
     """
     model = run.load_model()
+    results = with_further(chosen, further)
     return Measured(
         key=key,
         config=without_paths(run.config),
         training=_training(run),
         results=without_paths(results),
         curve=_curve(run, results),
-        seeds=_seeds(run, results_path, results, other_seeds),
+        seeds=_seeds(run, chosen, results, other_seeds),
         caps=cap_statistics(model),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         test_size=test_size,
@@ -161,19 +196,14 @@ def _training(run: Run) -> dict[str, Any]:
 
 
 def _curve(run: Run, results: dict[str, Any]) -> dict[str, Any] | None:
-    """The run's sweep over eps in that norm; of several, the one with the most examples, then radii."""
-    sweeps = [read_json(path) for path in sorted(run.results_folder.with_name("sweeps").glob("*.json"))]
-    ours = [
-        sweep
-        for sweep in sweeps
-        if all(sweep.get(name) == results[name] for name in ("model_digest", "norm", "dataset"))
-    ]
-    if not ours:
-        return None
-    return without_paths(max(ours, key=lambda sweep: (sweep["n_examples"], len(sweep["curve"]))))
+    """The run's sweep over eps in that norm, of several the best."""
+    same = ("norm", "dataset", "dataset_title")
+    sweeps = [file for file in _read_all(run, "sweeps") if all(file.content[name] == results[name] for name in same)]
+    best = best_sweep(sweeps)
+    return None if best is None else without_paths(best.content)
 
 
-def _seeds(run: Run, results_path: Path, results: dict[str, Any], others: Sequence[Path]) -> list[Seed]:
+def _seeds(run: Run, chosen: ResultFile, results: dict[str, Any], others: Sequence[Path]) -> list[Seed]:
     """The run and those of other seeds, by seed; none where there are no others."""
     seeds = {run.config["train"]["seed"]: _seed(run, results)} if others else {}
     for path in others:
@@ -183,15 +213,15 @@ def _seeds(run: Run, results_path: Path, results: dict[str, Any], others: Sequen
         seed = other.config["train"]["seed"]
         if seed in seeds or other.model_digest in [one.model_digest for one in seeds.values()]:
             raise InputError(f"--seeds {path}: its seed, {seed}, or its weights are there twice; give each run once")
-        found_path = other.results_folder / results_path.name
-        found = read_results(found_path, other)
+        found = choose_results(other, ThreatModel.parse(results["norm"], results["eps"]), chosen.path.stem)
         alike = ("dataset", "dataset_title", "norm", "eps", "suite", "n_examples", "seed", "precision", "settings")
-        unlike = ", ".join(field for field in alike if found[field] != results[field])
+        unlike = ", ".join(field for field in alike if found.content[field] != results[field])
         if unlike:
-            raise InputError(f"{found_path} and {results_path} differ in {unlike}; evaluate both alike")
-        if _verdict(found) == "masked" != _verdict(results):
+            raise InputError(f"{found.path} and {chosen.path} differ in {unlike}; evaluate both alike")
+        of_seed = with_further(found, further_evaluations(other, found))
+        if of_seed["verdict"]["verdict"] == "masked" != results["verdict"]["verdict"]:
             raise InputError(f"--seeds {path}: its gradients are masked, those of {run.path} are not; leave it out")
-        seeds[seed] = _seed(other, found)
+        seeds[seed] = _seed(other, of_seed)
     return [seeds[seed] for seed in sorted(seeds)]
 
 
@@ -214,6 +244,6 @@ def _seed(run: Run, results: dict[str, Any]) -> Seed:
         clean=results["clean"],
         autoattack=results["accuracy"].get(AUTOATTACK),
         worst=results["worst"],
-        verdict=_verdict(results),
+        verdict=results["verdict"]["verdict"],
         model_digest=results["model_digest"],
     )

@@ -76,18 +76,21 @@ def is_external(measured: Measured) -> bool:
 
     Not of a copy of the board's images, as an image in the ball of the copy may be outside of the original's.
     """
-    adaptive = any(name in ATTACKS and ATTACKS[name].kind == "adaptive" for name in measured.results["accuracy"])
+    tried = (attack for one in (measured.results, *measured.further) for attack in one["accuracy"])
+    adaptive = any(attack in ATTACKS and ATTACKS[attack].kind == "adaptive" for attack in tried)
     return (adaptive or measured.external is not None) and not measured.is_copy
 
 
-def new_evaluation(measured: Measured, images: str) -> str:
+def new_evaluation(measured: Measured, images: str, without_image: int) -> str:
     """The text of the form "New external evaluation(s)", filled in.
 
     Args:
         measured: The model.
         images: Name of the file of adversarial images.
+        without_image: How many images of the worst case are not in it, as they fell in a sweep over eps only.
     """
     results = measured.results
+    missing = f"; so are {without_image} that fell in a sweep over eps only" if without_image else ""
     return f"""\
 Title: [New evaluation] {measured.key}
 
@@ -97,7 +100,7 @@ Title: [New evaluation] {measured.key}
 
 ## New evaluation
 + **Link to adversarial images:** (the address of {images}, once it is uploaded: a tensor of the size of the test set, \
-in its order; images that withstood, are wrong as they are, or were not evaluated are clean)
+in its order; images that withstood, are wrong as they are, or were not evaluated are clean{missing})
 + **Robust accuracy:** {percent(results["worst"])} (AutoAttack: {percent(measured.autoattack)}). {measured.sample}
 + **Author(s):** {measured.paper.authors}
 + **Description of the method used:** for every image, whatever first broke it of {measured.attacks}. Gradient \
