@@ -148,6 +148,22 @@ def test_fewer_examples_than_the_board_asks_for_are_called_preliminary_everywher
         assert ("reliminary" in text) == preliminary
     assert model_card(measured).count("preliminary") == (2 if preliminary else 0)
 
+@pytest.mark.parametrize(
+    ("dataset", "title", "n", "preliminary"),
+    [
+        ("mnist", "MNIST", 10_000, False),
+        ("mnist", "MNIST", 500, True),
+        ("cifar10", "CIFAR-10", 10_000, False),
+        ("cifar10", "CIFAR-10 (JPEG copy)", 10_000, True),
+    ],
+)
+def test_the_curve_is_preliminary_by_the_rule_of_the_results(measured, dataset, title, n, preliminary):
+    results = {**measured.results, "dataset": dataset, "dataset_title": title, "n_examples": 10_000}
+    measured = replace(measured, results=results, curve={**measured.curve, "n_examples": n}, test_size=10_000)
+    (above,) = [line for line in model_card(measured).splitlines() if f"the first {n:,} test images:" in line]
+    assert above.startswith("Preliminary: Linf, suite" if preliminary else "Linf, suite")
+
+
 
 # The card
 

@@ -159,7 +159,7 @@ def _curve(measured: Measured) -> str:
     return "\n\n".join(
         [
             f"![Accuracy under every attack against eps]({measured.key}.png)",
-            f"{'Preliminary: ' if curve['n_examples'] < measured.test_size else ''}{curve['norm']}, suite "
+            f"{'Preliminary: ' if measured.is_preliminary(curve['n_examples']) else ''}{curve['norm']}, suite "
             f"{curve['suite']}, the first {curve['n_examples']:,} test images:",
             f"| eps | clean, % | worst case, % | gradient masking |\n| ---: | ---: | ---: | --- |\n{rows}",
         ]

@@ -166,8 +166,12 @@ class Measured:
 
     @property
     def preliminary(self) -> bool:
-        """Whether every number is from fewer images than the leaderboard asks for, or from a copy of them."""
-        return self.is_copy or self.results["n_examples"] < BOARD_EXAMPLES.get(self.dataset, self.test_size)
+        """Whether the results are: see `is_preliminary`."""
+        return self.is_preliminary(self.results["n_examples"])
+
+    def is_preliminary(self, n_examples: int) -> bool:
+        """Whether numbers are from fewer images than the leaderboard asks for, or from a copy of them."""
+        return self.is_copy or n_examples < BOARD_EXAMPLES.get(self.dataset, self.test_size)
 
     @property
     def attacks(self) -> str:
