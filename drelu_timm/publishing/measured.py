@@ -160,9 +160,12 @@ class Measured:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the images are not those of RobustBench's board, but compressed or otherwise stored anew."""
+        """Whether the images are not those of RobustBench's board, but compressed or otherwise stored anew.
+
+        A folder's always are, as it is read in an order and at a size of our own, and the board's 5,000 are others.
+        """
         known = DATASETS.get(self.dataset)
-        return self.dataset in BOARD_EXAMPLES and known is not None and self.results["dataset_title"] != known.title
+        return self.dataset in BOARD_EXAMPLES and (known is None or self.results["dataset_title"] != known.title)
 
     @property
     def preliminary(self) -> bool:
