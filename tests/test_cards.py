@@ -164,7 +164,6 @@ def test_the_curve_is_preliminary_by_the_rule_of_the_results(measured, dataset, 
     assert above.startswith("Preliminary: Linf, suite" if preliminary else "Linf, suite")
 
 
-
 # The card
 
 
@@ -283,6 +282,8 @@ def test_a_copy_of_the_boards_images_is_preliminary_and_no_external_evaluation(m
     assert copy.sample == "Preliminary: measured on all 10,000 test images of CIFAR-10 (JPEG copy)."
     original = replace(copy, results={**results, "dataset_title": "CIFAR-10"})
     assert is_external(original) and not original.preliminary
+    folder = replace(copy, results={**results, "dataset": "imagenet", "dataset_title": "imagenet"})
+    assert folder.preliminary and not is_external(folder)
 
 
 def test_what_earlier_trainings_had_is_told_too(measured):
@@ -292,6 +293,28 @@ def test_what_earlier_trainings_had_is_told_too(measured):
     assert entry["additional_data"] and "It uses additional synthetic images in training (30%" in entry["footnote"]
     assert "CC BY-NC-SA 4.0" in card and "ImageNet weights" in card and "license: cc-by-nc-sa-4.0" in card
     assert "for the last of its 2 trainings" in card
+
+
+def begun_from(measured, earlier):
+    return replace(measured, config={**measured.config, "init_from": earlier})
+
+
+def test_a_net_begun_from_another_dataset_has_additional_data(measured):
+    elsewhere = {**trained(measured, dataset="mnist").config, "dataset_title": "MNIST"}
+    later = begun_from(measured, begun_from(measured, elsewhere).config)
+    entry, sentence = model_info(later), "It was begun from a net trained on MNIST."
+    assert entry["additional_data"] is True and entry["footnote"].startswith(f"{sentence} Preliminary: ")
+    assert f"\n- {sentence}\n" in model_card(later).partition("## Training")[2]
+    assert "- **Additional data**: true" in new_model(later, None)
+    here = begun_from(measured, {**measured.config, "dataset_title": "Digits (JPEG copy)"})
+    assert model_info(here)["additional_data"] is False and "begun from" not in model_card(here)
+
+
+def test_of_folders_the_name_tells_whether_it_is_another_dataset(measured):
+    photos = {**trained(measured, dataset="folder").config, "dataset_title": "photos"}
+    flowers = replace(measured, config={**photos, "dataset_title": "flowers", "init_from": photos})
+    assert "begun from a net trained on photos." in model_info(flowers)["footnote"]
+    assert model_info(begun_from(replace(measured, config=photos), photos))["additional_data"] is False
 
 
 def test_a_plain_model_has_nothing_of_d_relu_on_its_card(measured):

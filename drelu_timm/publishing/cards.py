@@ -7,7 +7,7 @@ import yaml
 
 from ..command_line import duration
 from ..evaluation.curves import verdict_at
-from .entries import architecture, generated_images, is_pretrained
+from .entries import architecture, generated_images, is_pretrained, told_of_data
 from .measured import PROBES, Measured, further_called, percent, spread
 from .recipes import OBJECTIVES, made_with, training_commands, training_time
 
@@ -253,6 +253,7 @@ def _training(measured: Measured) -> str:
     kept = training["epoch"]
     facts = [
         f"Data: {config['dataset_title']}; a part of its training images is held out to choose the epoch by.",
+        *told_of_data(measured),
         f"Preset: {config['train']['preset'] or 'none'}. Seed: {config['train']['seed']}.",
         f"Epochs: {training['epochs']}; the weights are those of "
         + (
@@ -269,8 +270,6 @@ def _training(measured: Measured) -> str:
         f"Time: {training_time(measured)} on {config['hardware']}, {training['images_per_second']:,.0f} images/s.",
         f"Versions: {made_with(config)}.",
     ]
-    if generated := generated_images(measured):
-        facts.insert(1, generated)
     return f"```bash\n{commands}\n```\n\n{_list(facts)}"
 
 

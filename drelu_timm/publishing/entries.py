@@ -29,7 +29,7 @@ def model_info(measured: Measured) -> dict[str, Any]:
         "name": paper.title,
         "authors": paper.authors,
         # RobustBench counts real images only: generated ones go into the footnote.
-        "additional_data": is_pretrained(measured),
+        "additional_data": is_pretrained(measured) or begun_elsewhere(measured) is not None,
         "number_forward_passes": 1,
         "dataset": measured.dataset,
         "venue": paper.venue,
@@ -57,6 +57,19 @@ def is_pretrained(measured: Measured) -> bool:
     return any(config["train"].get("pretrained") for config in measured.trainings)
 
 
+def begun_elsewhere(measured: Measured) -> str | None:
+    """A sentence on the other datasets that the net it was begun from was trained on; None where there are none."""
+    own = _data(measured.config)
+    others = [config["dataset_title"] for config in measured.trainings if _data(config) != own]
+    return f"It was begun from a net trained on {' and '.join(dict.fromkeys(others))}." if others else None
+
+
+def _data(config: dict[str, Any]) -> tuple[str, ...]:
+    """What tells the dataset of a training from others; of folders it is their name."""
+    dataset = config["train"]["dataset"]
+    return (dataset, config["dataset_title"]) if dataset == "folder" else (dataset,)
+
+
 def generated_images(measured: Measured) -> str | None:
     """A sentence on generated images in the training, or in one that it was begun from; None where there were none."""
     for config in measured.trainings:
@@ -67,15 +80,18 @@ def generated_images(measured: Measured) -> str | None:
     return None
 
 
+def told_of_data(measured: Measured) -> list[str]:
+    """The sentences on what it was trained on beside its dataset; none where it was trained on that alone."""
+    return [sentence for sentence in (begun_elsewhere(measured), generated_images(measured)) if sentence]
+
+
 def _short(count: int) -> str:
     """A number as RobustBench's footnotes have it: 1M, 20M; 5,000."""
     return f"{count // 1_000_000}M" if count % 1_000_000 == 0 else f"{count:,}"
 
 
 def _footnote(measured: Measured) -> str:
-    sentences = [measured.sample, f"Gradient-masking verdict: {measured.verdict}."]
-    if generated := generated_images(measured):
-        sentences.insert(0, generated)
+    sentences = [*told_of_data(measured), measured.sample, f"Gradient-masking verdict: {measured.verdict}."]
     if measured.external is not None:
         sentences.append(
             f"{percent(measured.external)}% robust accuracy is the worst case, image by image, of {measured.attacks}."
