@@ -93,9 +93,22 @@ def test_the_folder_holds_what_it_should_and_nothing_is_left_beside_it(exported)
 def test_the_sums_are_those_of_the_weights(exported, evaluated):
     lines = (exported / "weights" / "SHA256SUMS").read_text().splitlines()
     assert {line.split()[1]: line.split()[0] for line in lines} == {
-        name: sha256_of(exported / "weights" / name) for name in (f"{KEY}.safetensors", f"{KEY}.pt")
+        name: sha256_of(exported / "weights" / name)
+        for name in (f"{KEY}.safetensors", f"{KEY}.pt", "../hub/config.json")
     }
     assert lines[0].split()[0] == Run.open(evaluated).model_digest
+
+
+def test_whoever_loads_it_checks_its_config_too(exported, evaluated, tmp_path):
+    config = exported / "hub" / "config.json"
+    assert config.read_bytes() == (evaluated / "model" / "config.json").read_bytes()
+    for file in ("register.py", "hub/README.md"):
+        assert sha256_of(config) in (exported / file).read_text()
+    changed = Path(shutil.copytree(exported, tmp_path / "changed"))
+    (changed / "hub" / "config.json").write_text(config.read_text() + " ")
+    code = f"import timm, register; timm.create_model('{NAME}', pretrained=True)"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=changed, capture_output=True, text=True)
+    assert "config.json holds other settings than were registered" in done.stderr
 
 
 def test_the_adversarial_images_are_as_many_as_the_test_set_and_break_what_the_evaluation_says(exported, results):

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import huggingface_hub
 import pytest
@@ -41,18 +42,19 @@ def folder(saved, tmp_path):
 
 
 @pytest.fixture
-def uploaded(hub, saved):
-    """The stand-in for the Hub, which is a web server as well, with the model."""
+def uploaded(hub, saved, monkeypatch):
+    """The stand-in for the Hub, which is a web server as well, with the model; it speaks no TLS."""
     hub.make(REPO, **{name: (saved / name).read_bytes() for name in FILES})
+    monkeypatch.setattr(torch.hub, "urlopen", lambda asked: urlopen(Request(asked.full_url.replace("https", "http"))))
     return hub
 
 
 def web(hub) -> str:
-    return f"{hub.url}/{REPO}/resolve/main"
+    return f"{hub.url.replace('http', 'https')}/{REPO}/resolve/main"
 
 
-def digest(folder: Path) -> str:
-    return sha256_of(folder / "model.safetensors")
+def digest(folder: Path, file: str = "model.safetensors") -> str:
+    return sha256_of(folder / file)
 
 
 def register(source, **settings) -> str:
@@ -91,6 +93,13 @@ def test_a_web_address_is_fetched_once_when_the_model_is_created(uploaded, saved
     assert uploaded.requests == [("GET", "resolve")] * 2
     (cache,) = (tmp_path / "torch_home" / "hub" / "drelu_timm").iterdir()
     assert sorted(path.name for path in cache.iterdir()) == sorted(FILES)
+
+
+def test_a_digest_of_the_config_as_well_pins_the_whole_model(uploaded, saved):
+    digests = {"sha256": digest(saved), "config_sha256": digest(saved, "config.json")}
+    for source in (saved, web(uploaded), f"hf-hub:{REPO}"):
+        register(source, **digests)
+        assert same(saved)
 
 
 def test_timms_cache_dir_is_where_files_are_fetched_to(uploaded, saved, tmp_path):
@@ -160,10 +169,12 @@ def test_robustbench_reads_a_custom_checkpoint(robustbench, saved, tmp_path):
         ),
         ("ftp://host/x", {}, r"holds no exported model"),
         ("https://host/x", {}, r"^https://host/x: weights from the web need their sha256; export wrote it"),
-        ("http://host/x?a=b", {"sha256": OTHER}, r"give the address of a folder, without \? and #"),
+        ("https://host/x?a=b", {"sha256": OTHER}, r"give the address of a folder, without \? and #"),
+        ("http://host/x", {"sha256": OTHER}, r"^http://host/x: what comes over http may be anybody's; give its https"),
         ("hf-hub:tester", {}, r"^hf-hub:tester names no repository; give ORG/NAME"),
         ("hf-hub:lab/x/y@main", {}, r"^hf-hub:lab/x/y@main names no repository"),
         ("hf-hub:lab/x", {"sha256": "abc"}, r"^sha256 'abc' is no SHA-256; give 64 digits"),
+        ("hf-hub:lab/x", {"config_sha256": "abc"}, r"^config_sha256 'abc' is no SHA-256; give 64 digits"),
     ],
 )
 def test_a_bad_source_is_refused_at_once(source, settings, message):
@@ -187,6 +198,25 @@ def test_other_weights_are_never_used(uploaded, folder, tmp_path):
     with pytest.raises(InputError, match=text):
         timm.create_model(NAME, pretrained=True)
     assert [path.name for path in (tmp_path / "torch_home").rglob("*") if path.is_file()] == ["config.json"]
+
+
+def test_a_later_config_does_not_change_the_model(uploaded, folder, tmp_path):
+    register(web(uploaded), sha256=digest(folder))
+    assert same(folder)  # and the config is in the cache
+    digests = {"sha256": digest(folder), "config_sha256": digest(folder, "config.json")}
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.5]
+    (folder / "config.json").write_text(json.dumps(config))
+    uploaded.repos[REPO].append({name: (folder / name).read_bytes() for name in FILES})
+    found = digest(folder, "config.json")
+    for source in (folder, f"hf-hub:{REPO}"):
+        register(source, **digests)
+        with pytest.raises(InputError, match=rf"config.json holds other settings than were reg.*, {found} found"):
+            timm.create_model(NAME, pretrained=True)
+    register(web(uploaded), **digests)
+    with pytest.raises(InputError, match=rf"^{web(uploaded)}/config.json holds other settings .*not kept .*{found}"):
+        timm.create_model(NAME, pretrained=True)
+    assert len(list((tmp_path / "torch_home").rglob("config.json"))) == 1
 
 
 def test_weights_that_changed_in_the_cache_are_not_used(uploaded, saved, tmp_path):
@@ -215,7 +245,7 @@ def test_a_file_that_is_not_given_out_is_named(uploaded, saved, status):
 
 
 def test_no_network_is_said(hub, monkeypatch):
-    nobody = "http://127.0.0.1:9"
+    nobody = "https://127.0.0.1:9"
     register(f"{nobody}/x", sha256=OTHER)
     with pytest.raises(InputError, match=rf"^{nobody}/x/config.json cannot be fetched .*check the address and the net"):
         timm.create_model(NAME, pretrained=True)

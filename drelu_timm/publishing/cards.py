@@ -221,8 +221,8 @@ def _with_timm_and_robustbench(measured: Measured, source: str | None = None) ->
     register = ""
     if source is not None:
         register = (
-            f'\n\ndrelu_timm.register_robust_model("{key}", "{dataset}", "{norm}", "{source}", '
-            f'sha256="{measured.weights.sha256}")'
+            f'\n\ndrelu_timm.register_robust_model(\n    "{key}", "{dataset}", "{norm}", "{source}",\n'
+            f'    sha256="{measured.weights.sha256}",\n    config_sha256="{measured.config_sha256}",\n)'
         )
     return f"""\
 With timm, where drelu_timm is installed:

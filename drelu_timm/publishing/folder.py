@@ -29,13 +29,13 @@ def write_model(folder: Path, measured: Measured, run: Run) -> None:
     hub, weights = folder / "hub", folder / "weights"
     for place in (hub, weights):
         place.mkdir()
-    for file in (WEIGHTS, CONFIG):
-        shutil.copyfile(run.model_folder / file, hub / file)
+    shutil.copyfile(run.model_folder / WEIGHTS, hub / WEIGHTS)
+    write_json(hub / CONFIG, measured.timm)  # whose digest the card tells
     write_text(hub / "README.md", model_card(measured, source="."))
     shutil.copyfile(hub / WEIGHTS, weights / f"{measured.key}.safetensors")
     with written_whole(weights / f"{measured.key}.pt") as beside:
         torch.save(run.load_model().state_dict(), beside)
-    names = [f"{measured.key}.safetensors", f"{measured.key}.pt"]
+    names = [f"{measured.key}.safetensors", f"{measured.key}.pt", f"../hub/{CONFIG}"]
     write_text(weights / "SHA256SUMS", "".join(f"{sha256_of(weights / name)}  {name}\n" for name in names))
 
     write_json(folder / "model_info" / f"{measured.place}.json", model_info(measured))
@@ -68,7 +68,9 @@ from pathlib import Path
 from drelu_timm import register_robust_model
 
 SHA256 = "{measured.weights.sha256}"
-register_robust_model({named}, Path(__file__).parent / "hub", sha256=SHA256)
+CONFIG_SHA256 = "{measured.config_sha256}"
+SOURCE = Path(__file__).parent / "hub"
+register_robust_model({named}, SOURCE, sha256=SHA256, config_sha256=CONFIG_SHA256)
 '''
 
 

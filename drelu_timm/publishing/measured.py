@@ -1,5 +1,6 @@
 """What was measured of an evaluated run: all that its card, its entry and its recipe say, and the record of it."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..attacks.threat_model import ThreatModel
 from ..data.datasets import DATASETS
+from ..files import json_text
 from ..zoo.robust_models import robust_model_name
 
 AUTOATTACK = "autoattack"
@@ -132,6 +134,11 @@ class Measured:
     def recipe(self) -> str:
         """Where the commands that make it lie in this project."""
         return f"scripts/{self.place.as_posix()}.sh"
+
+    @property
+    def config_sha256(self) -> str:
+        """Of the timm folder's config.json, as the exported folder has it."""
+        return hashlib.sha256(json_text(self.timm).encode()).hexdigest()
 
     @property
     def verdict(self) -> str:

@@ -29,7 +29,13 @@ def robust_model_name(key: str, dataset: str, threat_model: str) -> str:
 
 
 def register_robust_model(
-    key: str, dataset: str, threat_model: str, source: Path | str, *, sha256: str | None = None
+    key: str,
+    dataset: str,
+    threat_model: str,
+    source: Path | str,
+    *,
+    sha256: str | None = None,
+    config_sha256: str | None = None,
 ) -> str:
     """Let timm and RobustBench load an exported model.
 
@@ -45,14 +51,15 @@ def register_robust_model(
             repository of the Hugging Face Hub, "hf-hub:ORG/NAME" or "hf-hub:ORG/NAME@REVISION". They are read when the
             model is created, and fetched then if need be, into the cache of torch.hub or of the Hub.
         sha256: Of model.safetensors, compared before the weights are used; an https address needs it.
+        config_sha256: Of config.json, compared before it is read: normalisation and activation make the model too.
 
     Returns:
         The name under which timm has it.
 
     Raises:
-        InputError: A bad key, source or sha256, or a name that timm has already for another model.
+        InputError: A bad key, source or digest, or a name that timm has already for another model.
     """
-    return register(robust_model_name(key, dataset, threat_model), find_source(source, sha256))
+    return register(robust_model_name(key, dataset, threat_model), find_source(source, sha256, config_sha256))
 
 
 def register(name: str, source: Source) -> str:
