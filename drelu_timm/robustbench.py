@@ -18,6 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
+from timm.data import create_transform
 from torch import Tensor
 
 from .data.datasets import DATASETS
@@ -25,6 +26,7 @@ from .data.images import to_float
 from .data.readers import load_images
 from .errors import InputError
 from .installation import ROBUSTBENCH, broken_robustbench, pip, robustbench_problems
+from .zoo.robust_models import registered_cfg
 
 
 @cache
@@ -36,6 +38,8 @@ def adapt() -> ModuleType:
     - The datasets of `drelu_timm.data` that RobustBench does not know (digits, mnist, ...) become further values of
       its enumeration ``BenchmarkDataset``. So ``load_model(key, dataset="mnist")`` finds a registered model, and
       ``benchmark(model, dataset="mnist")`` images.
+    - ImageNet's images are cut for a registered model as its config says: RobustBench would create it, without its
+      weights, to see how.
 
     Raises:
         InputError: RobustBench, or something that it needs, is missing or has been overwritten; the message says how to
@@ -49,6 +53,7 @@ def adapt() -> ModuleType:
     except ImportError as error:
         raise InputError(str(broken_robustbench(error))) from error
     _add_datasets(robustbench)
+    _add_preprocessing(robustbench)
     return robustbench
 
 
@@ -91,6 +96,20 @@ def _clean_loader(dataset: str):
         return to_float(test.images), test.labels
 
     return load
+
+
+def _add_preprocessing(robustbench: ModuleType) -> None:
+    """Let RobustBench find what makes images [C, H, W] in [0, 1] of ImageNet's files, for registered models too."""
+    theirs = robustbench.data.get_timm_model_preprocessing
+
+    def preprocessing(model_name: str):
+        cfg = registered_cfg(model_name)
+        if cfg is None:
+            return theirs(model_name)
+        shape = {name: cfg[name] for name in ("interpolation", "crop_pct")}
+        return create_transform(cfg["input_size"], mean=(0.0,), std=(1.0,), **shape)  # the model normalises
+
+    robustbench.data.get_timm_model_preprocessing = preprocessing
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,10 +3,13 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from fake_packages import install
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
+from drelu_timm import register_robust_model, save_folder
 from drelu_timm.errors import InputError
 from drelu_timm.robustbench import adapt
 
@@ -160,6 +163,20 @@ def test_benchmark_finds_the_images_of_such_a_dataset(robustbench):
     test = load_images("digits", None, "test")
     assert torch.equal(images, test.images[:50] / 255)
     assert torch.equal(labels, test.labels[:50])
+
+
+def test_the_images_for_a_registered_model_are_those_for_its_architecture(robustbench, tmp_path):
+    save_folder(timm.create_model("resnet10t", num_classes=3), tmp_path / "hub")
+    (tmp_path / "hub" / "model.safetensors").unlink()  # they are not needed
+    register_robust_model("Tester2026Preprocessing", "imagenet", "Linf", tmp_path / "hub")
+    enums = robustbench.model_zoo.enums
+    board = enums.BenchmarkDataset.imagenet, enums.ThreatModel.Linf
+    image = to_pil_image(torch.rand(3, 260, 300, generator=torch.Generator().manual_seed(0)))
+
+    found = robustbench.data.get_preprocessing(*board, "Tester2026Preprocessing", None)(image)
+
+    assert found.shape == (3, 176, 176)
+    assert torch.equal(found, robustbench.data.get_timm_model_preprocessing("resnet10t")(image))
 
 
 def test_the_real_autoattack_is_preferred(robustbench, monkeypatch, tmp_path, fresh):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import nn
@@ -73,6 +74,15 @@ def register(name: str, source: Source) -> str:
         timm.models.register_model(_entrypoint(name))
     _sources[name] = source
     return name
+
+
+def registered_cfg(name: str) -> dict[str, Any] | None:
+    """timm's ``pretrained_cfg`` of a model that `register` put there, without its weights; None for other names.
+
+    Raises:
+        InputError: A source whose files are not to be had.
+    """
+    return _sources[name](None).config["pretrained_cfg"] if name in _sources else None
 
 
 def check_name_is_free(name: str) -> None:
