@@ -90,7 +90,8 @@ def sweep(config: SweepConfig) -> int:
         _show_plan(grid, cells, launch, config)
         return 0
     with _held(output_dir):
-        _refuse_running(cells, output_dir, config.cluster)
+        queued = _refuse_running(cells, output_dir, config.cluster)
+        cells.sort(key=lambda cell: cell.name not in queued)  # which may be why others are refused
         failed = Scheduler(grid.name, cells, _place(output_dir, config), launch).run()
     print(f"next: drelu-timm report {output_dir}")
     return 1 if failed else 0
@@ -135,8 +136,12 @@ def _held(output_dir: Path) -> BinaryIO:
         raise InputError(f"--output-dir {output_dir} cannot be written to ({one_line(error)}); name another") from error
 
 
-def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> None:
-    """Refuse to begin what runs already, or waits in SLURM's queue; with ``--cluster slurm``, that is found again."""
+def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> Collection[str]:
+    """Refuse to begin what runs already, or waits in SLURM's queue; with ``--cluster slurm``, that is found again.
+
+    Returns:
+        Names of the cells in the queue.
+    """
     folder = output_dir / "jobs"
     queued: Collection[str] = ()
     if folder.exists():
@@ -157,6 +162,7 @@ def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> No
                     f"--output-dir {output_dir}: cell {cell.name} still runs, left by a sweep that was killed; "
                     f"wait, or end it (fuser {cell.log} names its processes)"
                 ) from error
+    return queued
 
 
 def _place(output_dir: Path, config: SweepConfig) -> Place:

@@ -410,6 +410,57 @@ def test_a_job_that_is_still_in_the_queue_is_not_submitted_again(tmp_path, monke
     assert queue().submit("a", job).job == job
 
 
+@pytest.fixture
+def limited_queue(tmp_path, monkeypatch):
+    """Makes a cluster that takes so many jobs of a user at once; the moments at which each was submitted."""
+    submitit = pytest.importorskip("submitit")
+    from drelu_timm.sweeps import scheduler
+    from drelu_timm.sweeps.cluster import Cluster
+
+    monkeypatch.setattr(scheduler, "_TRIES_EVERY", 0.5)
+
+    def make(limit: int) -> tuple[Cluster, list[float]]:
+        tries: list[float] = []
+        jobs: list[SimpleNamespace] = []
+
+        class Limited(FakeQueue):
+            def submit(self, job: CellJob):
+                tries.append(time.monotonic())
+                if sum(not job.done() for job in jobs) >= limit:
+                    raise submitit.core.utils.FailedJobError(
+                        "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed"
+                    )
+                ends = time.monotonic() + 0.6
+                done = SimpleNamespace(job_id="1", done=lambda: time.monotonic() > ends, result=lambda: "")
+                jobs.append(done)
+                return done
+
+        monkeypatch.setattr(submitit, "AutoExecutor", Limited)
+        return Cluster("slurm", tmp_path / "jobs", partition="", minutes=90, num_processes=1), tries
+
+    return make
+
+
+def test_a_cell_that_the_cluster_refuses_waits_until_another_one_has_ended(tmp_path, limited_queue, capsys):
+    cluster, tries = limited_queue(1)
+    assert not Scheduler("stubs", stubs(tmp_path, dict.fromkeys("abc", "")), cluster, Launch()).run()
+    text = capsys.readouterr().out
+    assert re.findall(r"^(?:begins|waits|done)  +\w|^begins \w", text, re.MULTILINE) == [
+        *("begins a", "waits  b", "done   a", "begins b", "done   b", "begins c", "done   c")
+    ]
+    assert "waits  b: it was refused (sbatch: error: QOSMaxSubmitJobPerUserLimit sbatch: error: Batch job" in text
+    assert len(tries) <= 9  # not at every look
+
+
+def test_a_cell_that_the_cluster_refuses_though_nothing_runs_has_failed(tmp_path, limited_queue, capsys):
+    cluster, tries = limited_queue(0)
+    assert Scheduler("stubs", stubs(tmp_path, dict.fromkeys("ab", "")), cluster, Launch()).run()
+    text = capsys.readouterr().out
+    for name in "ab":
+        assert f"failed {name}: it was refused (sbatch: error: QOSMaxSubmitJobPerUserLimit sbatch: error: Batch" in text
+    assert len(tries) == 2
+
+
 def test_slurm_jobs_that_have_not_ended_are_not_begun_here(tmp_path, grid, monkeypatch):
     submitit = pytest.importorskip("submitit")
     jobs_folder = tmp_path / "x" / "jobs"

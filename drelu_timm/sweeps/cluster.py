@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 from ..errors import InputError, one_line
 from ..files import read_json, write_json
-from .jobs import CellJob, Pending
+from .jobs import CellJob, Pending, Refused
 
 NUMBERS = "jobs.json"  # the number of each cell's job, by the cell's name
 _CPUS_PER_GPU = 4
@@ -63,11 +64,18 @@ class Cluster:
         self._begun: list[Any] = []
 
     def submit(self, name: str, job: CellJob) -> Pending:
-        """Submit a cell, or find its job again."""
+        """Submit a cell, or find its job again.
+
+        Raises:
+            Refused: sbatch said no: a limit on a user's jobs, a partition that is not there, ...
+        """
         if name in self._queued:
             return self._queued.pop(name)
         self._executor.update_parameters(name=name)
-        begun = self._executor.submit(CellJob(job.commands, job.log.resolve()))
+        try:
+            begun = self._executor.submit(CellJob(job.commands, job.log.resolve()))
+        except FailedJobError as error:
+            raise Refused(one_line(error)) from error
         if self._is_slurm:
             write_json(self._folder / NUMBERS, _numbers(self._folder) | {name: begun.job_id})
         self._begun.append(begun)

@@ -138,6 +138,10 @@ class Pending(Protocol):
         ...
 
 
+class Refused(Exception):
+    """A place takes no more cells, for now at least; the message is its own, in one line."""
+
+
 class Place(Protocol):
     """Where cells run."""
 
@@ -147,7 +151,11 @@ class Place(Protocol):
         ...
 
     def submit(self, name: str, job: CellJob) -> Pending:
-        """Begin a cell; ``name`` is its name."""
+        """Begin a cell; ``name`` is its name.
+
+        Raises:
+            Refused: It was not begun, and may be tried again.
+        """
         ...
 
     def stop(self) -> None:

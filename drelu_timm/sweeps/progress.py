@@ -89,6 +89,7 @@ class Screen:
     def __init__(self, title: str, progress: Progress, capacity: float):
         self._title, self._progress, self._capacity = title, progress, capacity
         self._console = Console(soft_wrap=True)
+        self._refusal = ""
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -103,6 +104,13 @@ class Screen:
         """Say that a cell begins, where no table shows it."""
         if not self._console.is_terminal:
             self._say(f"begins {escape(cell.name)}")
+
+    def waits(self, cell: Cell, refusal: str, seconds: float) -> None:
+        """Say, once for each reason, that a cell was refused and when it is tried again."""
+        if refusal != self._refusal:
+            again = f"tried again every {duration(seconds)}"
+            self._say(f"waits  {escape(cell.name)}: it was refused ({escape(refusal)}); {again} while others run")
+        self._refusal = refusal
 
     def ends(self, ended: Ended) -> None:
         """Say how a cell ended."""

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Sequence
+from math import inf
 
 from ..errors import InputError, one_line
 from ..launches import Launch
 from ..preemption import Preempted, noticed_sigterm
 from .cells import Cell
-from .jobs import CellJob, Place
+from .jobs import CellJob, Place, Refused
 from .progress import Ended, Progress, Running, Screen
 
 _LOOKS_EVERY = 0.2  # seconds
+_TRIES_EVERY = 60.0  # seconds after a refusal; a cluster may take as long to forget a job that has ended
 
 
 class Scheduler:
@@ -27,6 +29,7 @@ class Scheduler:
         self._place, self._launch = place, launch
         self._progress = Progress({cell.name: cell for cell in cells})
         self._screen = Screen(title, self._progress, place.capacity)
+        self._last_ran = self._last_refused = -inf  # by the monotonic clock
 
     def run(self) -> bool:
         """Run all cells that are not done; whether any failed.
@@ -66,14 +69,31 @@ class Scheduler:
     def _begin(self) -> None:
         """Begin what can be begun."""
         progress = self._progress
+        if progress.running:
+            self._last_ran = time.monotonic()
         for cell in list(progress.waiting.values()):
             start = progress.ended.get(cell.start or "")
             if start is not None and start.error:
                 self._end(cell, f"not run, since {start.cell.name} failed, which it begins with")
             elif len(progress.running) < self._place.capacity and (cell.start is None or start is not None):
-                self._screen.begins(cell)
-                job = self._place.submit(cell.name, CellJob(cell.commands(self._launch), cell.log))
-                progress.running[cell.name] = Running(progress.waiting.pop(cell.name), job, time.monotonic())
+                self._submit(cell)
+
+    def _submit(self, cell: Cell) -> None:
+        """Begin a cell; one that its place refuses waits for what may be in its way, or has failed if nothing is."""
+        now = time.monotonic()
+        if now - self._last_refused < _TRIES_EVERY:
+            return
+        try:
+            job = self._place.submit(cell.name, CellJob(cell.commands(self._launch), cell.log))
+        except Refused as refused:
+            if self._progress.running or now - self._last_ran < _TRIES_EVERY:
+                self._last_refused = now
+                self._screen.waits(cell, str(refused), _TRIES_EVERY)
+            else:
+                self._end(cell, f"it was refused ({refused})")
+            return
+        self._screen.begins(cell)
+        self._progress.running[cell.name] = Running(self._progress.waiting.pop(cell.name), job, time.monotonic())
 
     def _end(self, cell: Cell, error: str = "", seconds: float | None = None) -> None:
         progress = self._progress
