@@ -1,11 +1,11 @@
-"""Files that are read with a check and written whole: a reader sees the old one or the new one, never a part."""
+"""Files that are read with a check, locked, and written whole: readers see the old one or the new one, never a part."""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import InputError
 
@@ -23,6 +23,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object; restore it or make it anew")
     return content
+
+
+def locked(path: Path, *, wait: bool = False) -> BinaryIO:
+    """A file to add to, locked until it is closed here and by every process that was started with it.
+
+    Args:
+        path: Stays where it is afterwards: who deletes it could delete what another has just locked.
+        wait: For whoever has locked it.
+
+    Raises:
+        BlockingIOError: It is locked already.
+        OSError: It cannot be written, or its disk has no locks.
+    """
+    import fcntl  # which Windows lacks, where importing the package has to work
+
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 @contextmanager

@@ -21,10 +21,11 @@ import tyro
 
 from .command_line import duration, read_flags
 from .errors import InputError, one_line, unknown
+from .files import locked
 from .launches import Launch
 from .sweeps.cells import Cell
 from .sweeps.grids import Grid, read_grid
-from .sweeps.jobs import Here, Place, locked, threads_of_a_process
+from .sweeps.jobs import Here, Place, threads_of_a_process
 from .sweeps.scheduler import Scheduler
 
 _PRECISIONS = ("no", "bf16")

@@ -1,8 +1,10 @@
 import io
 import os
 import tarfile
+import time
 import urllib.request
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +272,53 @@ def test_no_files_and_no_network(tmp_path, offline, dataset, files):
     assert f"--data-dir {tmp_path} holds no whole {DATASETS[dataset].title}, and it could not be" in str(error.value)
     assert f"put {files}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def downloads(monkeypatch) -> list[str]:
+    """torchvision with a slow download of MNIST; when it began and ended."""
+    import torchvision.datasets
+
+    did: list[str] = []
+
+    class MNIST(torchvision.datasets.MNIST):  # which is a part of its paths
+        def download(self) -> None:
+            if self._check_exists():
+                return
+            did.append("begins")
+            time.sleep(0.2)
+            write_mnist(Path(self.root), [3, 1, 4], 3)
+            did.append("ends")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", MNIST)
+    return did
+
+
+def test_of_several_that_miss_a_dataset_one_downloads_it(tmp_path, downloads):
+    with ThreadPoolExecutor(3) as pool:
+        sets = [*pool.map(lambda folder: load_images("mnist", folder, "test"), [tmp_path / "data"] * 3)]
+    assert [len(images) for images in sets] == [3, 3, 3]
+    assert downloads == ["begins", "ends"]
+
+
+def test_a_download_that_fails_lets_the_next_one_try(tmp_path, downloads, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            load_images("mnist", tmp_path, "test")
+    assert len(load_images("mnist", tmp_path, "test")) == 3
+
+
+def test_no_lock_is_made_where_nothing_is_missing(tmp_path):
+    write_mnist(tmp_path, [3, 1, 4], 3)
+    load_images("mnist", tmp_path, "test")
+    assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
+
+
+def test_a_folder_that_cannot_be_written_to_says_so(tmp_path, offline):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"holds no whole MNIST, and it could not be downloaded \(.*Not a directory"):
+        load_images("mnist", tmp_path / "file" / "data", "test")
 
 
 def test_mnist_files(tmp_path):

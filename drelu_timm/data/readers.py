@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from ..errors import InputError, one_line, unknown
+from ..files import locked
 from ..randomness import permutation
 from .datasets import DATASETS, Dataset
 from .image_files import ImageFiles, Size, Tree, decode, open_tree, read_folder
@@ -104,8 +106,21 @@ _TORCHVISION = {  # name: class in torchvision, the files that it reads
 
 def _torchvision(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
     """A dataset of torchvision, downloaded first where it is not there."""
-    source = _open_torchvision(dataset, data_dir, split, download=True)
+    try:
+        source = _open_torchvision(dataset, data_dir, split, download=False)
+    except InputError:
+        with _alone(data_dir / f".{dataset.name}.lock"):
+            source = _open_torchvision(dataset, data_dir, split, download=True)
     return _from_arrays(np.asarray(source.data), source.targets, source.classes, dataset.title, size)
+
+
+def _alone(lock: Path) -> AbstractContextManager[Any]:
+    """Keeps the others out that would download into the same files meanwhile, such as cells of a sweep."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        return locked(lock, wait=True)
+    except (OSError, ImportError):
+        return nullcontext()  # nothing can be written there, as the download says itself, or there are no locks
 
 
 def _open_torchvision(dataset: Dataset, data_dir: Path, split: str, *, download: bool) -> Any:

@@ -1,7 +1,6 @@
 """The commands of a cell, run one after the other as processes of their own: here, some cells at once, or in a job."""
 
 import contextlib
-import fcntl
 import os
 import shlex
 import signal
@@ -17,22 +16,9 @@ from typing import Any, BinaryIO, Protocol
 import psutil
 import torch
 
+from ..files import locked
+
 _END_OF_LOG = 20_000  # bytes of a log that are searched for what went wrong
-
-
-def locked(path: Path) -> BinaryIO:
-    """A file to add to, locked until it is closed here and by every process that was started with it.
-
-    Raises:
-        BlockingIOError: It is locked already.
-    """
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
 
 
 @dataclass
