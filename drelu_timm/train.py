@@ -9,6 +9,7 @@ of processes or by what ran before, so that a resumed run repeats the uninterrup
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from .training.config import TrainConfig, preset_in, resolve, saved
 from .training.model import create_model
 from .training.presets import PRESETS
 from .training.sharding import check_sharding, sharding
+from .training.start import check_start, recorded_start
+from .training.state import read_progress
 from .training.trainer import Trainer
 
 
@@ -60,6 +63,7 @@ def train(config: TrainConfig) -> Path:
     """
     config = resolve(config)
     assert config.output_dir is not None
+    check_start(config)
     accelerator = make_accelerator(config)
     if (config.output_dir / "model").is_dir():
         return config.output_dir
@@ -67,7 +71,9 @@ def train(config: TrainConfig) -> Path:
         data = load_images(config.dataset, config.data_dir, "train", img_size=config.img_size)[: config.n_train]
         generated = _open_generated(config, data)
     torch.manual_seed(config.seed)
-    trainer = Trainer(config, data, generated, create_model(config, data), accelerator)
+    goes_on = read_progress(config.output_dir / "state") is not None  # then its start is needed no more
+    model = create_model(replace(config, init_from=None) if goes_on else config, data)
+    trainer = Trainer(config, data, generated, model, accelerator)
     if accelerator.is_main_process:
         _describe(config, data, generated, accelerator)
     accelerator.wait_for_everyone()
@@ -143,5 +149,5 @@ def _describe(config: TrainConfig, data: Images, generated: GeneratedImages | No
     if generated is not None:
         about["generated"] = {"images": len(generated), "digest": generated.digest}
     if config.init_from is not None:
-        about["init_from"] = Run.open(config.init_from).config
+        about |= recorded_start(Run.open(config.init_from))
     write_json(path, {"train": saved(config), **about, **environment()})

@@ -21,7 +21,7 @@ from drelu_timm.data.readers import load_images
 from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
 from drelu_timm.export import ExportConfig, export, main, push_exported
-from drelu_timm.publishing.records import choose_results, further_evaluations, with_further
+from drelu_timm.publishing.records import _differing, choose_results, further_evaluations, with_further
 from drelu_timm.publishing.verification import read_evaluated
 from drelu_timm.runs import Run
 
@@ -385,6 +385,11 @@ def test_runs_of_other_seeds_that_do_not_match_are_refused(run, spoil, message):
     spoil(other)
     with pytest.raises(InputError, match=message):
         export(ExportConfig(run, KEY, **PAPER, seeds=(other,)))
+
+
+def test_seeds_begin_with_other_weights():
+    one, other = ({"train": {}, "init_from": {"train": {}}, "init_from_digest": digest} for digest in "ab")
+    assert _differing(one, other) == ""
 
 
 def _edit_train(run, **changes):

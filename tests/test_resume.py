@@ -1,6 +1,7 @@
 """What is left of a training that was stopped, and that it goes on from there to the same end."""
 
 import errno
+import json
 import os
 import random
 import re
@@ -16,9 +17,11 @@ import torch
 from accelerate import Accelerator
 from launching import config, flags, image_folder, kill_with_workers, launch, log, weights
 from PIL import Image
+from safetensors.torch import save_file
 
 from drelu_timm.errors import InputError
 from drelu_timm.preemption import EXIT_CODE
+from drelu_timm.runs import Run
 from drelu_timm.train import train
 from drelu_timm.training import trainer
 from drelu_timm.training.config import TrainConfig
@@ -251,6 +254,40 @@ def test_other_precision_is_refused(tmp_path, monkeypatch):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "with other mixed precision (no before, bf16 now); give what it was begun with" in errors
+
+
+def another_start(run: Path) -> None:
+    """Other weights in the place of a run's."""
+    save_file({name: value + 1 for name, value in weights(run).items()}, run / "model" / "model.safetensors")
+
+
+def test_a_start_with_other_weights_is_refused(tmp_path, monkeypatch):
+    train(config(tmp_path / "start", epochs=1))
+    settings = interrupted(tmp_path / "run", monkeypatch, init_from=tmp_path / "start")
+    before = states(tmp_path / "run")
+    another_start(tmp_path / "start")
+    with pytest.raises(
+        InputError,
+        match=rf"--resume of {tmp_path}/run: --init-from {tmp_path}/start has other weights .*\(sha256 \w+ before, ",
+    ) as error:
+        train(settings)
+    assert "\n" not in str(error.value)
+    assert states(tmp_path / "run") == before
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    del about["init_from_digest"]  # as it was not recorded once
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    train(settings)
+
+
+def test_a_start_that_is_gone_does_not_hinder_going_on(tmp_path, monkeypatch):
+    train(config(tmp_path / "start", epochs=1))
+    digest = Run.open(tmp_path / "start").model_digest
+    settings = interrupted(tmp_path / "run", monkeypatch, init_from=tmp_path / "start")
+    train(replace(settings, output_dir=tmp_path / "whole"))
+    shutil.rmtree(tmp_path / "start")
+    train(settings)
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    assert Run.open(tmp_path / "run").config["init_from_digest"] == digest
 
 
 def test_other_data_is_refused(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from launching import kill_with_workers, log, weights
 from rich.console import Console
+from safetensors.torch import save_file
 from synthetic_runs import point, write_result, write_run, write_sweep
 
 from drelu_timm import __main__
@@ -35,6 +36,7 @@ from drelu_timm.sweeps.grids import read_grid
 from drelu_timm.sweeps.jobs import CellJob, Here
 from drelu_timm.sweeps.progress import Ended, Progress, Running, Screen
 from drelu_timm.sweeps.scheduler import Scheduler
+from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig
 
 GRID = """
@@ -331,6 +333,23 @@ def test_a_cell_of_other_settings_fails_with_the_message_of_train(swept_cell, mo
     path = swept_cell.path
     assert run([cell_of(path, epochs=2)])
     assert f"--resume of {path} with other settings: epochs (1 before, 2 now)" in capsys.readouterr().out
+
+
+def test_a_cell_that_began_with_other_weights_than_its_start_has_now_is_not_done(tmp_path):
+    settings = {"resume": True, "epochs": 1, "n_train": 256, "width": 16}
+    natural = TrainConfig("dense_drelu", "digits", output_dir=tmp_path / "natural", **settings)
+    at = replace(natural, output_dir=tmp_path / "at", init_from=tmp_path / "natural", objective="at", steps=1)
+    for each in (natural, at):
+        train(each)
+    cell = Cell("at", at, (), "natural")
+    assert cell.is_done()
+    file = tmp_path / "natural" / "model" / "model.safetensors"
+    save_file({name: value + 1 for name, value in weights(tmp_path / "natural").items()}, file)
+    with pytest.raises(InputError, match=f"{tmp_path}/at: --init-from {tmp_path}/natural has other weights") as error:
+        cell.is_done()
+    assert "\n" not in str(error.value)
+    file.unlink()
+    assert cell.is_done()
 
 
 @pytest.mark.parametrize("changes", [{"n_examples": 5}, {"dataset": "mnist"}, {"seed": 1}])

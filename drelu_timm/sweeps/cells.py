@@ -12,6 +12,7 @@ from ..evaluation.config import EvaluateConfig, attacked_in
 from ..files import read_json
 from ..launches import Launch
 from ..training.config import TrainConfig, flag_defaults, resolve
+from ..training.start import check_start
 
 _ASKED = ("suite", "n_examples", "seed", "precision", "transfer_from")
 
@@ -54,11 +55,13 @@ class Cell:
         """Whether all its files are there.
 
         Raises:
-            InputError: They are there, but of other settings, as `train` says it; or they cannot be read.
+            InputError: They are there, but of other settings, or begun with other weights than the cell that it begins
+                with has now, as `train` says it; or they cannot be read.
         """
         if not self._is_trained():
             return False
         resolve(self.train)  # which compares it with what is there
+        check_start(self.train)
         return not self._left()
 
     def doing(self) -> str:
