@@ -24,7 +24,7 @@ from drelu_timm.preemption import EXIT_CODE
 from drelu_timm.runs import Run
 from drelu_timm.train import train
 from drelu_timm.training import trainer
-from drelu_timm.training.config import TrainConfig
+from drelu_timm.training.config import TrainConfig, resolve
 
 # Everything that has a state: the average of the weights, a schedule by the step, momentum, dropout-free BatchNorm.
 FULL = {
@@ -131,6 +131,17 @@ def test_a_run_on_one_process_goes_on_with_two(tmp_path):
     assert "goes on with 2 processes, 1 before" in printed
     expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "changed")
     assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
+
+
+def test_gradients_may_be_accumulated_otherwise_when_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    whole = config(tmp_path / "whole", objective="at", optimizer="sgd", lr=0.05)
+    train(whole)
+    settings = interrupted(tmp_path / "run", monkeypatch, objective="at", optimizer="sgd", lr=0.05)
+    train(replace(settings, grad_accum_steps=4))
+    assert "goes on with --grad-accum-steps 4, 1 before: the same batches and updates up to" in capsys.readouterr().out
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
+    resolve(replace(settings, compile=True))
 
 
 def interrupted(path: Path, monkeypatch, after: int = 3, **settings) -> TrainConfig:

@@ -26,6 +26,7 @@ MONITORS = ("loss", "pgd")
 # What does not change the result of a run, so that it may change when it is resumed.
 _NOT_SAVED = ("resume", "output_dir", "save_every", "workers", "log_with")
 _MAY_MOVE = ("data_dir", "generated", "init_from")  # what lies there is compared instead, or was read at the start
+_SAME_UPDATES = ("grad_accum_steps", "compile")  # up to rounding
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _check_output(config: TrainConfig) -> None:
     if not config.resume:
         raise InputError(f"--output-dir {config.output_dir} is in use; add --resume to go on, or name another folder")
     before, now = read_json(config.output_dir / "config.json")["train"], saved(config)
-    compared = [key for key in now if key not in _MAY_MOVE]
+    compared = [key for key in now if key not in (*_MAY_MOVE, *_SAME_UPDATES)]
     differing = [f"{key} ({before.get(key)} before, {now[key]} now)" for key in compared if before.get(key) != now[key]]
     if differing:
         raise InputError(f"--resume of {config.output_dir} with other settings: {', '.join(differing)}")

@@ -39,6 +39,7 @@ from .update import Update
 from .validation import Validation
 
 IMAGES_FOR_UNITS = 256
+_ARRANGED = {"num_processes": "{} processes", "grad_accum_steps": "--grad-accum-steps {}", "compile": "--compile {}"}
 
 
 @dataclass
@@ -322,6 +323,14 @@ class Trainer:
             "sharding": "FSDP" if is_sharded(self.accelerator) else "none",
         }
 
+    def _arrangement(self) -> dict[str, Any]:
+        """What may be otherwise when a run goes on: the updates are the same up to rounding."""
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "grad_accum_steps": self.config.grad_accum_steps,
+            "compile": self.config.compile,
+        }
+
     def _save(self) -> None:
         """Save a state, unless the last step has left weights that are no numbers."""
         progress, scheduler = self.progress, self.update.scheduler
@@ -333,7 +342,7 @@ class Trainer:
         content = {
             **asdict(progress),
             **self._identity(),
-            "num_processes": self.accelerator.num_processes,
+            **self._arrangement(),
             "scheduler": scheduler.state_dict() if scheduler else None,
         }
         save_state(self.accelerator, self.output_dir / "state", content, self.update.average)
@@ -352,16 +361,24 @@ class Trainer:
                     f"--resume of {self.output_dir} with other {key.replace('_', ' ')} ({content[key]} before, {now} "
                     "now); give what it was begun with, or another --output-dir"
                 )
-        before, now = content["num_processes"], self.accelerator.num_processes
-        if before != now:
-            self.accelerator.print(
-                f"{self.output_dir} goes on with {now} processes, {before} before: the same batches and updates up to "
-                "rounding, but BatchNorm without --sync-bn takes its statistics over other parts of a batch"
-            )
+        self._say_rearranged(content)
         load_state(self.accelerator, self.output_dir / "state", self.update.average)
         if self.update.scheduler:
             self.update.scheduler.load_state_dict(content["scheduler"])
         self.progress = Progress(**{name: content[name] for name in Progress.__dataclass_fields__})
+
+    def _say_rearranged(self, before: dict[str, Any]) -> None:
+        """Say what is arranged otherwise than in a state; of what it does not hold yet, nothing is said."""
+        changed = [
+            f"{_ARRANGED[key].format(now)}, {before[key]} before"
+            for key, now in self._arrangement().items()
+            if before.get(key, now) != now
+        ]
+        if changed:
+            self.accelerator.print(
+                f"{self.output_dir} goes on with {' and '.join(changed)}: the same batches and updates up to rounding, "
+                "but that BatchNorm's statistics are those of the part of a batch that it sees at once"
+            )
 
 
 def _check_caps(model: nn.Module, config: TrainConfig) -> None:
