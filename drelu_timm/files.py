@@ -51,7 +51,7 @@ def locked(path: Path, *, wait: bool = False) -> BinaryIO:
 def written_whole(path: Path) -> Iterator[Path]:
     """A path to write to that becomes ``path`` afterwards: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: some writers go by it
+    beside = path.with_name(f".{os.getpid()}.{path.name}.part")  # what a killed process leaves is no *.json
     try:
         yield beside
         beside.replace(path)

@@ -83,7 +83,7 @@ def _draw(curves: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     figure.legend(loc="outside upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     with written_whole(picture) as beside:
-        figure.savefig(beside, dpi=150)
+        figure.savefig(beside, format=picture.suffix[1:] or "png", dpi=150)
 
 
 if __name__ == "__main__":

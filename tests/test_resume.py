@@ -255,7 +255,7 @@ def test_sigterm_to_all_processes_of_the_group_saves_with_workers_too(tmp_path):
 
 
 def test_a_process_killed_while_it_wrote_the_config_is_no_hindrance(tmp_path):
-    (tmp_path / ".4711.config.json").write_text("{")
+    (tmp_path / ".4711.config.json.part").write_text("{")
     train(config(tmp_path, resume=True, epochs=1))
 
 

@@ -68,4 +68,4 @@ def legend_outside(axes: "Axes", **content: Any) -> None:
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a PNG whole or not at all, without Matplotlib's version in it."""
     with written_whole(path) as beside:
-        figure.savefig(beside, dpi=150, metadata={"Software": None})
+        figure.savefig(beside, format="png", dpi=150, metadata={"Software": None})
