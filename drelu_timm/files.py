@@ -54,9 +54,31 @@ def written_whole(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{os.getpid()}.{path.name}.part")  # what a killed process leaves is no *.json
     try:
         yield beside
-        beside.replace(path)
+        put_in_place(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Rename a whole file or folder, once it is on disk, so that it stays whole when the machine is lost.
+
+    What it supersedes may be deleted afterwards.
+    """
+    for written in [*(beside.rglob("*") if beside.is_dir() else ()), beside]:
+        _to_disk(written)
+    beside.replace(path)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:
+        if not path.is_dir():  # not every file system can do it for folders
+            raise
+    finally:
+        os.close(opened)
 
 
 def write_text(path: Path, text: str) -> None:

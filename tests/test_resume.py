@@ -207,6 +207,28 @@ def test_a_full_disk_at_the_best_model_leaves_the_state(tmp_path, monkeypatch):
     train(settings)
 
 
+def test_an_older_state_is_deleted_once_the_new_one_is_on_disk(tmp_path, monkeypatch):
+    synced, checked, fsync, rmtree = [], [], os.fsync, shutil.rmtree
+
+    def noted(file: int) -> None:
+        synced.append(os.fstat(file).st_ino)
+        fsync(file)
+
+    def deleted(path: Path, **options) -> None:
+        if Path(path).name.startswith("epoch-"):
+            newest = max(Path(path).parent.glob("epoch-*"))
+            assert {each.stat().st_ino for each in (newest, *newest.iterdir())} <= {*synced}
+            assert synced[-1] == newest.parent.stat().st_ino
+            checked.append(path)
+            synced.clear()
+        rmtree(path, **options)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(shutil, "rmtree", deleted)
+    train(config(tmp_path / "run", epochs=1, save_every=3))
+    assert len(checked) == 3 and len(states(tmp_path / "run")) == 1
+
+
 def test_the_state_is_safe_before_the_validation(tmp_path, monkeypatch):
     settings = config(tmp_path / "run", resume=True, epochs=1, ema_decay=0.9, objective="at")
 

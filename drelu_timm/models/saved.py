@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import InputError, one_line, unknown
+from ..files import put_in_place
 from .normalize import channels_of
 from .surgery import TimmModel
 
@@ -55,7 +56,7 @@ def save_folder(
         beside.mkdir()
         safetensors.torch.save_file(saved, beside / WEIGHTS, metadata={"format": "pt"})
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        beside.replace(folder)
+        put_in_place(beside, folder)
 
 
 def _config(model: TimmModel, model_args: dict[str, Any]) -> dict[str, Any]:

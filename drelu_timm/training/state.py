@@ -1,6 +1,7 @@
 """The state a training goes on from: written beside the last one, renamed when whole, the last one deleted then.
 
-A process killed at any moment leaves a whole state: a folder is complete exactly when it bears its final name.
+A process killed at any moment leaves a whole state, as does a lost machine: a folder is complete, and on disk, exactly
+when it bears its final name.
 """
 
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import InputError, one_line
-from ..files import read_json, write_json
+from ..files import put_in_place, read_json, write_json
 
 _AVERAGE = "average.safetensors"
 
@@ -47,15 +48,15 @@ def save_state(accelerator: Accelerator, folder: Path, progress: dict[str, Any],
                 save_file(weights, beside / _AVERAGE)
             write_json(beside / "progress.json", progress)
 
-    def put_in_place() -> None:
+    def supersede() -> None:
         if accelerator.is_main_process:
             older = _states(folder)
-            beside.replace(folder / f"epoch-{progress['epoch']:05d}-step-{progress['step']:07d}")
+            put_in_place(beside, folder / f"epoch-{progress['epoch']:05d}-step-{progress['step']:07d}")
             for state in older:
                 shutil.rmtree(state)
 
     try:
-        for action in (prepare, write, put_in_place):
+        for action in (prepare, write, supersede):
             write_together(accelerator, folder, action)
     except InputError:
         if accelerator.is_main_process:
