@@ -16,10 +16,10 @@ from rich.table import Table
 from .command_line import read_flags
 from .evaluate import evaluate
 from .evaluation.config import EvaluateConfig
+from .evaluation.pictures import CLEAN, POINTS, WORST_CASE, accuracy_axes, save_figure
 from .evaluation.results import VERDICT_COLOURS
 from .export import ExportConfig, export
 from .files import read_json
-from .runs import Run
 from .train import train
 from .training.config import TrainConfig
 
@@ -57,13 +57,12 @@ def demo(config: DemoConfig) -> Path:
         The folder with everything.
     """
     console = Console()
-    runs = {}
+    results = {}
     for title, settings in NETS.items():
         console.rule(title)
-        runs[title] = _train_and_evaluate(config.output_dir / FOLDERS[title], settings)
+        results[title] = _train_and_evaluate(config.output_dir / FOLDERS[title], settings)
     console.rule("Export")
-    exported = _export(runs["D-ReLU, TRADES"])
-    results = {title: _results(run) for title, run in runs.items()}
+    exported = _export(config.output_dir / FOLDERS["D-ReLU, TRADES"])
     picture = config.output_dir / "demo.png"
     draw(results, picture)
     console.rule("What came out")
@@ -91,21 +90,15 @@ EXPLANATION = (
 )
 
 
-def _train_and_evaluate(output_dir: Path, settings: dict[str, Any]) -> Run:
-    run = Run.open(train(TrainConfig(output_dir=output_dir, resume=True, **{**COMMON, **settings})))
-    evaluate(EvaluateConfig(run=str(run.path), suite="standard"))
-    return run
+def _train_and_evaluate(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the evaluation says of a net."""
+    train(TrainConfig(output_dir=run, resume=True, **{**COMMON, **settings}))
+    return read_json(evaluate(EvaluateConfig(run=str(run), suite="standard")))
 
 
-def _export(run: Run) -> Path:
-    output_dir = run.path / "export" / KEY
-    return output_dir if output_dir.exists() else export(ExportConfig(run=run.path, key=KEY, **PAPER))
-
-
-def _results(run: Run) -> dict[str, Any]:
-    """The one evaluation of a run."""
-    (path,) = run.results_folder.glob("*.json")
-    return read_json(path)
+def _export(run: Path) -> Path:
+    output_dir = run / "export" / KEY
+    return output_dir if output_dir.exists() else export(ExportConfig(run=run, key=KEY, **PAPER))
 
 
 def _figures(result: dict[str, Any]) -> list[float]:
@@ -116,9 +109,7 @@ def _figures(result: dict[str, Any]) -> list[float]:
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """A row a net: accuracies in percent, share of zero gradients, verdict."""
-    first = next(iter(results.values()))
-    title = f"{first['dataset_title']}, {first['norm']}, eps {first['eps']}, {first['n_examples']} test images"
-    table = Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
+    table = Table(title=_title(results), box=SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("trained", no_wrap=True)
     for column in [*COLUMNS.values(), "zero grad."]:
         table.add_column(column, justify="right")
@@ -133,12 +124,11 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Bars of the accuracies, a group a net, as a picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    # Okabe and Ito's colours: told apart by colour-blind readers, and in grey.
-    colours = ["#999999", "#56B4E9", "#0072B2", "#E69F00", "#D55E00"]
+    figure, axes = accuracy_axes(_title(results))
+    figure.set_size_inches(8, 4.2)
+    axes.set(ylim=(0, 105), axisbelow=True)  # room for what stands above a bar
+    axes.grid(visible=False, axis="x")
+    colours = [CLEAN["color"], *(colour for colour, _ in POINTS[: len(COLUMNS) - 2]), WORST_CASE["color"]]
     width = 0.8 / len(COLUMNS)
     for i, (column, colour) in enumerate(zip(COLUMNS.values(), colours, strict=True)):
         heights = [_figures(result)[i] for result in results.values()]
@@ -146,9 +136,11 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         bars = axes.bar(places, heights, width, color=colour, label=column)
         axes.bar_label(bars, ["" if isnan(height) else f"{height:.0f}" for height in heights], fontsize=8)
     axes.set_xticks(range(len(results)), [f"{name}\n({r['verdict']['verdict']})" for name, r in results.items()])
-    axes.set_ylim(0, 105)
-    axes.set_ylabel("accuracy (%)")
-    first = next(iter(results.values()))
-    axes.set_title(f"{first['dataset_title']}, {first['norm']}, eps {first['eps']}, {first['n_examples']} test images")
     figure.legend(loc="outside lower center", ncols=len(COLUMNS), frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
+
+
+def _title(results: dict[str, dict[str, Any]]) -> str:
+    """What all results have in common."""
+    first = next(iter(results.values()))
+    return f"{first['dataset_title']}, {first['norm']}, eps {first['eps']}, {first['n_examples']} test images"

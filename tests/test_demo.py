@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
+from synthetic_runs import write_run
 
+from drelu_timm import demo as demonstration
 from drelu_timm.demo import DemoConfig, demo, draw, table
+from drelu_timm.evaluation.config import EvaluateConfig
+from drelu_timm.export import ExportConfig
+from drelu_timm.files import write_json
 from drelu_timm.runs import Run
 
 
@@ -40,6 +45,24 @@ def test_picture_is_drawn(tmp_path):
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.size == (1200, 630)
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
+
+
+def test_a_run_of_the_demo_may_have_other_evaluations(tmp_path, monkeypatch, capsys):
+    def evaluated(config: EvaluateConfig) -> Path:
+        other, path = (Path(config.run) / "results" / f"{suite}-Linf-0.2.json" for suite in ("quick", config.suite))
+        write_json(other, result("undecided", 0.5) | {"n_examples": 20})
+        write_json(path, result("sound", 0.011))
+        return path
+
+    def exported(config: ExportConfig) -> Path:
+        write_json(config.run / "x" / "model_info" / "digits" / "Linf" / "x.json", {})
+        return config.run / "x"
+
+    monkeypatch.setattr(demonstration, "export", exported)
+    monkeypatch.setattr(demonstration, "train", lambda config: write_run(config.output_dir))
+    monkeypatch.setattr(demonstration, "evaluate", evaluated)
+    demo(DemoConfig(output_dir=tmp_path))
+    assert "359 test images" in capsys.readouterr().out
 
 
 @pytest.mark.slow
