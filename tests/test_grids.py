@@ -8,6 +8,7 @@ import torch
 
 from drelu_timm.command_line import read_flags
 from drelu_timm.errors import InputError
+from drelu_timm.evaluation import pictures
 from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.launches import Launch
 from drelu_timm.sweeps.cost import _net
@@ -218,6 +219,13 @@ def test_bad_input_is_one_line(grid_of, old, new, message):
     with pytest.raises(InputError, match=message) as caught:
         cells_of(grid_of(GRID.replace(old, new)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_grid_of_several_radii_needs_what_draws_them(grid_of, monkeypatch):
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    cells_of(grid_of(GRID.replace('eps = "0,0.05,0.1"', 'eps = "0.05"')))
+    with pytest.raises(InputError, match="g, cell dense-natural-seed0: matplotlib, which draws the pictures, is missi"):
+        cells_of(grid_of(GRID))
 
 
 def test_a_circle_of_several_methods(grid_of):

@@ -44,6 +44,7 @@ from typing import Any, get_args, get_type_hints
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
 from ..evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
+from ..evaluation.pictures import require_matplotlib
 from ..training.config import TrainConfig, resolve
 from .cells import Cell
 
@@ -158,7 +159,10 @@ def _check_evaluations(evaluations: Sequence[EvaluateConfig], trained: ThreatMod
     paths = set()
     for evaluation in evaluations:
         check_flags(evaluation)
-        path = result_path(Path("results"), evaluation.suite, attacked_in(evaluation, trained))
+        balls = attacked_in(evaluation, trained)
+        if len(balls) > 1:
+            require_matplotlib()
+        path = result_path(Path("results"), evaluation.suite, balls)
         if path in paths:
             raise InputError(f"two [[evaluate]] would write {path}; give them other suites, norms or radii")
         paths.add(path)
