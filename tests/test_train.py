@@ -262,7 +262,7 @@ def test_the_command_line_prints_errors_in_one_line(capsys):
 
 def trainer(path: Path, **settings) -> Trainer:
     resolved = resolve(config(path, **settings))
-    data = load_images("digits", None, "train")[: resolved.n_train]
+    data = load_images("digits", None, "train", img_size=resolved.img_size)[: resolved.n_train]
     torch.manual_seed(0)
     return Trainer(resolved, data, None, create_model(resolved, data), Accelerator())
 
@@ -358,6 +358,17 @@ def test_weight_decay_spares_norms_biases_and_caps(tmp_path):
         decayed = {parameter.ndim > 1 for parameter in group["params"]}
         assert decayed == {group["weight_decay"] > 0}
     assert all(group["nesterov"] for group in one.update.optimizer.param_groups)
+
+
+def test_weight_decay_spares_what_the_model_of_timm_names(tmp_path):
+    settings = {"model": "vit_tiny_patch16_224_drelu", "img_size": 16, "weight_decay": 0.1}
+    one = trainer(tmp_path, **settings)
+    decay = {id(p): group["weight_decay"] for group in one.update.optimizer.param_groups for p in group["params"]}
+    spared = {name for name, p in one.update.bare.named_parameters() if p.ndim > 1 and not decay[id(p)]}
+    assert spared == {"model.pos_embed", "model.cls_token"}
+    plain = trainer(tmp_path, **settings | {"weight_decay": 0.0})  # as before, or its older states would not fit
+    first, *_ = plain.update.optimizer.param_groups
+    assert len(first["params"]) == sum(p.ndim > 1 for p in plain.update.bare.parameters())
 
 
 def test_synchronised_batchnorm_keeps_the_activations_that_timm_puts_into_it(tmp_path):

@@ -97,7 +97,7 @@ class Optimisation:
     lr: float = 1e-3
     """Learning rate of everything but the caps, at its highest."""
     weight_decay: float = 0.0
-    """Weight decay; biases, norms and caps are spared."""
+    """Weight decay; biases, norms, caps and what timm's model names (position embeddings, ...) are spared."""
     schedule: str = "constant"
     """Learning rates: constant, plateau (halved after 5 epochs without a lower loss),
     cosine (to 0, step by step) or onecycle (up, then as a cosine to 0, step by step)."""

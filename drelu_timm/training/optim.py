@@ -1,5 +1,7 @@
 """The optimiser with its parameter groups, the learning-rate schedule, and averages over processes."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
@@ -16,17 +18,26 @@ Scheduler = lr_scheduler.CosineAnnealingLR | lr_scheduler.OneCycleLR | lr_schedu
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """timm's optimiser of that name; biases, norms and caps are spared weight decay, caps have their own rate.
+    """timm's optimiser of that name; biases, norms, caps and what timm's model names are spared weight decay.
+
+    Caps have their own rate.
+
+    Args:
+        model: Takes [0, 1] images; its ``.model`` is the timm model.
+        config: Resolved.
 
     Raises:
         InputError: timm has no optimiser of that name.
     """
     caps = [layer.cap for layer in drelu_layers(model)]
     known = {id(cap) for cap in caps}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    # Where nothing decays the groups stay what they were before names were asked for: their order is that of a state.
+    named = _spared_by_name(model) if config.weight_decay else ()
+    others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in known}
+    spared = {name for name, parameter in others.items() if parameter.ndim <= 1 or name in named}
     groups = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in others.items() if name not in spared], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in others.items() if name in spared], "weight_decay": 0.0},
         {"params": caps, "weight_decay": 0.0, "lr": config.cap_lr},
     ]
     groups = [group for group in groups if group["params"]]
@@ -39,6 +50,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     if getattr(optimizer, "is_second_order", False):
         raise InputError(f"--optimizer {config.optimizer} needs second derivatives, which training does not give it")
     return optimizer
+
+
+def _spared_by_name(model: nn.Module) -> set[str]:
+    """Names of the parameters that timm's model wants no decay on, such as position embeddings."""
+    bare: Any = model.model
+    return {f"model.{name}" for name in bare.no_weight_decay()} if hasattr(bare, "no_weight_decay") else set()
 
 
 def make_scheduler(optimizer: Optimizer, config: TrainConfig, steps_per_epoch: int) -> Scheduler | None:
