@@ -31,6 +31,7 @@ from .sweeps.scheduler import Scheduler
 _PRECISIONS = ("no", "bf16")
 _CLUSTERS = ("slurm", "local")
 _HOURS = 24.0
+_PLACEHOLDER = Path("FILE.npz")  # of generated images, for a plan without them
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def sweep(config: SweepConfig) -> int:
     _check(config)
     grid = read_grid(config.grid)
     output_dir = config.output_dir or Path("runs") / grid.name
-    cells = grid.cells(output_dir, data_dir=config.data_dir, generated=config.generated)
+    generated = config.generated or ((_PLACEHOLDER,) if config.dry_run else ())
+    cells = grid.cells(output_dir, data_dir=config.data_dir, generated=generated)
     launch = Launch(
         config.num_processes, config.mixed_precision, not torch.cuda.is_available() and config.cluster != "slurm"
     )
@@ -205,6 +207,8 @@ def _show_plan(grid: Grid, cells: Sequence[Cell], launch: Launch, config: SweepC
         "examples that all withstand; the start of processes, the data and the optimiser come on top. A forward pass "
         f"was timed on {clock.machine}"
     )
+    if any(cell.train.generated == (_PLACEHOLDER,) for cell in cells) and not config.generated:
+        print(f"{_PLACEHOLDER} stands for the generated images, which --generated has to name before it can run")
 
 
 def _state(cell: Cell) -> str:

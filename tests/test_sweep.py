@@ -293,6 +293,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, grid, capsys, mo
     assert [path.name for path in tmp_path.iterdir()] == ["g.toml"]
 
 
+def test_a_dry_run_needs_no_generated_images(tmp_path, grid, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid.write_text(GRID.replace("cap_weight = 0.1", "cap_weight = 0.1\ngenerated_fraction = 0.7"))
+    said = "FILE.npz stands for the generated images, which --generated has to name before it can run"
+    assert main([str(grid), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("--generated FILE.npz") == 1 and text.endswith(f"{said}\n")
+    assert main([str(grid), "--dry-run", "--generated", "edm.npz"]) == 0
+    text = capsys.readouterr().out
+    assert "--generated edm.npz" in text and said not in text
+    with pytest.raises(InputError, match=r"--generated-fraction 0\.7 needs --generated"):
+        sweep(SweepConfig(str(grid)))
+
+
 def no_process(*_) -> str:
     raise AssertionError("a process was started")
 
