@@ -14,6 +14,7 @@ again goes on from there, whatever stopped it.
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 
-from .attacks.threat_model import ThreatModel, threat_models
+from .attacks.threat_model import ThreatModel
 from .command_line import read_flags
 from .data.datasets import DATASETS, Dataset
 from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .evaluation.adversarial import ADVERSARIAL
-from .evaluation.config import PRECISIONS, EvaluateConfig, check_flags, result_path
+from .evaluation.config import PRECISIONS, EvaluateConfig, attacked_in, check_flags, result_path
 from .evaluation.curves import draw_curve
 from .evaluation.evaluation import Evaluation, evaluate_sweep
 from .evaluation.pictures import require_matplotlib
@@ -160,9 +161,9 @@ def _dataset(config: EvaluateConfig, subject: Subject) -> Dataset:
 
 def _threat_models(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> list[ThreatModel]:
     """Those that are asked for, or else the subject's, or the dataset's."""
-    norm = config.norm or subject.defaults.get("norm") or dataset.norm
-    eps = config.eps or subject.defaults.get("eps") or dataset.eps
-    return threat_models(norm, eps.split(","))
+    norm, eps = subject.defaults.get("norm"), subject.defaults.get("eps")
+    default = ThreatModel.parse(norm, eps) if norm and eps else ThreatModel.parse(dataset.norm, dataset.eps)
+    return attacked_in(replace(config, norm=config.norm or norm), default)
 
 
 def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> Images:

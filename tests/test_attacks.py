@@ -9,7 +9,7 @@ from torch import nn
 from drelu_timm.attacks.losses import LOSSES
 from drelu_timm.attacks.pgd import fgsm, pgd
 from drelu_timm.attacks.suites import ATTACKS, SUITES, find_suite
-from drelu_timm.attacks.threat_model import ThreatModel
+from drelu_timm.attacks.threat_model import ThreatModel, radius_of
 from drelu_timm.errors import InputError
 from drelu_timm.models.modes import frozen
 
@@ -51,6 +51,12 @@ def test_eps_is_read_and_kept_as_written(written, value):
 def test_eps_that_is_no_radius(eps):
     with pytest.raises(InputError, match=r"--eps .* is no radius; give a number >= 0 such as 8/255 or 0.1"):
         ThreatModel.parse("Linf", eps)
+
+
+def test_a_radius_above_a_pixels_range_is_one_for_l2_only():
+    with pytest.raises(InputError, match=r"--eps 8 is more than a pixel's whole range, which is 1; write 8/255 for 8"):
+        ThreatModel.parse("Linf", "8")
+    assert ThreatModel.parse("L2", "8").eps == radius_of("8") == 8
 
 
 def test_unknown_norm_names_the_near_miss():

@@ -19,6 +19,7 @@ from drelu_timm.evaluation import adversarial
 from drelu_timm.evaluation.adversarial import Adversarial
 from drelu_timm.evaluation.attacked import label_margin
 from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
+from drelu_timm.zoo.robust_models import register_robust_model
 
 
 def small_net(num_classes=6):
@@ -408,6 +409,9 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
         (["resnet18"], "--dataset is needed to evaluate resnet18; give one of digits, mnist"),
         (["x", "--dataset", "digit"], "--dataset 'digit' is unknown; did you mean digits"),
         (["x", "--eps", "eight"], "--eps 'eight' is no radius"),
+        (["x", "--eps", "2/255,8"], "--eps 8 is more than a pixel's whole range"),
+        (["x", "--norm", "L2"], "--norm L2 needs --eps: 8/255 is a radius for Linf; give one for L2"),
+        (["x", "--norm", "L3"], "--norm 'L3' is unknown"),
         (["x", "--suite", "quik"], "--suite 'quik' is unknown; did you mean quick"),
         (["x", "--n-examples", "0"], "--n-examples 0 is not possible; give 1 or more"),
         (["dense", "--dataset", "digits"], "is a timm model whose weights cannot be read (No pretrained weights"),
@@ -419,6 +423,17 @@ def test_flags_that_cannot_be_used(run, capsys, arguments, message):
     assert error.startswith("error: ")
     assert message in error
     assert not (run / "results").exists()
+
+
+@pytest.mark.parametrize(("board", "asked"), [("L2", []), ("Linf", ["--norm", "L2"])])
+def test_a_model_of_robustbench_does_not_keep_the_radius_of_another_norm(robustbench, run, capsys, board, asked):
+    key = f"Tester2026-Norm-{board}"
+    register_robust_model(key, "digits", board, run / "model")
+    assert main(["evaluate", key, *asked]) == 2
+    assert capsys.readouterr().err == "error: --norm L2 needs --eps: 0.1 is a radius for Linf; give one for L2\n"
+    assert main(["evaluate", key, *asked, "--eps", "0.5", "--n-examples", "4"]) == 0
+    path = run.with_name("runs") / f"{key}_digits_{board}" / "results" / "quick-L2-0.5.json"
+    assert json.loads(path.read_text())["norm"] == "L2"
 
 
 def test_a_full_disk_at_the_end_is_named_and_loses_nothing(run, capsys, monkeypatch):

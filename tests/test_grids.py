@@ -210,6 +210,7 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
         ('"0,0.05,0.1"', '"0"', "--eps 0 leaves nothing to attack; give a radius above 0"),
         ('"0,0.05,0.1"', '"0.1"', "two .*would write results/quick-Linf-0.1.json; give them other suites"),
         ('suite = "quick"', 'eps = "0.2/2,0.1"', "names 0.1 twice"),
+        ('suite = "quick"', 'norm = "L2"', "g, cell .*: --norm L2 needs --eps: 0.1 is a radius for Linf"),
         ('suite = "quick"', 'eps = "0.01,0.1"', "two .*would write sweeps/quick-Linf-up-to-0.1.json"),
         ('suite = "quick"', 'dataset = "mnits"', "--dataset 'mnits' is unknown; did you mean mnist"),
     ],

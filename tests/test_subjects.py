@@ -94,7 +94,7 @@ def test_a_registered_model_goes_by_its_key_and_by_its_timm_name(robustbench, fo
         assert torch.equal(model(IMAGES), expected)
         assert not model.training
     by_key = find_subject("RUN", "Tester2026-Subject", dataset="digits", norm="L2")
-    assert by_key.defaults == {"dataset": "digits", "norm": "Linf", "eps": None}
+    assert by_key.defaults == {"dataset": "digits", "norm": "L2", "eps": None}
     assert by_key.results_folder == Path("runs/Tester2026-Subject_digits_Linf/results")
 
 

@@ -162,6 +162,14 @@ def test_every_preset_can_be_resolved_where_it_belongs(tmp_path, name):
         assert resolve(given).preset == name
 
 
+def test_a_preset_of_one_norm_needs_a_radius_for_the_other():
+    settings = {"generated": (Path("1m.npz"),), "norm": "L2", "output_dir": Path("nowhere")}
+    given = TrainConfig.from_preset("wang2023", model="wide_resnet28_10", dataset="cifar10", **settings)
+    with pytest.raises(InputError, match="--norm L2 needs --eps: 8/255 is a radius for Linf; give one for L2"):
+        resolve(given)
+    assert str(resolve(replace(given, eps="0.5")).threat_model) == "L2, eps 0.5"
+
+
 BAD = [
     ({"model": "resnet5_drelu"}, "--model 'resnet5_drelu' is unknown; did you mean resnet"),
     ({"dataset": "minst"}, "--dataset 'minst' is unknown; did you mean mnist?"),
@@ -170,6 +178,8 @@ BAD = [
     ({"activation": "drelu6"}, "activation 'drelu6' is unknown; did you mean relu6 or drelu"),
     ({"norm": "L0"}, "--norm 'L0' is unknown; allowed: L2, Linf"),
     ({"eps": "eight"}, "--eps 'eight' is no radius; give a number >= 0 such as 8/255 or 0.1"),
+    ({"eps": "8", "objective": "at"}, "--eps 8 is more than a pixel's whole range, which is 1"),
+    ({"norm": "L2", "objective": "at"}, "--norm L2 needs --eps: 0.1 is a radius for Linf; give one for L2"),
     ({"epochs": 0}, "--epochs 0 must be a number above 0"),
     ({"lr": -1.0}, "--lr -1.0 must be a number above 0"),
     ({"lr": float("inf")}, "--lr inf must be a number above 0"),

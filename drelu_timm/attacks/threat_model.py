@@ -33,18 +33,16 @@ class ThreatModel:
         """Read a norm and a radius such as "8/255", "0.1" or 0.1.
 
         Raises:
-            InputError: An unknown norm, or a radius that is no number, negative, or not finite.
+            InputError: An unknown norm, a radius that is no number, negative, or not finite, or one above 1 for Linf.
         """
         if norm not in get_args(Norm):
             raise unknown("--norm", norm, get_args(Norm))
         written = str(eps)
-        try:
-            numerator, _, denominator = written.partition("/")
-            value = float(numerator) / float(denominator or 1)
-        except (ValueError, ZeroDivisionError):
-            value = float("nan")
-        if not 0 <= value < float("inf"):
-            raise InputError(f"--eps {written!r} is no radius; give a number >= 0 such as 8/255 or 0.1")
+        value = radius_of(written)
+        if norm == "Linf" and value > 1:
+            raise InputError(
+                f"--eps {written} is more than a pixel's whole range, which is 1; write 8/255 for 8 of 255 levels"
+            )
         return cls(norm, value, written)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
@@ -92,6 +90,47 @@ class ThreatModel:
         return adversarial + step_size * gradient / length.clamp(min=1e-12)
 
 
+def radius_of(written: str) -> float:
+    """The number that a radius such as "8/255" or "0.1" stands for, in any norm.
+
+    Raises:
+        InputError: No number, a negative one, or one that is not finite.
+    """
+    try:
+        numerator, _, denominator = written.partition("/")
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        value = float("nan")
+    if not 0 <= value < float("inf"):
+        raise InputError(f"--eps {written!r} is no radius; give a number >= 0 such as 8/255 or 0.1")
+    return value
+
+
+def radius_written(eps: str) -> str:
+    """The one spelling of a radius: "0.1" for "0.10" and "1/10", "8/255" for "0.0313725490196".
+
+    Raises:
+        InputError: No radius.
+    """
+    radius = radius_of(eps)
+    decimal, levels = written(round(radius, 9)), round(255 * radius)
+    fraction = f"{levels}/255"
+    return fraction if abs(levels / 255 - radius) < 1e-9 and len(fraction) < len(decimal) else decimal
+
+
+def norm_and_radius(norm: str | None, eps: str | None, default: ThreatModel) -> tuple[str, str]:
+    """What ``--norm`` and ``--eps`` ask for, each by default that of a threat model.
+
+    Raises:
+        InputError: A norm without a radius, where the default radius is one of another norm.
+    """
+    if not eps and norm != default.norm and norm in get_args(Norm):
+        raise InputError(
+            f"--norm {norm} needs --eps: {default.written} is a radius for {default.norm}; give one for {norm}"
+        )
+    return norm or default.norm, eps or default.written
+
+
 def threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:
     """One for each radius, from the smallest.
 
@@ -106,18 +145,6 @@ def threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:
     if not balls or balls[-1].eps == 0:
         raise InputError(f"--eps {written} leaves nothing to attack; give a radius above 0")
     return balls
-
-
-def radius_written(eps: str) -> str:
-    """The one spelling of a radius: "0.1" for "0.10" and "1/10", "8/255" for "0.0313725490196".
-
-    Raises:
-        InputError: No radius.
-    """
-    radius = ThreatModel.parse("Linf", eps).eps
-    decimal, levels = written(round(radius, 9)), round(255 * radius)
-    fraction = f"{levels}/255"
-    return fraction if abs(levels / 255 - radius) < 1e-9 and len(fraction) < len(decimal) else decimal
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from ..attacks.suites import SUITES
-from ..attacks.threat_model import ThreatModel, threat_models
+from ..attacks.threat_model import ThreatModel, norm_and_radius, threat_models
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 
@@ -25,7 +25,7 @@ class EvaluateConfig:
     suite: str = "quick"
     """quick, paper, autoattack, standard (AutoAttack and more), adaptive or all; each gives a verdict on masking."""
     norm: str | None = None
-    """Linf or L2; by default the run's, or the dataset's."""
+    """Linf or L2; by default the run's, or the dataset's. Another one needs --eps."""
     eps: str | None = None
     """Radius in units of a [0, 1] pixel, such as 8/255, or several: 2/255,8/255; by default the run's or dataset's."""
     n_examples: int = 1000
@@ -62,9 +62,18 @@ def check_flags(config: EvaluateConfig) -> None:
             raise InputError(f"{flag} {value} is not possible; give 1 or more")
 
 
-def attacked_in(config: EvaluateConfig, trained: ThreatModel) -> list[ThreatModel]:
-    """The balls, from the smallest, that a run trained in one is evaluated in; raises as `threat_models` does."""
-    return threat_models(config.norm or trained.norm, (config.eps or trained.written).split(","))
+def attacked_in(config: EvaluateConfig, default: ThreatModel) -> list[ThreatModel]:
+    """The balls, from the smallest, that a model is evaluated in.
+
+    Args:
+        config: What is asked for.
+        default: What the model was trained in, or else the dataset's.
+
+    Raises:
+        InputError: As `norm_and_radius` and `threat_models` do.
+    """
+    norm, eps = norm_and_radius(config.norm, config.eps, default)
+    return threat_models(norm, eps.split(","))
 
 
 def result_path(folder: Path, suite: str, balls: Sequence[ThreatModel]) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..attacks.threat_model import ThreatModel
+from ..attacks.threat_model import radius_of
 from .pictures import CLEAN, WORST_CASE, accuracy_axes, attack_styles, legend_outside, save_figure
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def verdict_at(at: Mapping[str, Any]) -> str:
 
 
 def _radius(at: Mapping[str, Any]) -> float:
-    return ThreatModel.parse("Linf", at["eps"]).eps
+    return radius_of(at["eps"])
 
 
 def _figure(curve: Sequence[Mapping[str, Any]], title: str) -> "Figure":

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..attacks.threat_model import ThreatModel
+from ..attacks.threat_model import radius_of
 from ..spelling import written
 from .masking import VERDICTS
 
@@ -46,7 +46,7 @@ class Point:
     @property
     def radius(self) -> float:
         """eps as a number."""
-        return ThreatModel.parse("Linf", self.eps).eps
+        return radius_of(self.eps)
 
     @property
     def columns(self) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ..attacks.threat_model import Norm, ThreatModel, radius_written
+from ..attacks.threat_model import Norm, radius_of, radius_written
 from ..errors import InputError, one_line
 from ..files import read_json
 from ..kinds import COUNT, LIST, NUMBER, OBJECT, SHARE, TEXT, Kind, check_fields, one_of, or_null
@@ -130,11 +130,7 @@ def _withstood(row: dict[str, str], eps: str) -> bool:
     """Whether nothing broke an example at a radius; a sweep's row has the smallest at which something did."""
     if "broken_by" in row:
         return row["broken_by"] == ""
-    return row["worst"] == "" or _radius(row["worst"]) > _radius(eps) + 1e-9  # 0.1 and 1/10 are one
-
-
-def _radius(eps: str) -> float:
-    return ThreatModel.parse("Linf", eps).eps
+    return row["worst"] == "" or radius_of(row["worst"]) > radius_of(eps) + 1e-9  # 0.1 and 1/10 are one
 
 
 # What a field may hold
@@ -142,7 +138,7 @@ def _radius(eps: str) -> float:
 
 def _is_radius(value: Any) -> bool:
     try:
-        return isinstance(value, str) and ThreatModel.parse("Linf", value).eps >= 0
+        return isinstance(value, str) and radius_of(value) >= 0
     except InputError:
         return False
 

@@ -124,13 +124,13 @@ def _robustbench_subject(flag: str, key: str, dataset: str | None, norm: str | N
             f"{flag} {key!r} is neither a run directory nor a timm model, and not looked for in RobustBench ({error})"
         ) from error
     place = _place(flag, key, _zoo(robustbench), dataset, norm)
-    eps = _EPS.get((place.dataset, norm or place.norm))
+    norm = norm or place.norm
     return Subject(
         run=key,
         model=key,
         load=lambda: _load_robustbench(robustbench, flag, key, place),
         digest=None,
-        defaults={"dataset": place.dataset, "norm": place.norm, "eps": eps},
+        defaults={"dataset": place.dataset, "norm": norm, "eps": _EPS.get((place.dataset, norm))},
         img_size=None,
         in_chans=None,
         results_folder=Path("runs") / f"{key}_{place.dataset}_{place.norm}" / "results",

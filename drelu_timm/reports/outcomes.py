@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..attacks.threat_model import ThreatModel, radius_written
+from ..attacks.threat_model import radius_of, radius_written
 from ..digests import sha256_of
 from ..errors import InputError
 from ..evaluation.points import Point, together, worst_verdict
@@ -44,7 +44,7 @@ class Group:
     @property
     def radius(self) -> float:
         """eps as a number."""
-        return ThreatModel.parse(self.norm, self.eps).eps
+        return radius_of(self.eps)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import tyro
 
-from ..attacks.threat_model import ThreatModel
+from ..attacks.threat_model import ThreatModel, norm_and_radius
 from ..command_line import flag
 from ..data.augment import Augmentation
 from ..data.datasets import DATASETS
@@ -88,8 +88,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _check_names(config)
     _check_numbers(config)
     _check_combinations(config)
-    dataset = DATASETS[config.dataset]
-    threat_model = ThreatModel.parse(config.norm or dataset.norm, config.eps or dataset.eps)
+    threat_model = _threat_model(config)
     config = replace(
         config,
         norm=threat_model.norm,
@@ -100,6 +99,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
     )
     _check_output(config)
     return config
+
+
+def _threat_model(config: TrainConfig) -> ThreatModel:
+    """What is asked for, by default the preset's, or else the dataset's; a preset's radius counts as not given."""
+    dataset, preset = DATASETS[config.dataset], PRESETS[config.preset].settings if config.preset else {}
+    default = ThreatModel.parse(preset.get("norm", dataset.norm), preset.get("eps", dataset.eps))
+    eps = None if config.eps == preset.get("eps") else config.eps
+    return ThreatModel.parse(*norm_and_radius(config.norm, eps, default))
 
 
 def _check_names(config: TrainConfig) -> None:

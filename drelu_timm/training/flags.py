@@ -57,7 +57,7 @@ class Objective:
     label_smoothing: float = 0.0
     """Share of the label that goes to all classes evenly, in the loss (not in the attack)."""
     norm: str | None = None
-    """Norm of the inner attack, Linf or L2; by default the dataset's."""
+    """Norm of the inner attack, Linf or L2; by default the dataset's. Another one needs --eps."""
     eps: str | None = None
     """Radius of the inner attack, such as 8/255; by default the dataset's."""
     steps: int = 10
