@@ -20,6 +20,7 @@ from torch import nn
 
 from drelu_timm.__main__ import main
 from drelu_timm.attacks.pgd import Found
+from drelu_timm.attacks.square import square
 from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
 from drelu_timm.data import images as decoded
 from drelu_timm.errors import InputError
@@ -360,6 +361,33 @@ def test_bf16_finds_and_float32_judges(toy, monkeypatch):
     result = evaluate_model(*toy, eps="8/255", suite=suite, search_dtype=torch.bfloat16)
     assert searched == [(torch.bfloat16, 39), (torch.float32, 39)]
     assert torch.equal(result.robust["fake"], reference.robust["fake"])
+
+
+def test_what_bf16_gave_up_on_is_searched_again_in_float32(toy, monkeypatch):
+    """Also where the success was that of another batch, and the last look at the image does not show it."""
+    searched = []
+
+    def search(model, images, labels, threat_model, seeds):
+        searched.append((model.dtype, len(images)))
+        return Found(images, torch.ones_like(labels), torch.arange(len(images)) % 2 == 0)
+
+    suite = only(monkeypatch, Attack("fake", "white-box", search))
+    evaluate_model(*toy, eps="8/255", suite=suite, search_dtype=torch.bfloat16)
+    assert searched == [(torch.bfloat16, 39), (torch.float32, 20)]
+
+
+def test_square_does_not_give_up_on_ties_in_bf16(toy, tmp_path, monkeypatch):
+    def forward(attacked, images):
+        """In bf16 a model of few different logits."""
+        logits = attacked.model(images)
+        return (8 * logits).round() / 8 if attacked.dtype == torch.bfloat16 else logits
+
+    monkeypatch.setattr(Attacked, "forward", forward)
+    suite = only(monkeypatch, Attack("square", "black-box", square, {"n_queries": 60, "p_init": 0.8}))
+    evaluate_model(*toy, eps="24/255", suite=suite, search_dtype=torch.bfloat16, state=tmp_path)
+    rows = [row for (stage, _), row in lines(tmp_path).items() if stage == "square"]
+    assert any(row["margin"] <= 0 for row in rows)
+    assert all(row["steps"] == 61 for row in rows if row["margin"] > 0)
 
 
 def test_memory_holds_a_batch_not_the_data(toy, monkeypatch):

@@ -151,6 +151,7 @@ def test_steps_are_what_the_model_was_asked(name, norm, examples):
         assert whole.steps[i] == (len(asked) if name == "square" else sum(asked))
     everything = {"apgd-ce": 21, "apgd-dlr": 21, "apgd-t": 63, "fab-t": 60, "square": 151}[name]
     assert (whole.steps[~fallen] == everything).all()
+    assert torch.equal(whole.ended, fallen)
     assert whole.steps[fallen].min() >= 1
     assert whole.steps[fallen].max() < everything
 
@@ -358,6 +359,24 @@ def test_more_queries_go_on_where_fewer_ended(norm, examples):
     assert torch.equal(many.images[fallen], few.images[fallen])
     assert torch.equal(many.steps[fallen], few.steps[fallen])
     assert (many.steps[~fallen] > 61).all()
+
+
+@by_norm
+def test_square_goes_on_where_the_label_comes_first_of_two_equal_logits(norm, examples):
+    model, images, _ = examples
+    coarse = nn.Sequential(model, Coarse())
+    labels = coarse(images).argmax(dim=1)
+    found = ours("square", (coarse, images, labels), FOR_SQUARE[norm])
+    wrong = coarse(found.images).argmax(dim=1) != labels
+    assert 0 < wrong.sum() < 16
+    assert torch.equal(found.steps < 151, wrong)
+    assert torch.equal(found.ended, wrong)
+    assert (coarse(found.images).topk(2).values.diff(dim=1)[~wrong] == 0).any(), "no tie to tell anything"
+
+
+class Coarse(nn.Module):
+    def forward(self, logits):
+        return (logits / 4).round()
 
 
 # Carlini and Wagner

@@ -323,7 +323,9 @@ def _first_success(model: nn.Module, images: Tensor, labels: Tensor, searches: I
         spent[left] += steps
         with torch.no_grad():
             left = left[model(found[left]).argmax(dim=1) == labels[left]]
-    return Found(found, spent)
+    ended = torch.ones_like(labels, dtype=torch.bool)
+    ended[left] = False
+    return Found(found, spent, ended)
 
 
 def _annealing_rounds(

@@ -58,7 +58,7 @@ def apgd(
     if start is None:
         start = _random_start(attack, threat_model, images, generators_of(seeds))
     run = _run_apgd(attack, model, images, labels, start)
-    return Found(run.images, run.steps)
+    return Found(run.images, run.steps, run.score == torch.inf)
 
 
 def apgd_targeted(
@@ -175,7 +175,7 @@ def _one_class_after_the_other(
         left = left[run.score < torch.inf]
         if not len(left):
             break
-    return Found(found, steps)
+    return Found(found, steps, score == torch.inf)
 
 
 # APGD: pyautoattack's own loop, over a model that computes no more than is needed

@@ -62,10 +62,12 @@ class Found(NamedTuple):
     Attributes:
         images: [B, C, H, W].
         steps: [B], gradients or queries until the first success, or all of them without one; None where not known.
+        ended: [B], where a success ended the search; None of searches that always go on to their last step.
     """
 
     images: Tensor
     steps: Tensor | None = None
+    ended: Tensor | None = None
 
 
 # Attacks of the evaluation share one form: (model, images, labels, threat_model, seeds, *, settings) -> Found. The

@@ -54,25 +54,35 @@ def square(
     generators = generators_of(seeds)
     numbers = _uniform(generators, squares.start_numbers, images.device)
     found, steps = images.clone(), torch.full_like(labels, n_queries + 1)
+    ended = torch.zeros_like(labels, dtype=torch.bool)
     left, best = torch.arange(len(images), device=images.device), squares.start(images, numbers)
-    losses = margin(labels)(model(best))
+    losses, wrong = _asked(model, best, labels)
     for query in range(n_queries):
         if query % _QUERIES_DRAWN == 0:
             numbers = _uniform(generators, (_QUERIES_DRAWN, squares.step_numbers), images.device)
-        if (fell := losses >= 0).any():
-            found[left[fell]], steps[left[fell]] = best[fell], query + 1
-            generators = [generator for generator, gone in zip(generators, fell.tolist(), strict=True) if not gone]
+        if wrong.any():
+            found[left[wrong]], steps[left[wrong]], ended[left[wrong]] = best[wrong], query + 1, True
+            generators = [generator for generator, gone in zip(generators, wrong.tolist(), strict=True) if not gone]
             state = (left, images, labels, best, losses, numbers)
-            left, images, labels, best, losses, numbers = (tensor[~fell] for tensor in state)
+            left, images, labels, best, losses, numbers = (tensor[~wrong] for tensor in state)
         if not len(left):
             break
         candidates = squares.step(best, images, numbers[:, query % _QUERIES_DRAWN], query)
-        tried = margin(labels)(model(candidates))
-        better = (tried > losses) | (tried >= 0)
+        tried, wrong = _asked(model, candidates, labels)
+        better = (tried > losses) | (tried >= 0) | wrong
         best[better] = candidates[better]
         losses = tried.where(better, losses)
     found[left] = best
-    return Found(found, steps)
+    return Found(found, steps, ended)
+
+
+def _asked(model: nn.Module, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The margins [B] of points [B, C, H, W], and where the model is wrong: of two equal logits argmax takes the first.
+
+    A margin of 0, which bfloat16 often gives, is therefore no success by itself, as it is in pyautoattack.
+    """
+    logits = model(points)
+    return margin(labels)(logits), logits.argmax(dim=1) != labels
 
 
 class _Squares:

@@ -230,6 +230,8 @@ class Driver:
         if self.search_dtype != torch.float32:
             with torch.no_grad():
                 seemed = seen(images).argmax(dim=1) != batch.labels
+            if found.ended is not None:  # a success in another batch may be none in this one, at that precision
+                seemed |= found.ended
             if (again := seemed & (margins > 0)).any():  # rounding made a success of it: search there in float32
                 careful = replace(self, search_dtype=torch.float32)
                 begin = None if start is None else start[again]
