@@ -29,6 +29,7 @@ from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .evaluation.adversarial import ADVERSARIAL
+from .evaluation.checks import check_classes
 from .evaluation.config import PRECISIONS, EvaluateConfig, attacked_in, check_flags, result_path
 from .evaluation.curves import draw_curve
 from .evaluation.evaluation import Evaluation, evaluate_sweep
@@ -93,8 +94,10 @@ def evaluate(config: EvaluateConfig) -> Path:
         results = _already(path, asked)
         title = f"{path} is there already; delete it to evaluate anew"
     else:
+        model = subject.load().to(PartialState().device)
+        check_classes(model, images, called=f"RUN {subject.run}")
         evaluations = evaluate_sweep(
-            subject.load().to(PartialState().device),
+            model,
             images.images,
             images.labels,
             eps=radii,
@@ -103,7 +106,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             seed=config.seed,
             batch_size=config.batch_size,
             search_dtype=PRECISIONS[config.precision],
-            transfer_from=_second_model(config),
+            transfer_from=_second_model(config, images),
             state=path.with_suffix(".state"),
             processes=processes,
         )
@@ -142,12 +145,14 @@ def _write(
     shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
 
 
-def _second_model(config: EvaluateConfig) -> nn.Module | None:
+def _second_model(config: EvaluateConfig, images: Images) -> nn.Module | None:
     """The model of ``--transfer-from``."""
     if config.transfer_from is None:
         return None
     subject = find_subject("--transfer-from", config.transfer_from, dataset=config.dataset, norm=config.norm)
-    return subject.load().to(PartialState().device)
+    model = subject.load().to(PartialState().device)
+    check_classes(model, images, called=f"--transfer-from {subject.run}")
+    return model
 
 
 def _dataset(config: EvaluateConfig, subject: Subject) -> Dataset:

@@ -3,8 +3,10 @@
 import csv
 import hashlib
 import json
+import shutil
 
 import pytest
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -19,6 +21,7 @@ from drelu_timm.evaluation import adversarial
 from drelu_timm.evaluation.adversarial import Adversarial
 from drelu_timm.evaluation.attacked import label_margin
 from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
+from drelu_timm.models.saved import save_folder
 from drelu_timm.zoo.robust_models import register_robust_model
 
 
@@ -414,6 +417,8 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
         (["x", "--norm", "L3"], "--norm 'L3' is unknown"),
         (["x", "--suite", "quik"], "--suite 'quik' is unknown; did you mean quick"),
         (["x", "--n-examples", "0"], "--n-examples 0 is not possible; give 1 or more"),
+        (["resnet18_drelu", "--dataset", "digits"], "RUN 'resnet18_drelu' has trained weights for all but its head"),
+        (["x", "--transfer-from", "resnet18_drelu.a1_in1k"], "--transfer-from 'resnet18_drelu.a1_in1k' has trained"),
         (["dense", "--dataset", "digits"], "is a timm model whose weights cannot be read (No pretrained weights"),
     ],
 )
@@ -423,6 +428,25 @@ def test_flags_that_cannot_be_used(run, capsys, arguments, message):
     assert error.startswith("error: ")
     assert message in error
     assert not (run / "results").exists()
+
+
+def with_classes(run, count):
+    """The run beside, whose net has so many outputs."""
+    other = run.with_name(f"of-{count}")
+    shutil.copytree(run, other)
+    shutil.rmtree(other / "model")
+    model = timm.create_model("dense_drelu", num_classes=count, in_chans=1, img_size=8)
+    save_folder(model, other / "model", model_args={"img_size": 8})
+    return str(other)
+
+
+@pytest.mark.parametrize("count", [5, 12])
+def test_a_model_of_other_classes_than_the_dataset_is_refused(run, capsys, count):
+    other, digits = with_classes(run, count), [str(run), "--n-examples", "2"]  # whose labels are 0 and 3
+    for arguments, called in (([other, *digits[1:]], "RUN"), ([*digits, "--transfer-from", other], "--transfer-from")):
+        assert main(["evaluate", *arguments]) == 2
+        expected = f"error: {called} {other} has {count} outputs, Digits has 10 classes; give the --dataset that the"
+        assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("board", "asked"), [("L2", []), ("Linf", ["--norm", "L2"])])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..data.images import as_float
+from ..data.images import Images, as_float
 from ..errors import InputError
 from ..models.modes import device_of
 
@@ -29,8 +29,14 @@ def check_data(images: Tensor, labels: Tensor) -> None:
         raise InputError(f"labels are {labels.dtype} from {labels.min()}; give integers from 0 to classes - 1")
 
 
-def count_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+def count_classes(model: nn.Module, images: Tensor, labels: Tensor, *, called: str = "the model") -> int:
     """Number of outputs of the model, tried on a few images.
+
+    Args:
+        model: In eval mode.
+        images: [N, C, H, W].
+        labels: [N].
+        called: What errors call the model.
 
     Raises:
         InputError: A model that does not return logits, or has fewer outputs than the labels need.
@@ -40,15 +46,29 @@ def count_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
         logits = model(as_float(images[:8]).to(device))
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"the model returns {got} for {len(images[:8])} images; it must return logits [B, classes]")
+        raise InputError(f"{called} returns {got} for {len(images[:8])} images; it must return logits [B, classes]")
     if labels.max() >= logits.shape[1]:
         raise InputError(
-            f"the labels go up to {labels.max()} but the model has {logits.shape[1]} outputs; "
+            f"the labels go up to {labels.max()} but {called} has {logits.shape[1]} outputs; "
             "give the dataset that the model was trained on"
         )
     if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(len(logits), device=device), atol=1e-4):
         raise InputError(
-            "the model returns probabilities (none below 0, each image's adding up to 1), whose gradients vanish; "
+            f"{called} returns probabilities (none below 0, each image's adding up to 1), whose gradients vanish; "
             "give the model without its softmax"
         )
     return logits.shape[1]
+
+
+def check_classes(model: nn.Module, data: Images, *, called: str) -> None:
+    """Look whether a model, in eval mode, has an output for each class of a dataset, and no more.
+
+    Raises:
+        InputError: It has not, or it returns no logits.
+    """
+    outputs = count_classes(model, data.images, data.labels, called=called)
+    if outputs != len(data.classes):
+        raise InputError(
+            f"{called} has {outputs} outputs, {data.title} has {len(data.classes)} classes; give the --dataset that "
+            "the model was trained on"
+        )

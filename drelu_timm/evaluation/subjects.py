@@ -81,6 +81,14 @@ def _run_subject(name: str, run: Run) -> Subject:
 
 
 def _timm_subject(flag: str, name: str) -> Subject:
+    architecture = name.partition(".")[0]
+    if architecture.endswith(
+        "_drelu"
+    ):  # its pretrained cfg is the base's, whose classifier does not fit behind the head
+        raise InputError(
+            f"{flag} {name!r} has trained weights for all but its head, which would be a random one; train it and give "
+            f"the run, or evaluate {architecture.removesuffix('_drelu')}"
+        )
     cfg = timm.get_pretrained_cfg(name)
     return Subject(
         run=name,
