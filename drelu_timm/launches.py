@@ -2,10 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
 from .errors import InputError
+
+# How long processes wait for each other. NCCL's own ten minutes end a launch whose other processes still work as they
+# should: on the last batch of a long attack, or on a folder of images that one of them has to decode.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)

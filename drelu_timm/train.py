@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from .command_line import flag, read_flags
@@ -22,7 +22,7 @@ from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .files import write_json
-from .launches import launched_on_cpu
+from .launches import PATIENCE, launched_on_cpu
 from .runs import Run, environment
 from .training.config import TrainConfig, preset_in, resolve, saved
 from .training.model import create_model
@@ -98,7 +98,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             fsdp_plugin=plugin,
             # A broadcast of buffers between TRADES' two forwards would change, in place, what the first one's backward
             # needs; they are averaged after every step.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
     except ValueError as error:
         raise InputError(f"accelerate cannot be started as it was launched ({one_line(error)})") from error

@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from drelu_timm.attacks.square import square
 from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
 from drelu_timm.data import images as decoded
 from drelu_timm.errors import InputError
+from drelu_timm.evaluation import processes
 from drelu_timm.evaluation.attacked import Attacked, label_margin
 from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
 
@@ -174,15 +177,15 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
     shutil.copytree(run, alone)
     arguments = ["--suite", "standard", "--n-examples", "359", "--batch-size", "8"]
     # A server that has imported everything: a start costs no seconds, so that kills come in the midst of work.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["drelu_timm.evaluate"])
-    uninterrupted = processes.Process(target=main, args=(["evaluate", str(alone), *arguments],))
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["drelu_timm.evaluate"])
+    uninterrupted = server.Process(target=main, args=(["evaluate", str(alone), *arguments],))
     uninterrupted.start()
     uninterrupted.join()
     moment = random.Random(0)
     state, sizes = run / "results" / "standard-Linf-8_255.state", [0]
     for kill in range(KILLS):
-        process = processes.Process(target=main, args=(["evaluate", str(run), *arguments],))
+        process = server.Process(target=main, args=(["evaluate", str(run), *arguments],))
         process.start()
         if kill % 3:  # in the midst of work, else perhaps while it starts
             while process.is_alive() and size(state) == sizes[-1]:
@@ -246,6 +249,18 @@ def test_the_same_on_two_processes(run):
     torch.testing.assert_close(one["images"], two["images"], rtol=0, atol=1e-5)
     suffixes = ("json", "csv", "adversarial.safetensors")
     assert {path.name for path in (run / "results").iterdir()} == {f"quick-Linf-8_255.{suffix}" for suffix in suffixes}
+
+
+def test_processes_wait_long_for_each_other(tmp_path, monkeypatch):
+    asked = {}
+
+    def state(**options):
+        asked.update(options)
+        return SimpleNamespace(process_index=0, num_processes=1)
+
+    monkeypatch.setattr(processes, "PartialState", state)
+    processes.Processes(tmp_path)
+    assert asked["timeout"] == timedelta(days=1)
 
 
 def test_accelerate_launch_that_starts_one_process_for_many_is_named(run):

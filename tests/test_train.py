@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from launching import config, flags, image_folder, launch, log, weights
 from torch import nn
 
@@ -15,7 +16,7 @@ from drelu_timm.__main__ import main
 from drelu_timm.data.readers import load_images
 from drelu_timm.errors import InputError
 from drelu_timm.runs import Run
-from drelu_timm.train import train
+from drelu_timm.train import make_accelerator, train
 from drelu_timm.training.config import TrainConfig, resolve
 from drelu_timm.training.model import create_model
 from drelu_timm.training.presets import PRESETS
@@ -415,6 +416,19 @@ def test_accelerate_accumulating_gradients_too_is_refused(tmp_path, monkeypatch)
     with pytest.raises(InputError, match="must be 1; give --grad-accum-steps instead"):
         train(config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_wait_long_for_each_other(tmp_path, monkeypatch):
+    handlers = []
+
+    def started(**options):
+        handlers.extend(options["kwargs_handlers"])
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("drelu_timm.train.Accelerator", started)
+    with pytest.raises(InputError, match="that is enough"):
+        make_accelerator(config(tmp_path))
+    assert [one.timeout for one in handlers if isinstance(one, InitProcessGroupKwargs)] == [timedelta(days=1)]
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "gelu", "prelu", "pssilu", "srelu", "drelu"])

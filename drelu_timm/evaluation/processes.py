@@ -8,7 +8,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..launches import launched_on_cpu
+from ..launches import PATIENCE, launched_on_cpu
 
 Batch = TypeVar("Batch")
 Value = TypeVar("Value")
@@ -28,7 +28,7 @@ class Processes:
         self.index, self.count = 0, 1
         if folder is None:
             return
-        self._state = PartialState(cpu=launched_on_cpu())
+        self._state = PartialState(cpu=launched_on_cpu(), timeout=PATIENCE)
         self.index, self.count = self._state.process_index, self._state.num_processes
         self._claims = folder / "claims"
         if self.index == 0:
