@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 
@@ -34,7 +33,7 @@ from .evaluation.config import PRECISIONS, EvaluateConfig, attacked_in, check_fl
 from .evaluation.curves import draw_curve
 from .evaluation.evaluation import Evaluation, evaluate_sweep
 from .evaluation.pictures import require_matplotlib
-from .evaluation.processes import Processes
+from .evaluation.processes import Processes, launched
 from .evaluation.results import rows, show, show_curve, summary, sweep_rows
 from .evaluation.subjects import Subject, find_subject
 from .files import read_json, write_json, write_text
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     """Read the flags, evaluate, and say what to do next."""
     config = read_flags(EvaluateConfig, "evaluate", argv)
     path = evaluate(config)
-    if PartialState().is_main_process:
+    if launched().is_main_process:
         files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ADVERSARIAL, ".png")]
         print(f"results in {', '.join(str(file) for file in files if file.exists())}")
         if (Path(config.run) / "config.json").is_file() and path.parent.name == "results":
@@ -64,10 +63,11 @@ def evaluate(config: EvaluateConfig) -> Path:
         InputError: Anything in the config that cannot be used, or a result of other settings in the same place.
     """
     check_flags(config)
-    subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
-    dataset = _dataset(config, subject)
-    balls = _threat_models(config, subject, dataset)
-    images = _test_images(config, subject, dataset)
+    with launched().main_process_first():  # which may have to download
+        subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
+        dataset = _dataset(config, subject)
+        balls = _threat_models(config, subject, dataset)
+        images = _test_images(config, subject, dataset)
     sweep = len(balls) > 1
     if sweep:
         require_matplotlib()
@@ -94,8 +94,9 @@ def evaluate(config: EvaluateConfig) -> Path:
         results = _already(path, asked)
         title = f"{path} is there already; delete it to evaluate anew"
     else:
-        model = subject.load().to(PartialState().device)
-        check_classes(model, images, called=f"RUN {subject.run}")
+        with launched().main_process_first():
+            model = _loaded("RUN", subject, images)
+            second = _second_model(config, images)
         evaluations = evaluate_sweep(
             model,
             images.images,
@@ -106,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             seed=config.seed,
             batch_size=config.batch_size,
             search_dtype=PRECISIONS[config.precision],
-            transfer_from=_second_model(config, images),
+            transfer_from=second,
             state=path.with_suffix(".state"),
             processes=processes,
         )
@@ -150,8 +151,13 @@ def _second_model(config: EvaluateConfig, images: Images) -> nn.Module | None:
     if config.transfer_from is None:
         return None
     subject = find_subject("--transfer-from", config.transfer_from, dataset=config.dataset, norm=config.norm)
-    model = subject.load().to(PartialState().device)
-    check_classes(model, images, called=f"--transfer-from {subject.run}")
+    return _loaded("--transfer-from", subject, images)
+
+
+def _loaded(flag: str, subject: Subject, images: Images) -> nn.Module:
+    """The subject's model on this process's device, which must have the images' classes."""
+    model = subject.load().to(launched().device)
+    check_classes(model, images, called=f"{flag} {subject.run}")
     return model
 
 

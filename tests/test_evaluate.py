@@ -3,15 +3,19 @@
 import csv
 import hashlib
 import json
+import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import timm
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import drelu_timm.evaluate as verb
 from drelu_timm.__main__ import main
 from drelu_timm.attacks.pgd import Found
 from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
@@ -428,6 +432,29 @@ def test_flags_that_cannot_be_used(run, capsys, arguments, message):
     assert error.startswith("error: ")
     assert message in error
     assert not (run / "results").exists()
+
+
+def test_what_may_be_downloaded_the_first_process_fetches_alone(run, monkeypatch):
+    """Data and weights are read where the other processes wait for the first."""
+    told = []
+
+    @contextmanager
+    def first(self):
+        told.append("begin")
+        yield
+        told.append("end")
+
+    def reading(name):
+        own = getattr(verb, name)
+        monkeypatch.setattr(verb, name, lambda *args, **options: told.append(name) or own(*args, **options))
+
+    for name in ("find_subject", "load_images", "_loaded"):
+        reading(name)
+    monkeypatch.setattr(PartialState, "main_process_first", first)
+    assert main(["evaluate", str(run), "--n-examples", "2", "--transfer-from", str(run)]) == 0
+    text = " ".join(told)
+    assert sorted({*told}) == ["_loaded", "begin", "end", "find_subject", "load_images"]
+    assert not {*re.sub("begin.*?end", "", text).split()}
 
 
 def with_classes(run, count):

@@ -14,6 +14,11 @@ Batch = TypeVar("Batch")
 Value = TypeVar("Value")
 
 
+def launched() -> PartialState:
+    """This process among those of its launch, which it joins on the first call; its device."""
+    return PartialState(cpu=launched_on_cpu(), timeout=PATIENCE)
+
+
 class Processes:
     """The processes that work on one evaluation.
 
@@ -28,7 +33,7 @@ class Processes:
         self.index, self.count = 0, 1
         if folder is None:
             return
-        self._state = PartialState(cpu=launched_on_cpu(), timeout=PATIENCE)
+        self._state = launched()
         self.index, self.count = self._state.process_index, self._state.num_processes
         self._claims = folder / "claims"
         if self.index == 0:
