@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -24,6 +25,8 @@ HOW_TO_GO_ON = {
     "sweep": "; the same command goes on with what is not done",
 }
 
+_FIRST_PROCESS_ENDS = 10  # seconds, within which it has met the error that all processes meet
+
 HELP = "usage: drelu-timm VERB [options]\n\n" + "\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items())
 HELP += "\n\n`drelu-timm VERB --help` lists a verb's options."
 
@@ -44,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown("VERB", verb, VERBS)
         return _module(verb).main(rest) or 0
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a launch meets the same error: say it once
-            print(f"error: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
@@ -53,6 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped{HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
         return 130
+
+
+def _say(error: InputError) -> None:
+    """Print an error, but only once where every process of a launch meets the same.
+
+    The first process says it, and when that has ended the launcher ends the others: one that is still there by then
+    has met an error of its own.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+        return
+    time.sleep(_FIRST_PROCESS_ENDS)
+    print(f"process {os.environ.get('RANK', '?')}: error: {error}", file=sys.stderr)
 
 
 def _module(verb: str):

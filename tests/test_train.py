@@ -268,6 +268,24 @@ def test_the_command_line_prints_errors_in_one_line(capsys):
     assert "usage: drelu-timm VERB" in capsys.readouterr().out
 
 
+def test_an_error_of_another_process_alone_is_told_after_the_first_had_its_time(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("drelu_timm.__main__.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "5")
+    for local_rank, prefix in ("0", ""), ("1", "process 5: "):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert main(["trian"]) == 2
+        assert capsys.readouterr().err.startswith(f"{prefix}error: VERB 'trian' is unknown")
+    assert waited == [10]
+
+
+def test_an_error_that_all_processes_meet_is_told_once():
+    process = launch("train", "--model", "dense_drelu", "--dataset", "minst", processes=2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("error: --dataset 'minst' is unknown; did you mean mnist?") == 1
+
+
 # Recipes
 
 
