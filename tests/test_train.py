@@ -173,6 +173,10 @@ def test_a_preset_of_one_norm_needs_a_radius_for_the_other():
 
 BAD = [
     ({"model": "resnet5_drelu"}, "--model 'resnet5_drelu' is unknown; did you mean resnet"),
+    (
+        {"model": "resnet18_drelu.a1_in1"},
+        "--model 'resnet18_drelu.a1_in1' is unknown; did you mean resnet18_drelu.a1_in1k",
+    ),
     ({"dataset": "minst"}, "--dataset 'minst' is unknown; did you mean mnist?"),
     ({"objective": "trade"}, "--objective 'trade' is unknown; did you mean trades?"),
     ({"schedule": "cosin"}, "--schedule 'cosin' is unknown; did you mean cosine?"),

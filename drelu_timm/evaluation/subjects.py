@@ -15,6 +15,7 @@ from ..attacks.threat_model import Norm
 from ..data.datasets import DATASETS
 from ..errors import InputError, one_line
 from ..models.normalize import normalized
+from ..models.registration import check_tag
 from ..robustbench import adapt
 from ..runs import Run
 from ..zoo.robust_models import robust_model_name
@@ -62,6 +63,7 @@ def find_subject(flag: str, name: str, *, dataset: str | None = None, norm: str 
     if Path(name).exists():
         return _run_subject(name, Run.open(name))
     if timm.is_model(name.partition(".")[0]):
+        check_tag(flag, name)
         return _timm_subject(flag, name)
     return _robustbench_subject(flag, name, dataset, norm)
 

@@ -10,11 +10,28 @@ from timm.models._pretrained import DefaultCfg
 from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs
 from torch import nn
 
+from ..errors import unknown
 from . import nets, preact  # noqa: F401  (our own nets, which get their variants as timm's own do)
 from .surgery import paths
 from .variants import build
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where timm's register_model looks for the cfgs of a module's entrypoints
+
+
+def check_tag(what: str, name: str) -> None:
+    """Raise where a name has a tag, as in ``resnet50.a1_in1k``, that its architecture has not.
+
+    Args:
+        what: The flag, for the error.
+        name: Of an architecture that timm knows, with a tag or without.
+
+    Raises:
+        InputError: timm has the architecture with other tags.
+    """
+    architecture, _, tag = name.partition(".")
+    known = [other for other in _model_pretrained_cfgs if other.startswith(f"{architecture}.")]
+    if tag and known and name not in known:
+        raise unknown(what, name, known)
 
 
 def _register_all() -> None:

@@ -16,6 +16,7 @@ from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 from ..files import read_json
 from ..models.caps import CAP_PENALTIES
+from ..models.registration import check_tag
 from ..models.variants import Options
 from . import flags
 from .objectives import make_objective
@@ -114,6 +115,7 @@ def _check_names(config: TrainConfig) -> None:
         raise unknown("--dataset", config.dataset, DATASETS)
     if not timm.is_model(config.model):
         raise unknown("--model", config.model, timm.list_models())
+    check_tag("--model", config.model)
     make_objective(config.objective, beta=config.beta)
     for name, allowed in {"schedule": SCHEDULES, "monitor": MONITORS, "cap_penalty": CAP_PENALTIES}.items():
         if getattr(config, name) not in (None, *allowed):
