@@ -67,6 +67,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
         dataset = _dataset(config, subject)
         balls = _threat_models(config, subject, dataset)
+        source = _source(config, subject, dataset, balls[0].norm)
         images = _test_images(config, subject, dataset)
     sweep = len(balls) > 1
     if sweep:
@@ -96,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     else:
         with launched().main_process_first():
             model = _loaded("RUN", subject, images)
-            second = _second_model(config, images)
+            second = None if source is None else _loaded("--transfer-from", source, images)
         evaluations = evaluate_sweep(
             model,
             images.images,
@@ -146,12 +147,21 @@ def _write(
     shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
 
 
-def _second_model(config: EvaluateConfig, images: Images) -> nn.Module | None:
-    """The model of ``--transfer-from``."""
+def _source(config: EvaluateConfig, subject: Subject, dataset: Dataset, norm: str) -> Subject | None:
+    """The model of ``--transfer-from``, which must take images as the attacked one does."""
     if config.transfer_from is None:
         return None
-    subject = find_subject("--transfer-from", config.transfer_from, dataset=config.dataset, norm=config.norm)
-    return _loaded("--transfer-from", subject, images)
+    source = find_subject("--transfer-from", config.transfer_from, dataset=dataset.name, norm=norm)
+    for what, own, needed in (
+        ("pixels a side", source.img_size, subject.img_size or dataset.img_size),
+        ("channels", source.in_chans, subject.in_chans or dataset.in_chans),
+    ):
+        if own and needed and own != needed:
+            raise InputError(
+                f"--transfer-from {source.run} takes images of {own} {what}, RUN {subject.run} of {needed}; "
+                "give a model that takes the same images"
+            )
+    return source
 
 
 def _loaded(flag: str, subject: Subject, images: Images) -> nn.Module:

@@ -105,6 +105,27 @@ def test_a_second_model_is_tried(toy):
     assert unrelated.accuracy["transfer"] > result.accuracy["transfer"] + 0.1
 
 
+def test_a_second_model_is_seen_as_the_attacked_one_is(toy):
+    """With finite gradients, and in the precision of the search; afterwards it is what it was."""
+
+    class Blind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.dtypes = small_net(), set()
+
+        def forward(self, images):  # the first pixel's gradient is NaN
+            self.dtypes.add(torch.is_autocast_enabled("cpu"))
+            return self.net(images + 0 * (images[:, :, :1, :1] - 2).relu().sqrt())
+
+    source = Blind().train()
+    result = evaluate_model(*toy, eps="8/255", transfer_from=source)
+    assert result.accuracy["transfer"] < result.clean - 0.2
+    assert source.dtypes == {False}
+    assert source.training and all(parameter.requires_grad for parameter in source.parameters())
+    evaluate_model(*toy, eps="8/255", transfer_from=source, search_dtype=torch.bfloat16)
+    assert source.dtypes == {False, True}
+
+
 def test_same_result_again_and_for_any_batch(toy, monkeypatch):
     suite = only(monkeypatch, *(ATTACKS[name] for name in ("pgd", "noise", "bpda", "twin", "annealing")))
     whole = evaluate_model(*toy, eps=0.03, suite=suite, batch_size=100)
@@ -317,6 +338,7 @@ def test_the_same_images_are_the_same_file(tmp_path):
         (lambda m, x, y: (m, x, y.float()), r"labels are torch.float32 .*give integers from 0 to classes - 1"),
         (lambda m, x, y: (m, x, y - 1), "labels are torch.int64 from -1; give integers"),
         (lambda m, x, y: (m, x, y + 10), "the labels go up to 15 but the model has 6 outputs"),
+        (lambda m, x, y: (m, x[..., 1:], y), r"the model cannot run on 1x8x7 images \(.*mat1 and mat2 .*\); give such"),
         (lambda m, x, y: (nn.Sequential(m, nn.Threshold(-9e9, 0), Nan()), x, y), "NaN or infinite logits for 40 of 40"),
         (
             lambda m, x, y: (nn.Identity(), x, y),
@@ -345,6 +367,14 @@ class Nan(nn.Module):
         ({"norm": "L1"}, "--norm 'L1' is unknown"),
         ({"suite": "standart"}, "--suite 'standart' is unknown; did you mean standard"),
         ({"batch_size": 0}, "--batch-size 0 is not possible; give 1 or more"),
+        (
+            {"transfer_from": small_net(7)},
+            "--transfer-from has 7 outputs, the attacked model 6; give a model of the same",
+        ),
+        (
+            {"transfer_from": nn.Linear(7, 6)},
+            r"--transfer-from cannot run on 1x8x8 images \(.*mat1 and mat2 shapes cannot",
+        ),
         ({"eps": 0}, "--eps 0 leaves nothing to attack; give a radius above 0"),
     ],
 )
@@ -423,6 +453,9 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
         (["x", "--n-examples", "0"], "--n-examples 0 is not possible; give 1 or more"),
         (["resnet18_drelu", "--dataset", "digits"], "RUN 'resnet18_drelu' has trained weights for all but its head"),
         (["x", "--transfer-from", "resnet18_drelu.a1_in1k"], "--transfer-from 'resnet18_drelu.a1_in1k' has trained"),
+        (["x", "--transfer-from", "resnet18.a1_in1k"], "--transfer-from resnet18.a1_in1k takes images of 224 pixels a"),
+        (["resnet18.a1_in1"], "RUN 'resnet18.a1_in1' is unknown; did you mean resnet18.a1_in1k"),
+        (["x", "--transfer-from", "dense.x"], "--transfer-from 'dense.x' is unknown; allowed: dense.untrained"),
         (["dense", "--dataset", "digits"], "is a timm model whose weights cannot be read (No pretrained weights"),
     ],
 )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.images import Images, as_float
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..models.modes import device_of
 
 
@@ -39,11 +39,16 @@ def count_classes(model: nn.Module, images: Tensor, labels: Tensor, *, called: s
         called: What errors call the model.
 
     Raises:
-        InputError: A model that does not return logits, or has fewer outputs than the labels need.
+        InputError: A model that cannot run on the images, does not return logits, or has fewer outputs than the labels
+            need.
     """
     device = device_of(model)
-    with torch.no_grad():
-        logits = model(as_float(images[:8]).to(device))
+    try:
+        with torch.no_grad():
+            logits = model(as_float(images[:8]).to(device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = "x".join(map(str, images.shape[1:]))
+        raise InputError(f"{called} cannot run on {size} images ({one_line(error)}); give such as it takes") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"{called} returns {got} for {len(images[:8])} images; it must return logits [B, classes]")

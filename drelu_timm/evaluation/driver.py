@@ -223,7 +223,10 @@ class Driver:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images in the ball, the steps [B] they took, and their margins [B] on the model itself."""
         seen = Attacked(self.model, self.search_dtype)
-        found = attack(seen, batch.images, batch.labels, threat_model, batch.seeds, start)
+        search = attack
+        if attack.source is not None:
+            search = replace(attack, source=Attacked(attack.source, self.search_dtype))
+        found = search(seen, batch.images, batch.labels, threat_model, batch.seeds, start)
         images = _admitted(found.images.detach(), batch.images, threat_model)
         steps = _steps(found, batch)
         margins = self._margin(images, batch.labels)

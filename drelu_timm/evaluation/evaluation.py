@@ -6,6 +6,7 @@ An attack only searches. What it returns is brought into the ball, and judged by
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from pathlib import Path
@@ -220,10 +221,12 @@ def evaluate_sweep(
     check_data(images, labels)
     labels = labels.cpu().long()
     processes = processes or Processes()
-    with frozen(model), channels_last(model):
+    source = nullcontext() if transfer_from is None else frozen(transfer_from)
+    with frozen(model), channels_last(model), source:
         num_classes = count_classes(model, images, labels)
         columns = find_suite(suite, num_classes, adaptive=bool(substitutable_layers(model)))
         if transfer_from is not None:
+            _check_source(transfer_from, images, labels, num_classes)
             columns["transfer"] = (replace(ATTACKS["transfer"], source=transfer_from),)
         driver = Driver(model, images, labels, balls, seed, batch_size, search_dtype, processes=processes)
         driver = replace(driver, rows=Rows(state, _identity(driver, suite, columns), processes.index))
@@ -236,6 +239,14 @@ def evaluate_sweep(
         ]
     seconds = time.monotonic() - started
     return [replace(evaluation, seconds=seconds) for evaluation in evaluations]
+
+
+def _check_source(source: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> None:
+    outputs = count_classes(source, images, labels, called="--transfer-from")
+    if outputs != num_classes:
+        raise InputError(
+            f"--transfer-from has {outputs} outputs, the attacked model {num_classes}; give a model of the same classes"
+        )
 
 
 def _identity(driver: Driver, suite: str, columns: Suite) -> dict[str, Any]:
