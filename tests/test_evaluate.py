@@ -149,6 +149,36 @@ def test_model_and_random_state_are_left_as_they_were(toy):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.fixture
+def flags():
+    """What allows TF32, in a state that is put back."""
+    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [flag.allow_tf32 for flag in flags]
+    yield flags
+    for flag, allowed in zip(flags, before, strict=True):
+        flag.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [(True, False), (False, True)])
+def test_float32_is_not_tf32(toy, flags, allowed):
+    """Not in the search either; what was allowed before is allowed afterwards, whatever happens."""
+    seen = []
+    for flag, before in zip(flags, allowed, strict=True):
+        flag.allow_tf32 = before
+
+    class Looks(nn.Module):
+        def forward(self, images):
+            seen.append([flag.allow_tf32 for flag in flags])
+            if len(seen) == 9:
+                raise KeyboardInterrupt
+            return small_net()(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(Looks(), *toy[1:], eps=0.03, batch_size=8)
+    assert seen == [[False, False]] * 9
+    assert [flag.allow_tf32 for flag in flags] == [*allowed]
+
+
 def test_images_outside_the_ball_count_only_as_projected(toy, monkeypatch):
     model, images, labels = toy
     far = evaluate_model(*toy, eps=1e-6, suite=only(monkeypatch, gives(lambda x: 5 - 9 * x)))

@@ -20,7 +20,7 @@ from ..attacks.suites import ATTACKS, Suite, find_suite
 from ..attacks.threat_model import ThreatModel, threat_models
 from ..digests import digest, model_digest
 from ..errors import InputError
-from ..models.modes import channels_last, frozen
+from ..models.modes import channels_last, frozen, full_float32
 from .adversarial import Adversarial
 from .checks import check_data, count_classes
 from .driver import Driver, Outcome, example_seed
@@ -222,7 +222,7 @@ def evaluate_sweep(
     labels = labels.cpu().long()
     processes = processes or Processes()
     source = nullcontext() if transfer_from is None else frozen(transfer_from)
-    with frozen(model), channels_last(model), source:
+    with frozen(model), channels_last(model), source, full_float32():
         num_classes = count_classes(model, images, labels)
         columns = find_suite(suite, num_classes, adaptive=bool(substitutable_layers(model)))
         if transfer_from is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +45,24 @@ def channels_last(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for weight, data in zip(weights, before, strict=True):
             weight.data = data
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 that is not TF32 on a GPU either, whatever is set; what was set is put back.
+
+    PyTorch lets cuDNN round what enters a convolution to TF32's 10 bits by default. What is judged in float32, and at a
+    boundary, must not hang on that; nor may a search in float32 end at what it only takes for a success.
+    """
+    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [each.allow_tf32 for each in flags]
+    try:
+        for each in flags:
+            each.allow_tf32 = False
+        yield
+    finally:
+        for each, allowed in zip(flags, before, strict=True):
+            each.allow_tf32 = allowed
 
 
 def device_of(model: nn.Module) -> torch.device:
