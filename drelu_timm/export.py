@@ -209,7 +209,12 @@ def export(config: ExportConfig) -> Path:
         checks = verify(folder, measured, evaluated, robustbench, config.benchmark_examples)
         write_text(folder / "CHECKS.md", checks_page(measured, checks))
     register_robust_model(
-        config.key, measured.dataset, measured.norm, output_dir / "hub", sha256=measured.weights.sha256
+        config.key,
+        measured.dataset,
+        measured.norm,
+        output_dir / "hub",
+        sha256=measured.weights.sha256,
+        config_sha256=measured.config_sha256,
     )
     return output_dir
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..attacks.suites import ATTACKS, SUITES
 from .cards import licences
-from .entries import architecture, generated_images, model_info
+from .entries import architecture, model_info, told_of_data
 from .measured import AUTOATTACK, Measured, percent
 from .recipes import made_with
 
@@ -25,8 +25,8 @@ def new_model(measured: Measured, repo: str | None) -> str:
     entry = model_info(measured)
     where = f"https://huggingface.co/{repo}" if repo else "(the address of hub/ or weights/, once they are uploaded)"
     additional = f"{str(entry['additional_data']).lower()}"
-    if generated := generated_images(measured):
-        additional += f". {generated}"
+    if told := told_of_data(measured):
+        additional += f". {' '.join(told)}"
     return f"""\
 Title: [New Model] {measured.key}
 
