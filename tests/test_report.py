@@ -266,9 +266,9 @@ def test_worst_cases_of_other_strength_are_not_tested(runs, tmp_path):
     write_json(path, content)
     report(ReportConfig((tmp_path / "runs",)))
     text = (tmp_path / "runs" / "report" / "report.md").read_text()
-    said = "Not made. Not all rows, or not all seeds of a row, were attacked alike, so that"
-    assert f"## Methods in the worst case: MNIST, Linf, eps 0.1\n\n{said}" in text
-    assert "Dense AT lacks square." in text
+    assert "## Methods in the worst case: MNIST, Linf, eps 0.1\n\nNot made: 3 methods over 1 blocks cannot be" in text
+    said = "Left out: Dense x Worst case, as not all rows were attacked alike. Not all rows, or not all seeds of a row,"
+    assert said in text and "Dense AT lacks square." in text
 
 
 # Bad input
@@ -311,7 +311,7 @@ def test_mixed_radii_and_missing_seeds_are_said(small, tmp_path):
     assert "These 2 groups cannot be compared with one another and are kept apart: MNIST, Linf, eps 0.1; MNIST" in text
     assert "MNIST, Linf, eps 0.1: seed 0, which other rows have, is missing of Dense AT." in text
     assert "MNIST, Linf, eps 0.1: not all rows have as many test images: 10, 20." in text
-    assert "Not made: 2 methods over 1 blocks cannot be compared; Friedman's test needs at least 3 methods" in text
+    assert "Not made: 2 methods over 0 blocks cannot be compared; Friedman's test needs at least 3 methods" in text
     assert "| sound | 10 | 1 of 2 |" in text
 
 

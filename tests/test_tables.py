@@ -239,7 +239,7 @@ def test_worst_cases_of_other_attacks_have_no_rank_and_that_is_said(add, groups)
     said = "have no rank: Dense D-ReLU-0.1 lacks apgd-dlr, cw-l2, fgsm, pgd, square."
     assert said in table.caption and said in all_rows(lines).caption
     (square,) = square_tables([lines])
-    assert cells(square, "MNIST Square", "MNIST Worst case")[0] == ("85.00 (1)", "80.00")
+    assert cells(square, "MNIST Square", "MNIST Worst case")[0] == ("85.00", "80.00")
     assert said in square.caption
 
 
@@ -251,6 +251,48 @@ def test_worst_cases_of_other_settings_have_no_rank(add, groups):
     add(objective="at", **RELU)
     caption = paper_table(groups()[0]).caption
     assert "Dense AT lacks pgd (steps 100); Dense D-ReLU-0.1 lacks pgd (steps 40)." in caption
+
+
+def test_a_column_of_other_settings_has_no_rank_and_is_no_block(add, groups):
+    path = add() / "results" / "paper-Linf-0.1.json"
+    content = json.loads(path.read_text())
+    content["settings"]["pgd"] = {"steps": 100}
+    write_json(path, content)
+    for train in ({"objective": "at"}, {"objective": "trades"}):
+        add(**train, **RELU)
+        add(**train, model="shallow_cnn_drelu", **RELU)
+    add(model="shallow_cnn_drelu")
+    (lines,) = groups()
+    table = paper_table(lines)
+    assert cells(table, "FGSM", "PGD")[0] == ("93.00 (1)", "90.00")
+    assert cells(table, "FGSM", "PGD")[-1] == ("93.00 (1)", "90.00 (1)")
+    assert "under the same settings on as many test images: Dense x PGD. CW_L2" in table.caption
+    frame, said = scores(lines, ["clean", "pgd", "worst"])
+    of_shallow_cnn = [("shallow_cnn", column) for column in ("clean", "pgd", "worst")]
+    assert list(frame.index) == [("dense", "clean"), *of_shallow_cnn]
+    assert said.endswith(
+        "Left out: Dense x PGD, as not all rows were attacked alike; Dense x Worst case, as not all rows were attacked "
+        "alike."
+    )
+
+
+def test_rows_on_other_numbers_of_images_have_no_rank(add, groups):
+    add({"n_examples": 30})
+    add(objective="at", **RELU)
+    (lines,) = groups()
+    table = paper_table(lines)
+    assert cells(table, "Clean", "PGD", "Worst case") == [("95.00", "90.00", "80.00")] * 2
+    assert "have no rank: Dense AT has 20 test images; Dense D-ReLU-0.1 has 30 test images." in table.caption
+    assert "Dense x Clean, Dense x FGSM" in table.caption
+    assert scores(lines, ["clean", "worst"])[0].empty
+
+
+def test_a_column_that_some_seeds_lack_has_no_rank(add, groups):
+    add(seed=0)
+    add({"accuracy": {"fgsm": 0.93}}, seed=1)
+    add(objective="at", **RELU)
+    table = paper_table(groups()[0])
+    assert cells(table, "FGSM", "PGD") == [("93.00 (1)", "90.00"), ("93.00 ± 0.00 (1)", "90.00 [n = 1]")]
 
 
 def test_a_worst_case_that_is_a_bound_is_said(add, groups):

@@ -15,7 +15,7 @@ from .outcomes import Outcomes
 from .page import Section
 from .paper import COLUMNS, net_name, paper_scores
 from .statistics import Comparison, compare_methods, compare_pair
-from .strength import unequal
+from .strength import incomparable, unequal
 from .tables import HEADINGS, papers_number, slug
 
 
@@ -27,9 +27,7 @@ def statistics(lines: Lines, folder: Path, outcomes: Outcomes) -> list[Section]:
         folder: For the pictures.
         outcomes: Rows that cannot be read are noted down here.
     """
-    worst = f"Methods in the worst case: {lines.group}"
-    picture = folder / f"methods-worst-{slug(lines.group)}.png"
-    not_alike = unequal(lines.shown)
+    worst, blocks = scores(lines, ["worst"])
     return [
         _comparison(
             f"Methods under the paper's attacks: {lines.group}",
@@ -38,9 +36,13 @@ def statistics(lines: Lines, folder: Path, outcomes: Outcomes) -> list[Section]:
             "Blocks are net x (clean and the paper's attacks), as in the paper. Those of one net are not independent, "
             "so that p comes out too small, and accuracies of masked rows count as if they were robustness.",
         ),
-        Section(worst, f"Not made. {not_alike}")
-        if not_alike
-        else _comparison(worst, *scores(lines, ["worst"]), picture, "Blocks are the nets."),
+        _comparison(
+            f"Methods in the worst case: {lines.group}",
+            worst,
+            f"{blocks} {unequal(lines.shown)}".strip(),
+            folder / f"methods-worst-{slug(lines.group)}.png",
+            "Blocks are the nets.",
+        ),
         _pairs(lines, outcomes),
     ]
 
@@ -61,7 +63,8 @@ def _papers(number: int) -> Section:
 def scores(lines: Lines, columns: Sequence[str]) -> tuple[pd.DataFrame, str]:
     """What the statistics compare: a row a net and column, a column a method, in percent.
 
-    Methods that some net lacks, and then rows that some method lacks, are left out.
+    Methods that some net lacks, and then rows that some method lacks or whose accuracies cannot be compared, are left
+    out.
 
     Returns:
         The accuracies, and sentences on the rows that there are and on what was left out.
@@ -73,12 +76,15 @@ def scores(lines: Lines, columns: Sequence[str]) -> tuple[pd.DataFrame, str]:
     }
     methods = [method for method, of_nets in missing.items() if not of_nets]
     left_out = [f"{method}, which {_lack(of_nets)}" for method, of_nets in missing.items() if of_nets]
+    unlike = incomparable([nets[net][method] for net in nets for method in methods], columns)
     rows: dict[tuple[str, str], list[float]] = {}
     for net, column in product(nets, columns):
         means = {method: nets[net][method].mean(column) for method in methods}
         if lacking := [method for method, mean in means.items() if mean is None]:
             of_it = "all methods lack" if len(lacking) == len(methods) else _lack(lacking)
             left_out.append(f"{net_name(net)} x {HEADINGS[column]}, which {of_it}")
+        elif (net, column) in unlike:
+            left_out.append(f"{net_name(net)} x {HEADINGS[column]}, as not all rows were attacked alike")
         else:
             rows[net, column] = [mean.mean for mean in means.values() if mean]
     said = f"Blocks: {', '.join(f'{net_name(net)} x {HEADINGS[column]}' for net, column in rows) or 'none'}."

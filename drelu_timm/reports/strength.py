@@ -1,6 +1,7 @@
-"""Which rows were attacked by less than others: their worst cases cannot be ranked, or tested against one another."""
+"""Which rows of a net were attacked otherwise than others: these cannot be ranked, or tested against one another."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..attacks.suites import ATTACKS
 from .means import Average
@@ -8,30 +9,74 @@ from .outcomes import Outcome
 from .paper import net_name
 
 _ADAPTED_TO = ("drelu", "srelu", "relu6")  # activations that adaptive attacks have something to do with
+_SINGULAR = {"lack": "lacks", "have": "has"}
 
 
-def unequal(averages: Sequence[Average]) -> str:
-    """A sentence on the rows that lack attacks which others were attacked with; "" where there are none.
+def incomparable(averages: Iterable[Average], columns: Iterable[str]) -> set[tuple[str, str]]:
+    """Each net and column in which the net's rows cannot be ranked.
+
+    They can where all seeds of all rows have the column by the same attack, with the same settings and on as many test
+    images; in the worst case, where `unequal` has nothing to say.
+    """
+    return {
+        (net, column)
+        for net, rows in _by_net(averages).items()
+        for column in columns
+        if (_differences(rows) if column == "worst" else len(_ways(rows, column)) > 1)
+    }
+
+
+def unequal(averages: Iterable[Average]) -> str:
+    """A sentence on rows that lack attacks, or test images, which others of their net have; "" where there are none.
 
     An attack with other settings is another one. Adaptive attacks are not missing where they do not apply.
     """
-    tried = frozenset[tuple[str, str]]().union(*(outcome.at.tried for one in averages for outcome in one.outcomes))
-    rows: dict[tuple[str, ...], list[str]] = {}
-    for one in averages:
-        lacks = {attack for outcome in one.outcomes for attack in tried - outcome.at.tried if _applies(attack, outcome)}
-        if lacks:
-            names = tuple(sorted(_named(attack, tried) for attack in lacks))
-            rows.setdefault(names, []).append(f"{net_name(one.first.net)} {one.training}")
-    if not rows:
-        return ""
     listed = "; ".join(
-        f"{', '.join(of_it)} {'lacks' if len(of_it) == 1 else 'lack'} {', '.join(names)}"
-        for names, of_it in rows.items()
+        f"{', '.join(of_it)} {_SINGULAR[verb] if len(of_it) == 1 else verb} {what}"
+        for rows in _by_net(averages).values()
+        for (verb, what), of_it in _differences(rows).items()
     )
+    if not listed:
+        return ""
     return (
         "Not all rows, or not all seeds of a row, were attacked alike, so that their worst cases cannot be compared "
         f"and have no rank: {listed}."
     )
+
+
+def _by_net(averages: Iterable[Average]) -> dict[str, list[Average]]:
+    nets: dict[str, list[Average]] = {}
+    for one in averages:
+        nets.setdefault(one.first.net, []).append(one)
+    return nets
+
+
+def _ways(rows: Sequence[Average], column: str) -> set[tuple[Any, ...]]:
+    """How the seeds of a net's rows come to a column: whether at all, on how many images, by what settings."""
+    return {
+        (
+            column in outcome.at.columns,
+            outcome.at.n_examples,
+            frozenset(settings for attack, settings in outcome.at.tried if attack == column),
+        )
+        for one in rows
+        for outcome in one.outcomes
+    }
+
+
+def _differences(rows: Sequence[Average]) -> dict[tuple[str, str], list[str]]:
+    """What rows of a net lack, or have otherwise than the rest: ("lack", attacks) or ("have", test images), by row."""
+    tried = frozenset[tuple[str, str]]().union(*(outcome.at.tried for one in rows for outcome in one.outcomes))
+    images = {count for one in rows for count in one.n_examples}
+    differences: dict[tuple[str, str], list[str]] = {}
+    for one in rows:
+        lacks = {attack for outcome in one.outcomes for attack in tried - outcome.at.tried if _applies(attack, outcome)}
+        found = [("lack", ", ".join(sorted(_named(attack, tried) for attack in lacks)))] if lacks else []
+        if len(images) > 1:
+            found.append(("have", f"{' or '.join(map(str, one.n_examples))} test images"))
+        for difference in found:
+            differences.setdefault(difference, []).append(f"{net_name(one.first.net)} {one.training}")
+    return differences
 
 
 def _applies(attack: tuple[str, str], outcome: Outcome) -> bool:

@@ -12,7 +12,7 @@ from .averages import Lines
 from .means import HELD_OUT, Average
 from .outcomes import Group
 from .paper import COLUMNS, CW_BOUND, EPS, SQUARE_COLUMNS, net_name, read_paper, table_number
-from .strength import unequal
+from .strength import incomparable, unequal
 
 NONE = "–"
 HEADINGS = {
@@ -56,11 +56,11 @@ def paper_table(lines: Lines) -> Table:
     """A table as the paper's 1 to 4 and 6 to 8, with AutoAttack, worst case, verdict, test images and seeds beside."""
     group, shown = lines.group, lines.shown
     number = papers_number(group)
-    alike = not unequal(shown)
-    values = _values(shown, [*COLUMNS, "autoattack", "worst"], ranked=[*COLUMNS, *(["worst"] if alike else [])])
+    values = _values(shown, [*COLUMNS, "autoattack", "worst"], ranked=[*COLUMNS, "worst"])
     caption = [
         _MEASURES,
         _RANKS,
+        _unranked(values),
         _carlini_wagner(shown),
         _WORST,
         *_about_worst(shown),
@@ -108,10 +108,11 @@ def square_tables(groups: Iterable[Lines]) -> list[Table]:
 
 def _square_table(number: int | None, groups: Sequence[Lines]) -> Table:
     columns = [*SQUARE_COLUMNS, "worst"]
-    cells, values, balancers = [], [], []
+    cells, values, about, balancers = [], [], [], []
     for lines in groups:
         title = lines.group.title
-        own = _values(lines.shown, columns, ranked=[*SQUARE_COLUMNS] if unequal(lines.shown) else columns)
+        own = _values(lines.shown, columns, ranked=columns)
+        about += [f"{title}: {sentence}" for sentence in (_unranked(own), *_about_worst(lines.shown)) if sentence]
         own["training"] = [lines.label(one) for one in lines.shown]
         values.append(own.set_index(["net", "training"]).add_prefix(f"{title} "))
         cells.append(_cells(own, len(lines.seeds)).set_index(["Model", "Training"]).add_prefix(f"{title} "))
@@ -122,7 +123,6 @@ def _square_table(number: int | None, groups: Sequence[Lines]) -> Table:
         ]
     first = groups[0].group
     where = f"{first.norm}, eps {first.eps}" + (", with generated images" if first.generated else "")
-    about = [f"{lines.group.title}: {sentence}" for lines in groups for sentence in _about_worst(lines.shown)]
     other_eps = [sentence for lines in groups for sentence in _other_eps(lines.group)]
     return Table(
         name=f"table-{number}-square-{slug(where)}" if number else f"table-square-{slug(first)}",
@@ -213,7 +213,10 @@ def slug(name: object) -> str:
 
 
 def _values(averages: Sequence[Average], columns: Sequence[str], ranked: Sequence[str] = ()) -> pd.DataFrame:
-    """A row a line: net, training, and for each column its mean, and `` std``, `` seeds`` and `` rank`` of it."""
+    """A row a line: net, training, and for each column its mean, and `` std``, `` seeds`` and `` rank`` of it.
+
+    Ranks only where a net's rows can be compared.
+    """
     rows = []
     for one in averages:
         row: dict[str, Any] = {"net": one.first.net, "training": one.training}
@@ -229,9 +232,11 @@ def _values(averages: Sequence[Average], columns: Sequence[str], ranked: Sequenc
     values = pd.DataFrame(rows)
     for column in columns:
         values[[column, f"{column} std"]] = values[[column, f"{column} std"]].astype(float)
+    unlike = incomparable(averages, ranked)
     for column in ranked:
         means = values[column].round(9)  # means that are equal but for rounding are ties
-        values[f"{column} rank"] = means.groupby(values["net"]).rank(method="min", ascending=False)
+        ranks = means.groupby(values["net"]).rank(method="min", ascending=False)
+        values[f"{column} rank"] = ranks.where([(net, column) not in unlike for net in values["net"]])
     return values
 
 
@@ -282,6 +287,22 @@ def _carlini_wagner(averages: Sequence[Average]) -> str:
         "CW_L2 looks for the nearest adversarial image and knows no ball: its accuracy is that at an L2 distance of "
         f"{radii} (for Linf the corners of the ball), so it is not comparable with the other columns, may lie below "
         f"the worst case, and differs from the paper's bound of {CW_BOUND}, whose units are not said."
+    )
+
+
+def _unranked(values: pd.DataFrame) -> str:
+    """A sentence on the columns of `_values`, but for the worst case, that a net has without ranks; "" for none."""
+    listed = [
+        f"{net_name(str(net))} x {HEADINGS[column]}"
+        for net, rows in values.groupby("net", sort=False)
+        for column in {**COLUMNS, **SQUARE_COLUMNS}
+        if f"{column} rank" in rows and rows[column].notna().any() and rows[f"{column} rank"].isna().all()
+    ]
+    if not listed:
+        return ""
+    return (
+        "No rank where not all rows of a net, or not all seeds of a row, have an accuracy under the same settings on "
+        f"as many test images: {', '.join(listed)}."
     )
 
 
