@@ -38,7 +38,7 @@ def point(eps="0.1", verdict="sound", worst=0.5, clean=0.9, **accuracy):
 
 def outcome(balancer, at, seed=0, activation="drelu"):
     train = {"model": "dense_drelu", "activation": activation, "cap_weight": balancer, "seed": seed}
-    return Outcome(Path("run"), train, None, GROUP, at, None, ())
+    return Outcome(Path("run"), train, (), GROUP, at, None, ())
 
 
 OUTCOMES = [

@@ -117,6 +117,34 @@ def test_what_it_went_on_from_is_a_setting(tmp_path):
     assert len({outcome.settings for outcome in read_outcomes([tmp_path]).found}) == 3
 
 
+def add_to_config(run, **fields):
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", config | fields)
+
+
+def test_a_start_with_generated_images_counts_as_with_them(tmp_path):
+    with_images = {"dataset": "cifar10", "generated_fraction": 0.7}
+    evaluated_run(tmp_path / "x", dataset="cifar10", start=with_images)
+    twice = evaluated_run(tmp_path / "y", dataset="cifar10", start={"dataset": "cifar10"})
+    config = json.loads((twice / "config.json").read_text())
+    first = {"train": config["train"] | with_images}
+    add_to_config(twice, init_from={**config["init_from"], "init_from": first})
+    evaluated_run(tmp_path / "z", dataset="cifar10", start={"dataset": "cifar10"})
+    x, y, z = read_outcomes([tmp_path]).found
+    assert [one.group.generated for one in (x, y, z)] == [True, True, False]
+    assert len({one.settings for one in (x, y, z)}) == 3
+
+
+def test_other_precision_is_another_setting(tmp_path):
+    for seed, launch in ((0, {"mixed_precision": "bf16"}), (0, {"mixed_precision": "no"}), (1, None)):
+        run = evaluated_run(tmp_path / f"{seed}{launch and launch['mixed_precision']}", seed=seed)
+        if launch is not None:
+            add_to_config(run, launch=launch)
+    outcomes = read_outcomes([tmp_path])
+    bf16, no, not_said = outcomes.found
+    assert bf16.settings != no.settings == not_said.settings and outcomes.notes == []
+
+
 def test_groups_are_kept_apart(tmp_path):
     evaluated_run(tmp_path / "a")
     evaluated_run(tmp_path / "b", {"eps": "0.3"})
@@ -355,6 +383,17 @@ def test_sweeps_with_something_else_in_a_field(tmp_path, curve):
 )
 def test_flags_with_something_else_in_a_field(tmp_path, flags, message):
     run = evaluated_run(tmp_path / "x", **flags)
+    outcomes = read_outcomes([tmp_path])
+    assert outcomes.found == [] and outcomes.broken[0].startswith(f"{run / 'config.json'}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [("bf16", "launch is 'bf16', not an object"), ({"mixed_precision": 16}, "mixed_precision is 16, not a text")],
+)
+def test_a_launch_with_something_else_in_a_field(tmp_path, launch, message):
+    run = evaluated_run(tmp_path / "x")
+    add_to_config(run, launch=launch)
     outcomes = read_outcomes([tmp_path])
     assert outcomes.found == [] and outcomes.broken[0].startswith(f"{run / 'config.json'}: {message}")
 

@@ -96,6 +96,23 @@ def test_a_flag_that_one_version_lacks_is_not_known_there(add, groups):
     assert [one.training for one in groups()[0].all] == ["D-ReLU-0.1, cap_lr 0.1", "D-ReLU-0.1, cap_lr not known"]
 
 
+def test_precision_and_starts_of_starts_are_said(add, groups):
+    for seed, launch in ((0, "no"), (1, "no"), (2, "bf16")):
+        run = add(seed=seed)
+        config = json.loads((run / "config.json").read_text())
+        write_json(run / "config.json", config | {"launch": {"mixed_precision": launch}})
+    for seed in range(2):
+        add(seed=seed, start={}, **RELU)
+    run = add(seed=0, start={}, **RELU)
+    config = json.loads((run / "config.json").read_text())
+    config["init_from"]["init_from"] = {"train": config["train"] | {"epochs": 5}}
+    write_json(run / "config.json", config)
+    assert [one.training for one in groups()[0].all] == [
+        *("natural", "natural, init_from init_from a run"),
+        *("D-ReLU-0.1", "D-ReLU-0.1, mixed_precision bf16"),
+    ]
+
+
 def test_settings_that_differ_in_the_seventh_digit_have_two_names(add, groups):
     for weight in (0.1, 0.1000000001):
         add(cap_weight=weight)

@@ -195,16 +195,17 @@ def _differing(one: Average, namesakes: Sequence[Average]) -> list[str]:
     names = dict.fromkeys(name for flags in (own, *others) for name in flags)
 
     def differs(name: str) -> bool:
-        with_it = [flags for flags in (own, *others) if not name.startswith(_START) or _started(flags)]
+        with_it = [flags for flags in (own, *others) if _concerns(name, flags)]
         return len({json.dumps(flags[name]) if name in flags else None for flags in with_it}) > 1
 
     return [
         f"{name} {written(own[name]) if name in own else 'not known'}"
         for name in names
-        if differs(name) and (not name.startswith(_START) or _started(own))
+        if differs(name) and _concerns(name, own)
     ]
 
 
-def _started(flags: dict[str, Any]) -> bool:
-    """Whether the run went on from another one."""
-    return flags["init_from"] != "none"
+def _concerns(name: str, flags: dict[str, Any]) -> bool:
+    """Whether a flag is one of the run itself, or of a start that the run has."""
+    before, of_start, _ = name.rpartition(_START)
+    return not of_start or flags.get(f"{before}init_from", "none") != "none"

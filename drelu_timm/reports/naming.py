@@ -1,5 +1,6 @@
 """What a training is called, by the flags of its config.json: its net, its method, its settings."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..spelling import written
@@ -37,6 +38,15 @@ def settings_of(flags: Flags) -> Flags:
     if _has_layer(flags):
         settings |= {"placement": placement_of(flags), "activation": activation_of(flags)}
     return settings
+
+
+def settings_of_all(trainings: Sequence[Flags]) -> Flags:
+    """`settings_of` a training and, as "init_from ...", of those that it went on from, the one before it first."""
+    train, *starts = trainings
+    if not starts:
+        return settings_of(train) | {"init_from": "none"}
+    started = {f"init_from {name}": value for name, value in settings_of_all(starts).items()}
+    return settings_of(train) | {"init_from": "a run"} | started
 
 
 def _architecture(flags: Flags) -> str:

@@ -15,7 +15,7 @@ from ..evaluation.points import Point, together, worst_verdict
 from ..evaluation.result_files import ResultFile, best_sweep, read_result, read_survivors
 from ..models.saved import CONFIG, WEIGHTS
 from ..spelling import written
-from .naming import Flags, activation_of, method_of, net_of, placement_of, settings_of
+from .naming import Flags, activation_of, method_of, net_of, placement_of, settings_of_all
 from .run_files import read_config, read_held_out
 
 
@@ -28,7 +28,7 @@ class Group:
         title: What it is called, such as "CIFAR-10 (JPEG copy)".
         norm: "Linf" or "L2".
         eps: The radius in its one spelling, such as "8/255".
-        generated: Whether the nets were trained with generated images as well.
+        generated: Whether the nets were trained with generated images as well, they or what they went on from.
     """
 
     dataset: str
@@ -54,7 +54,7 @@ class Outcome:
     Attributes:
         run: The run directory.
         train: The flags it was trained with, of its config.json.
-        start: Those of the run that it went on from (``--init-from``), if any.
+        starts: Those of the run that it went on from (``--init-from``), of that one's start, and so on.
         group: With what it can be compared.
         at: Accuracies at the group's eps; of several evaluations on as many examples, what they leave together.
         held_out: Accuracy in [0, 1] under the inner attack on held-out training images, of the epoch that was kept.
@@ -68,7 +68,7 @@ class Outcome:
 
     run: Path
     train: Flags
-    start: Flags | None
+    starts: tuple[Flags, ...]
     group: Group
     at: Point
     held_out: float | None
@@ -116,11 +116,8 @@ class Outcome:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """All that runs which differ in their seed only have in common, with those of ``start`` as "init_from ..."."""
-        if self.start is None:
-            return settings_of(self.train) | {"init_from": "none"}
-        start = {f"init_from {name}": value for name, value in settings_of(self.start).items()}
-        return settings_of(self.train) | {"init_from": "a run"} | start
+        """All that runs which differ in their seed only have in common, of ``starts`` too, as "init_from ..."."""
+        return settings_of_all((self.train, *self.starts))
 
     @property
     def settings(self) -> str:
@@ -231,7 +228,7 @@ def _is_run(folder: Path) -> bool:
 def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
     """The outcomes of a run, one a threat model; what cannot be used is noted down."""
     try:
-        train, start = read_config(run / CONFIG)
+        train, *starts = read_config(run / CONFIG)
         held_out = read_held_out(run)
     except InputError as error:
         outcomes.skip(error)
@@ -245,7 +242,8 @@ def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
     by_group: dict[Group, list[ResultFile]] = {}
     for result in results:
         content = result.content
-        eps, generated = radius_written(content["eps"]), bool(train["generated_fraction"])
+        eps = radius_written(content["eps"])
+        generated = any(flags["generated_fraction"] for flags in (train, *starts))
         group = Group(content["dataset"], content["dataset_title"], content["norm"], eps, generated)
         by_group.setdefault(group, []).append(result)
     found = []
@@ -259,7 +257,7 @@ def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
             Outcome(
                 run=run,
                 train=train,
-                start=start,
+                starts=tuple(starts),
                 group=group,
                 at=together(points, further, _survivors((*kept, *others), group, outcomes)),
                 held_out=held_out,

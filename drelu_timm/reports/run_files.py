@@ -27,18 +27,21 @@ _FLAGS = {
 }
 
 
-def read_config(path: Path) -> tuple[Flags, Flags | None]:
-    """The flags that a run was trained with, and those of the run that it went on from, if any.
+def read_config(path: Path) -> tuple[Flags, ...]:
+    """The flags that a run was trained with, then those of the run that it went on from, of that one's start, and on.
 
-    Each with its radius in one spelling, and with a digest of the generated images under "generated".
+    Each with its radius in one spelling, with "mixed_precision" of its launch ("no" where a config.json is from before
+    it was said), and with a digest of the generated images under "generated".
 
     Raises:
         InputError: It is cut short, or of another version.
     """
-    config = read_json(path)
+    config, chain = read_json(path), []
     check_fields(path, config, {"train": OBJECT, "dataset_title": TEXT})
-    start = config.get("init_from")
-    return _read_flags(path, config), None if start is None else _read_flags(path, start)
+    while config is not None:
+        chain.append(_read_flags(path, config))
+        config = config.get("init_from")
+    return tuple(chain)
 
 
 def read_held_out(run: Path) -> float | None:
@@ -65,10 +68,15 @@ def read_held_out(run: Path) -> float | None:
 
 
 def _read_flags(path: Path, config: Any) -> Flags:
-    check_fields(path, config, {"train": OBJECT}, {"generated": or_null(OBJECT)})
-    flags, generated = config["train"], config.get("generated")
+    check_fields(path, config, {"train": OBJECT}, {"generated": or_null(OBJECT), "launch": OBJECT})
+    flags, generated, launch = config["train"], config.get("generated"), config.get("launch", {})
     check_fields(path, flags, _FLAGS)
+    check_fields(path, launch, {}, {"mixed_precision": TEXT})
     if generated is not None:
         check_fields(path, generated, {"digest": TEXT})
-    digest = None if generated is None else generated["digest"][:12]
-    return {**flags, "eps": radius_written(flags["eps"]), "generated": digest}
+    return {
+        **flags,
+        "eps": radius_written(flags["eps"]),
+        "mixed_precision": launch.get("mixed_precision", "no"),
+        "generated": None if generated is None else generated["digest"][:12],
+    }
