@@ -271,6 +271,28 @@ def test_worst_cases_of_other_strength_are_not_tested(runs, tmp_path):
     assert said in text and "Dense AT lacks square." in text
 
 
+def test_pairs_that_are_not_tested_are_named(small, tmp_path):
+    for name, train, result in (
+        ("at", {"objective": "at"}, {}),
+        ("mart", {"objective": "mart"}, {"n_examples": 30}),
+        ("trades", {"objective": "trades"}, {"rows": False}),
+        ("natural", {"seed": 1}, {}),
+    ):
+        write_result(write_run(small / name, **train, **RELU), **result)
+    write_rows(write_result(write_run(small / "trades1", objective="trades", beta=1.0, **RELU)).with_suffix(".csv"), [])
+    report(ReportConfig((small,), tmp_path / "r"))
+    _, _, pairs = (tmp_path / "r" / "report.md").read_text().partition("## Pairs of methods")
+    assert "| Dense | AT | D-ReLU-0.1 | 0 | 20 |" in pairs and pairs.partition("\n## ")[0].count("| Dense |") == 1
+    (said,) = (line for line in pairs.splitlines() if line.startswith("Not tested: "))
+    for wanted, named in (
+        ("a common seed", [f"natural and {other}" for other in ("AT", "TRADES-1", "TRADES-6", "D-ReLU-0.1", "MART-6")]),
+        ("rows that can be read", ["AT and TRADES-1", "TRADES-1 and TRADES-6", "TRADES-1 and D-ReLU-0.1"]),
+        ("rows for each test image", ["AT and TRADES-6", "TRADES-6 and D-ReLU-0.1"]),
+        ("as many test images", [f"{other} and MART-6" for other in ("AT", "TRADES-1", "TRADES-6", "D-ReLU-0.1")]),
+    ):
+        assert f"{', '.join(f'Dense {pair}' for pair in named)} for want of {wanted}" in said
+
+
 # Bad input
 
 

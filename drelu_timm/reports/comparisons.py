@@ -136,14 +136,18 @@ def _ranks(comparison: Comparison) -> pd.DataFrame:
 def _pairs(lines: Lines, outcomes: Outcomes) -> Section:
     """McNemar's test of every two methods of a net, on the test images of the first seed that both have."""
     title = f"Pairs of methods in the worst case: {lines.group}"
-    rows = []
+    rows: list[dict[str, str]] = []
+    untested: dict[str, list[str]] = {}
     for first, second in (pair for shown in lines.by_net.values() for pair in combinations(shown, 2)):
         try:
-            row = _pair(first, second)
+            pair = _pair(first, second)
         except InputError as error:
             outcomes.skip(error)
-            continue
-        rows += [row] if row else []
+            pair = "rows that can be read"
+        if isinstance(pair, str):
+            untested.setdefault(pair, []).append(f"{net_name(first.first.net)} {first.training} and {second.training}")
+        else:
+            rows.append(pair)
     if not rows:
         return Section(title, "Not made: no two methods of a net have a seed in common with rows for each test image.")
     text = (
@@ -151,17 +155,28 @@ def _pairs(lines: Lines, outcomes: Outcomes) -> Section:
         "them, and the difference of the two accuracies in percentage points with its 95 % interval. p is of one pair, "
         "not corrected for the number of pairs, and speaks of these two trained nets, not of other seeds."
     )
-    return Section(title, f"{text} {unequal(lines.shown)}".strip(), pd.DataFrame(rows))
+    text = f"{text} {unequal(lines.shown)}".strip()
+    if untested:
+        named = (f"{', '.join(pairs)} for want of {wanted}" for wanted, pairs in untested.items())
+        text += f"\n\nNot tested: {'; '.join(named)}."
+    return Section(title, text, pd.DataFrame(rows))
 
 
-def _pair(first: Average, second: Average) -> dict[str, str] | None:
+def _pair(first: Average, second: Average) -> dict[str, str] | str:
+    """A row of the table, or for want of what there is none.
+
+    Raises:
+        InputError: Rows an example that cannot be read.
+    """
     common = [seed for seed in first.seeds if seed in second.seeds]
     if not common:
-        return None
+        return "a common seed"
     one, other = (average.outcomes[average.seeds.index(common[0])] for average in (first, second))
+    if one.at.n_examples != other.at.n_examples:
+        return "as many test images"
     withstood = one.survivors(), other.survivors()
-    if withstood[0] is None or withstood[1] is None or one.at.n_examples != other.at.n_examples:
-        return None
+    if withstood[0] is None or withstood[1] is None:
+        return "rows for each test image"
     pair = compare_pair(withstood[0], withstood[1])
     return {
         "Model": net_name(first.first.net),
