@@ -139,6 +139,12 @@ def test_every_heading_is_a_button_and_a_scope(written):
     assert [button["type"] for button in page.attributes("button")] == ["button"] * 3
 
 
+def test_masked_cells_are_marked_whatever_follows_the_word(written):
+    verdicts = ["masked", "sound", "masked 2 of 3", "undecided", "masked (on 500 images)", "D-ReLU, masked"]
+    cells = Page(written(Section("Main", table=pd.DataFrame({"Masking": verdicts})))).attributes("td")
+    assert [cell.get("class") for cell in cells] == ["masked", None, "masked", None, "masked", None]
+
+
 def test_the_same_sections_make_the_same_bytes(written):
     assert written(Section("Main", "text", TABLE)) == written(Section("Main", "text", TABLE))
 

@@ -68,7 +68,9 @@ def test_one_seed_has_no_deviation_and_a_missing_attack_no_mean(add, groups):
 def test_the_worst_verdict_of_several_seeds(add, groups, verdicts, text):
     for seed, verdict in enumerate(verdicts):
         add({"verdict": verdict}, seed=seed)
-    assert groups()[0].all[0].verdict == text
+    line = groups()[0].all[0]
+    assert (line.verdict, line.worst_verdict) == (text, text.split()[0])
+    assert (line.masked, line.undecided) == (line.worst_verdict == "masked", line.worst_verdict == "undecided")
 
 
 def test_other_settings_are_other_rows_and_said_in_their_names(add, groups):

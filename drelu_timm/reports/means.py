@@ -5,7 +5,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from ..attacks.suites import ATTACKS
-from ..evaluation.masking import VERDICTS
 from ..evaluation.points import worst_verdict
 from .outcomes import Outcome
 
@@ -72,12 +71,17 @@ class Average:
         return sorted({outcome.at.n_examples for outcome in self.outcomes})
 
     @property
+    def worst_verdict(self) -> str:
+        """On gradient masking, in a word: the worst of all seeds."""
+        return worst_verdict(outcome.verdict for outcome in self.outcomes)
+
+    @property
     def verdict(self) -> str:
         """The worst on gradient masking, with counts where seeds differ: "masked 2 of 3 (on 500 images)".
 
         The images are named where the evaluations that the accuracies come from do not have that verdict.
         """
-        worst = worst_verdict(outcome.verdict for outcome in self.outcomes)
+        worst = self.worst_verdict
         of_it = [outcome for outcome in self.outcomes if outcome.verdict == worst]
         text = worst if len(of_it) == len(self.outcomes) else f"{worst} {len(of_it)} of {len(self.outcomes)}"
         images = [outcome.verdict_images for outcome in of_it]
@@ -87,12 +91,12 @@ class Average:
     @property
     def masked(self) -> bool:
         """Whether any seed is."""
-        return self.verdict.startswith(VERDICTS[-1])
+        return self.worst_verdict == "masked"
 
     @property
     def undecided(self) -> bool:
         """Whether the verdict says neither."""
-        return self.verdict.startswith(VERDICTS[1])
+        return self.worst_verdict == "undecided"
 
     def mean(self, column: str) -> Mean | None:
         """Accuracy over seeds; None where no run has it.
