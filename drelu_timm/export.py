@@ -132,7 +132,7 @@ def push_exported(config: ExportConfig, repo: str) -> str:
     records = [*output_dir.glob("model_cards/*/*/*.json")]
     if len(records) != 1:
         raise InputError(f"--output-dir {output_dir} is no exported folder; give another one or remove it")
-    measured = _subject(config).measured
+    measured = _subject(config, *_entry(config)).measured
     exported, now = read_json(records[0]), json.loads(json.dumps(card_record(measured)))
     if differing := _differing(exported, now):
         raise InputError(
@@ -175,7 +175,6 @@ def _differing(exported: dict[str, Any], now: dict[str, Any]) -> list[str]:
 class _Subject:
     """What is to be exported: all that was measured of it, the evaluations that it comes from, and the test images."""
 
-    run: Run
     measured: Measured
     chosen: ResultFile
     further: list[ResultFile]
@@ -196,15 +195,15 @@ def export(config: ExportConfig) -> Path:
     output_dir = _output_dir(config)
     if output_dir.exists():
         raise InputError(f"--output-dir {output_dir} exists already; give another one or remove it")
-    subject = _subject(config)
-    measured = subject.measured
-    _check_not_published(config.key, measured.name, subject.run)
+    run, dataset, threat_model = _entry(config)
     robustbench = _robustbench_or_reason()
-    _check_key_is_free(config.key, measured.name, measured.dataset, measured.norm, robustbench)
+    _check_key_is_free(config.key, dataset, threat_model.norm, run, robustbench)
+    subject = _subject(config, run, dataset, threat_model)
+    measured = subject.measured
     check_entry(model_info(measured))
     evaluated = read_evaluated(subject.chosen, subject.further, subject.test)
     with whole_or_not_at_all(output_dir) as folder:
-        write_model(folder, measured, subject.run)
+        write_model(folder, measured, run)
         write_submission(folder, measured, subject.test, evaluated)
         checks = verify(folder, measured, evaluated, robustbench, config.benchmark_examples)
         write_text(folder / "CHECKS.md", checks_page(measured, checks))
@@ -219,23 +218,26 @@ def export(config: ExportConfig) -> Path:
     return output_dir
 
 
-def _subject(config: ExportConfig) -> _Subject:
-    """Gather what is to be exported, and check that it may be."""
+def _entry(config: ExportConfig) -> tuple[Run, str, ThreatModel]:
+    """The run, and where its entry belongs: RobustBench's name of the dataset, and the threat model."""
     run = Run.open(config.run)
     train = run.config["train"]
     threat_model = ThreatModel.parse(config.norm or train["norm"], config.eps or train["eps"])
-    dataset = _dataset(config, train["dataset"])
-    robust_model_name(config.key, dataset, threat_model.norm)  # raises what is no key
+    return run, _dataset(config, train["dataset"]), threat_model
+
+
+def _subject(config: ExportConfig, run: Run, dataset: str, threat_model: ThreatModel) -> _Subject:
+    """Gather what is to be exported, and check that it may be."""
     chosen = choose_results(run, threat_model, config.results)
     further = further_evaluations(run, chosen)
     _check_exportable(config, with_further(chosen, further))
     paper = _paper(config, chosen.content)
-    test = _test_images(run, train["dataset"], config.data_dir)
+    test = _test_images(run, config.data_dir)
     measured = measured_run(
         run, chosen, further, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
     )
     measured = replace(measured, results={**measured.results, "dataset": dataset})
-    return _Subject(run, measured, chosen, further, test)
+    return _Subject(measured, chosen, further, test)
 
 
 # What may be exported
@@ -298,9 +300,10 @@ def _read_paper(path: Path) -> dict[str, str]:
     return paper
 
 
-def _test_images(run: Run, dataset: str, data_dir: Path | None) -> Images:
+def _test_images(run: Run, data_dir: Path | None) -> Images:
+    train = run.config["train"]
     size = {"img_size": run.config["img_size"], "in_chans": run.config["in_chans"]}
-    return load_images(dataset, data_dir or run.config["train"]["data_dir"], "test", **size)
+    return load_images(train["dataset"], data_dir or train["data_dir"], "test", **size)
 
 
 # What is checked
@@ -314,15 +317,11 @@ def _robustbench_or_reason() -> Any:
         return str(error).partition("; mend it with")[0]  # a command for this machine only
 
 
-def _check_not_published(key: str, name: str, run: Run) -> None:
-    """Raise where this package publishes other weights under that key; the same may be exported again."""
-    published = published_sha256(name)
-    if published not in (None, run.model_digest):
+def _check_key_is_free(key: str, dataset: str, norm: str, run: Run, robustbench: Any) -> None:
+    """Raise what is no key, or is one that this package has for other weights, or timm or RobustBench in any case."""
+    name = robust_model_name(key, dataset, norm)
+    if published_sha256(name) not in (None, run.model_digest):  # the same weights may be exported again
         raise InputError(f"--key {key!r}: drelu_timm publishes other weights as {name}; choose another key")
-
-
-def _check_key_is_free(key: str, name: str, dataset: str, norm: str, robustbench: Any) -> None:
-    """Raise where timm or RobustBench has a model of that key, in whatever case."""
     check_name_is_free(name)
     if isinstance(robustbench, str):
         return

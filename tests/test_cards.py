@@ -270,7 +270,7 @@ def test_the_forms_are_filled_in(measured):
         assert line in form.splitlines()
     assert f"https://huggingface.co/ORG/NAME, sha256 of model.safetensors {measured.weights.sha256}" in form
     assert is_external(measured)
-    evaluation = new_evaluation(measured, "images.pt")
+    evaluation = new_evaluation(measured, "images.pt", 0)
     assert f"+ **Model identifier(s):** {KEY}" in evaluation.splitlines()
     assert "images.pt" in evaluation and f"{100 * measured.results['worst']:.2f} (AutoAttack: " in evaluation
 

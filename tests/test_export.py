@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def another_seed(run: Path, seed: int) -> Path:
     _edit_train(other, seed=seed)
     weights = other / "model" / "model.safetensors"
     save_file({name: tensor + seed for name, tensor in load_file(weights).items()}, weights)
-    _edit(other / "results" / f"{RESULTS}.json", model_digest=sha256_of(weights))
+    for result in (*other.glob("results/*.json"), *other.glob("sweeps/*.json")):
+        _edit(result, model_digest=sha256_of(weights))
     return other
 
 
@@ -256,13 +258,13 @@ def _write_rows(path, rows):
         writer.writerows(rows)
 
 
-def _verdict(run):
+def _no_verdict(run):
     _edit(run / "results" / f"{RESULTS}.json", verdict={"evidence": []})
 
 
 def _no_worst(run):
     path = run / "results" / f"{RESULTS}.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("worst", "seed")}))
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "worst"}))
 
 
 def _other_adversarial(run):
@@ -287,22 +289,22 @@ def _results(**changes):
         (lambda run: shutil.rmtree(run), {}, r"run is no run directory"),
         (lambda run: shutil.rmtree(run / "results"), {}, r"has no evaluation; make one: drelu-timm evaluate .*run"),
         (lambda run: (run / "results" / f"{RESULTS}.json").write_text("{"), {}, r"\.json cannot be read as JSON"),
-        (_no_worst, {}, r"\.json lacks seed, worst; delete it and evaluate anew"),
-        (_verdict, {}, r"no verdict on gradient masking, and no number leaves without one; delete it"),
+        (_no_worst, {}, r"\.json lacks worst: it is cut, or of another version; make it anew"),
+        (_no_verdict, {}, r"standard-Linf-0\.1\.json lacks verdict: it is cut, or of another version; make it anew"),
         (_other_weights, {}, r"\.json was measured on other weights \(sha256 \w{12}\) than .*model holds"),
-        (_results(eps="0.2"), {}, r"no evaluation on digits for Linf, eps 0\.1 in standard-Linf-0\.1; evaluate it so"),
-        (_results(norm="L2"), {"results": RESULTS}, r"no evaluation on digits for Linf, eps 0\.1 in standard-Linf"),
+        (_results(eps="0.2"), {}, r"no evaluation on digits for Linf, eps 0\.1 in .*-0\.1\.json; evaluate it so"),
+        (_results(norm="L2"), {"results": RESULTS}, r"no evaluation on digits for Linf, eps 0\.1 in .*/standard-Linf"),
         (None, {"dataset": "imagenet"}, r"--dataset imagenet: the run was trained on digits; only a folder may stand"),
-        (None, {"eps": "0.2"}, r"no evaluation on digits for Linf, eps 0\.2 in standard-Linf-0\.1; evaluate it so, or"),
+        (None, {"eps": "0.2"}, r"no evaluation on digits for Linf, eps 0\.2 in .*-0\.1\.json; evaluate it so, or exp"),
         (_results(clean=0.99), {}, r"\.csv has another clean accuracy than .*\.json; delete the result and evaluate"),
         (_results(worst=0.01), {}, r"\.csv has another worst accuracy than .*\.json"),
-        (_results(verdict="sound"), {}, r"no verdict on gradient masking, and no number leaves without one; delete it"),
+        (_results(verdict="sound"), {}, r"\.json: verdict is 'sound', not an object; make it anew"),
         (None, {"benchmark_examples": -3}, r"--benchmark-examples -3 must be 0 or more"),
         (None, {"output_dir": Path("/proc/x/y")}, r"--output-dir /proc/x/y cannot be made \(.*\); give another one"),
         (None, {"title": "Two\nlines"}, r"the entry is none that RobustBench could file \(name: 'Two"),
-        (lambda run: (run / "results" / f"{RESULTS}.csv").unlink(), {}, r"\.csv is no whole table of an evaluation"),
-        (_drop_column, {}, r"\.csv is no whole table of an evaluation \(KeyError\('clean_prediction'\)\)"),
-        (_fewer_rows, {}, r"\.csv has 59 rows, the evaluation 60 examples; delete the result and evaluate anew"),
+        (lambda run: (run / "results" / f"{RESULTS}.csv").unlink(), {}, r"-0\.1\.json the \.csv with a row an example is missing"),
+        (_drop_column, {}, r"\.csv has 60 rows, or no column broken_by, for 60 test images: it is cut"),
+        (_fewer_rows, {}, r"\.csv has 59 rows, or no column broken_by, for 60 test images: it is cut"),
         (_other_labels, {}, r"\.csv has other labels than the test images of Digits; .*--data-dir"),
         (_other_adversarial, {}, r"\.adversarial\.safetensors is not there, or not what the evaluation wrote"),
         (
@@ -311,14 +313,14 @@ def _results(**changes):
             r"\.csv has another clean accuracy than|timm.create_model loads is not .* \(58 of 60 predictions equal, cl",
         ),
         (
-            _results(verdict={"verdict": "masked", "evidence": []}, worst=0.0123),
+            _results(verdict={"verdict": "masked", "evidence": []}),
             {},
-            r"is masked, so AutoAttack's number does not hold; --as-masked exports .* worst case of 1\.23 %$",
+            r"is masked, so AutoAttack's number does not hold; --as-masked exports .* worst case of \d+\.\d\d %$",
         ),
         (
             _results(verdict={"verdict": "sound", "evidence": []}),
             {"as_masked": True},
-            r"--as-masked: the verdict is sou",
+            r"--as-masked: the verdict is (sound|undecided); leave the flag out",
         ),
         (
             _results(accuracy={"pgd": 0.5}),
@@ -371,13 +373,13 @@ def test_a_paper_that_is_none_is_refused(run, text, message):
             _results(suite="quick"),
             r"seed1/results/standard-.* and .*/run/results/standard-.*\.json differ in suite",
         ),
-        (_results(norm="L2", n_examples=30), r"differ in norm, n_examples; evaluate both alike"),
+        (_results(precision="bf16", n_examples=30), r"differ in n_examples, precision; evaluate both alike"),
         (
             _results(verdict={"verdict": "masked", "evidence": []}),
             r"seed1: its gradients are masked, those of",
         ),
         (lambda run: _edit(run / "config.json", init_from={"train": {}}), r"not by its seed only \(init_from\)"),
-        (lambda run: shutil.rmtree(run / "results"), r"standard-Linf-0\.1\.json cannot be read as JSON"),
+        (lambda run: shutil.rmtree(run / "results"), r"seed1 has no evaluation; make one: drelu-timm evaluate .*seed1"),
     ],
 )
 def test_runs_of_other_seeds_that_do_not_match_are_refused(run, spoil, message):
@@ -436,7 +438,7 @@ def test_another_evaluation_that_says_masked_is_not_passed_over(run):
         export(ExportConfig(run, KEY, **PAPER, results=RESULTS))
     folder = export(ExportConfig(run, KEY, **PAPER, results=RESULTS, as_masked=True, benchmark_examples=0))
     record = json.loads((folder / f"model_cards/digits/Linf/{KEY}.json").read_text())
-    said = "So says the suite adaptive on the first 40 test images."
+    said = f"So says the suite adaptive on the first {N} test images."
     assert record["measured"]["results"]["verdict"]["evidence"] == [said, "BPDA leaves 0 %."]
 
 
@@ -474,7 +476,7 @@ def test_what_another_evaluation_broke_is_broken(run, results):
     assert (evaluated.adversarial[position] == 0.25).all()
     assert evaluated.without_image == 0
     (run / "results" / "adaptive.csv").unlink()
-    with pytest.raises(InputError, match=r"beside .*adaptive\.json there is no \.csv with a row an example"):
+    with pytest.raises(InputError, match=r"beside .*adaptive\.json the \.csv with a row an example is missing"):
         with_further(chosen, further_evaluations(opened, chosen))
 
 
@@ -545,10 +547,20 @@ def test_a_push_of_what_is_none_is_refused_before_any_work(run, no_token):
     (run / "here").mkdir()
     with pytest.raises(InputError, match=r"--output-dir .*here is no exported folder; give another one or remove it"):
         main([str(run), "--key", KEY, "--output-dir", str(run / "here"), "--push", "tester/dense"])
-    folder = export(ExportConfig(run, KEY, **PAPER, benchmark_examples=0))
-    _other_weights(run)
-    with pytest.raises(InputError, match=r"--output-dir .* holds an export of other weights than .*run; remove it"):
-        push_exported(folder, "tester/dense", run=Run.open(run))
+
+
+def test_a_folder_that_the_command_would_not_make_now_is_not_pushed(run, no_token):
+    config = ExportConfig(run, KEY, **PAPER, benchmark_examples=0)
+    export(config)
+    changed = replace(config, title="Another title")
+    with pytest.raises(InputError, match=r"--output-dir .* holds another export .*now \(other: name, paper\); remove it first"):
+        push_exported(changed, "tester/dense")
+    further = another_evaluation(run, verdict={"verdict": "masked", "evidence": ["BPDA leaves 0 %."]})
+    with pytest.raises(InputError, match="the verdict on gradient masking is masked"):
+        push_exported(config, "tester/dense")
+    _edit(further.with_suffix(".json"), verdict={"verdict": "sound", "evidence": []})
+    with pytest.raises(InputError, match=r"holds another export .* \(other: results\)"):
+        push_exported(config, "tester/dense")
 
 
 def test_the_weights_are_those_of_the_run(exported, evaluated):
