@@ -3,12 +3,15 @@
     python scripts/reproduction.py                     all reports and the text anew, from what is there
     python scripts/reproduction.py --topic mnist RUNS  takes over the results of these runs first
 
-model_cards/reproduction/<topic>/runs/ holds, of every run, config.json, log.jsonl and all results but the rows an
-example; model_cards/reproduction/<topic>/report/ is what `drelu-timm report` makes of them. The text is
-scripts/reproduction/reproduction.md.j2: whatever accuracy it says, it asks for by net, training and attack.
+model_cards/reproduction/<topic>/runs/ holds, of every run, config.json, log.jsonl and the evaluations that a report
+reads (of the oldest without their rows an example); model_cards/reproduction/<topic>/report/ is what `drelu-timm
+report` makes of them. The text is scripts/reproduction/reproduction.md.j2: whatever accuracy it says, it asks for by
+net, training and attack.
 """
 
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +21,12 @@ import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy.stats import ttest_ind
 
+from drelu_timm.errors import InputError
 from drelu_timm.files import read_json, write_json, write_text
 from drelu_timm.publishing.records import without_paths
 from drelu_timm.report import ReportConfig, report
 from drelu_timm.reports.averages import Average, lines_of
-from drelu_timm.reports.outcomes import read_outcomes
+from drelu_timm.reports.outcomes import Outcome, read_outcomes
 from drelu_timm.reports.paper import paper_scores, read_paper
 from drelu_timm.reports.statistics import compare_methods
 
@@ -42,20 +46,33 @@ class Arguments:
 
 
 def take_over(runs: tuple[Path, ...], topic: str) -> None:
-    """Copy what a report reads of some runs, without rows, weights and what only one machine knows."""
-    for outcome in read_outcomes(runs).found:
-        folder = FOLDER / topic / "runs" / outcome.run.name
-        for file in _json_files(outcome.run):
-            write_json(folder / file.relative_to(outcome.run), without_paths(read_json(file)))
-        log = outcome.run / "log.jsonl"
-        if log.is_file():
-            shutil.copyfile(log, folder / log.name)
+    """Copy what a report reads of some runs, their rows an example too, without weights and what one machine knows.
+
+    Raises:
+        InputError: Result files that cannot be used, or two runs of one name; then nothing is copied.
+    """
+    outcomes = read_outcomes(runs)
+    if outcomes.broken:
+        raise InputError("; ".join(outcomes.broken))
+    used: dict[Path, dict[Path, None]] = {}
+    for outcome in outcomes.found:
+        used.setdefault(outcome.run, {}).update(dict.fromkeys(_result_files(outcome)))
+    if clashing := [name for name, count in Counter(run.name for run in used).items() if count > 1]:
+        raise InputError(f"several runs are called {', '.join(clashing)}; take each over from a folder of another name")
+    for run, files in used.items():
+        folder = FOLDER / topic / "runs" / run.name
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier take-over, whose evaluations may have been others
+        for file in (run / "config.json", *files):
+            write_json(folder / file.relative_to(run), without_paths(read_json(file)))
+        for file in (run / "log.jsonl", *(file.with_suffix(".csv") for file in files)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.relative_to(run))
 
 
-def _json_files(run: Path) -> Iterator[Path]:
-    yield run / "config.json"
-    yield from sorted((run / "results").glob("*.json"))
-    yield from sorted((run / "sweeps").glob("*.json"))
+def _result_files(outcome: Outcome) -> Iterator[Path]:
+    yield from (file.path for file in (*outcome.files, *outcome.others))
+    if outcome.curve_source is not None:
+        yield outcome.curve_source
 
 
 def topics() -> list[str]:
@@ -161,4 +178,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    try:
+        main(tyro.cli(Arguments))
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from filecmp import cmp
 
 import pytest
 import reproduction
 from reproduction import FOLDER, TEXT, Topic, make_report, text, topics
 
+from drelu_timm.errors import InputError
 from drelu_timm.files import read_json
 
 
@@ -57,12 +59,32 @@ def test_a_line_that_is_not_there_is_an_error():
 
 def test_what_only_one_machine_knows_is_not_taken_over(tmp_path, monkeypatch, evaluated):
     monkeypatch.setattr(reproduction, "FOLDER", tmp_path / "reproduction")
-    reproduction.take_over((evaluated,), "digits")
     taken = tmp_path / "reproduction" / "digits" / "runs" / evaluated.name
+    (taken / "results").mkdir(parents=True)
+    (taken / "results" / "older.json").write_text("{}")
+    reproduction.take_over((evaluated,), "digits")
     assert sorted(path.name for path in taken.rglob("*") if path.is_file()) == [
         "config.json",
         "log.jsonl",
+        "quick-Linf-up-to-0.2.csv",
         "quick-Linf-up-to-0.2.json",
+        "standard-Linf-0.1.csv",
         "standard-Linf-0.1.json",
     ]
-    assert str(evaluated.parent) not in "".join(path.read_text() for path in taken.rglob("*.json"))
+    files = [path for path in taken.rglob("*") if path.suffix in (".json", ".csv")]
+    assert str(evaluated.parent) not in "".join(path.read_text() for path in files)
+
+
+def test_what_cannot_be_used_or_told_apart_is_not_taken_over(tmp_path, monkeypatch, evaluated):
+    monkeypatch.setattr(reproduction, "FOLDER", tmp_path / "reproduction")
+    first, second = (tmp_path / folder / "run" for folder in "ab")
+    for copy in (first, second):
+        shutil.copytree(evaluated, copy, ignore=shutil.ignore_patterns("export"))
+    config = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps({**config, "train": {**config["train"], "seed": 1}}))
+    with pytest.raises(InputError, match="several runs are called run; take each over from a folder of another name"):
+        reproduction.take_over((first, second), "digits")
+    (first / "results" / "cut.json").write_text("{")
+    with pytest.raises(InputError, match=r"cut\.json cannot be read as JSON"):
+        reproduction.take_over((first,), "digits")
+    assert not (tmp_path / "reproduction").exists()
