@@ -239,37 +239,57 @@ def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
         return []
     if not results:
         outcomes.notes.append(_without_results(run, sweeps))
+    training = _Training(run, train, tuple(starts), held_out)
     by_group: dict[Group, list[ResultFile]] = {}
     for result in results:
+        by_group.setdefault(training.group_of(result), []).append(result)
+    return [_outcome(training, group, of_group, sweeps, outcomes) for group, of_group in by_group.items()]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What a run directory says of its training."""
+
+    run: Path
+    train: Flags
+    starts: tuple[Flags, ...]
+    held_out: float | None
+
+    def group_of(self, result: ResultFile) -> Group:
+        """With what one of its evaluations can be compared."""
         content = result.content
+        generated = any(flags["generated_fraction"] for flags in (self.train, *self.starts))
         eps = radius_written(content["eps"])
-        generated = any(flags["generated_fraction"] for flags in (train, *starts))
-        group = Group(content["dataset"], content["dataset_title"], content["norm"], eps, generated)
-        by_group.setdefault(group, []).append(result)
-    found = []
-    for group, of_group in by_group.items():
-        images = (group.dataset, group.title, group.norm)
-        same = [one for one in sweeps if _attacked(one) == images]
-        kept, others = _most_examples(run, of_group, [one for one in same if one.at(group.eps)], group, outcomes)
-        points, further = ([_at(one, group) for one in files] for files in (kept, others))
-        sweep = _sweep(run, same, outcomes)
-        found.append(
-            Outcome(
-                run=run,
-                train=train,
-                starts=tuple(starts),
-                group=group,
-                at=together(points, further, _survivors((*kept, *others), group, outcomes)),
-                held_out=held_out,
-                files=tuple(kept),
-                others=tuple(others),
-                curve=() if sweep is None else sweep.points,
-                curve_source=sweep and sweep.path,
-                curve_suite="" if sweep is None else sweep.suite,
-                measured_with=tuple(dict.fromkeys(one.measured_with for one in kept)),
-            )
-        )
-    return found
+        return Group(content["dataset"], content["dataset_title"], content["norm"], eps, generated)
+
+
+def _outcome(
+    training: _Training,
+    group: Group,
+    results: Sequence[ResultFile],
+    sweeps: Sequence[ResultFile],
+    outcomes: Outcomes,
+) -> Outcome:
+    """All evaluations of a run in one group together."""
+    same = [one for one in sweeps if _attacked(one) == (group.dataset, group.title, group.norm)]
+    with_eps = [one for one in same if one.at(group.eps)]
+    kept, others = _most_examples(training.run, results, with_eps, group, outcomes)
+    points, further = ([_at(one, group) for one in files] for files in (kept, others))
+    sweep = _sweep(training.run, same, outcomes)
+    return Outcome(
+        run=training.run,
+        train=training.train,
+        starts=training.starts,
+        group=group,
+        at=together(points, further, _survivors((*kept, *others), group, outcomes)),
+        held_out=training.held_out,
+        files=tuple(kept),
+        others=tuple(others),
+        curve=() if sweep is None else sweep.points,
+        curve_source=sweep and sweep.path,
+        curve_suite="" if sweep is None else sweep.suite,
+        measured_with=tuple(dict.fromkeys(one.measured_with for one in kept)),
+    )
 
 
 def _attacked(result: ResultFile) -> tuple[str, str, str]:

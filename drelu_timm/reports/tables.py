@@ -138,10 +138,31 @@ def against_paper(lines: Lines) -> Table | None:
 
     Where the paper's balancer was not run, the chosen one stands in.
     """
+    rows = _beside_paper(lines)
+    if not rows:
+        return None
+    values = pd.DataFrame(rows).astype({"std": float, "difference": float})
+    caption = [
+        _MEASURES,
+        "Differences in percentage points, ours less the paper's, whose numbers are means of three nets.",
+        "A number that agrees is reproduced; whether it is robustness, the worst case and the verdict say.",
+        _carlini_wagner(lines.all),
+        *_about_worst(lines.all),
+    ]
+    return Table(
+        name=f"against-paper-{slug(lines.group)}",
+        title=f"Beside the paper: {lines.group}",
+        caption=_text(caption),
+        cells=_cells_beside_paper(values),
+        values=values,
+    )
+
+
+def _beside_paper(lines: Lines) -> list[dict[str, Any]]:
+    """A row for each number that the paper prints and its counterpart here."""
     group, printed = lines.group, read_paper()
     tables = [papers_number(group, square=square) for square in (False, True)]
-    printed = printed[printed["table"].isin(tables) & (printed["dataset"] == group.dataset)]
-    rows = [
+    return [
         {
             "table": line.table,
             "net": line.net,
@@ -156,21 +177,20 @@ def against_paper(lines: Lines) -> Table | None:
             "masking": one.verdict,
             "seeds": mean.n_seeds,
         }
-        for line in printed.itertuples()
+        for line in printed[printed["table"].isin(tables) & (printed["dataset"] == group.dataset)].itertuples()
         for one in _counterparts(line, lines)
         if (mean := one.mean(str(line.column))) and (worst := one.mean("worst"))
     ]
-    if not rows:
-        return None
-    values = pd.DataFrame(rows).astype({"std": float, "difference": float})
-    cells = pd.DataFrame(
+
+
+def _cells_beside_paper(values: pd.DataFrame) -> pd.DataFrame:
+    """`_beside_paper` as text."""
+    trainings = zip(values["training"], values["paper training"], strict=True)
+    return pd.DataFrame(
         {
             "Table": values["table"].astype(str),
             "Model": values["net"].map(net_name),
-            "Training": [
-                ours if _is(ours, paper) else f"{ours} (paper: {paper})"
-                for ours, paper in zip(values["training"], values["paper training"], strict=True)
-            ],
+            "Training": [ours if _is(ours, paper) else f"{ours} (paper: {paper})" for ours, paper in trainings],
             "Attack": values["column"].map(HEADINGS),
             "Ours": [_cell(mean, std) for mean, std in zip(values["ours"], values["std"], strict=True)],
             "Paper": values["paper"].map("{:.2f}".format),
@@ -179,21 +199,6 @@ def against_paper(lines: Lines) -> Table | None:
             "Masking": values["masking"],
             "Seeds": values["seeds"].astype(str),
         }
-    )
-    return Table(
-        name=f"against-paper-{slug(group)}",
-        title=f"Beside the paper: {group}",
-        caption=_text(
-            [
-                _MEASURES,
-                "Differences in percentage points, ours less the paper's, whose numbers are means of three nets.",
-                "A number that agrees is reproduced; whether it is robustness, the worst case and the verdict say.",
-                _carlini_wagner(lines.all),
-                *_about_worst(lines.all),
-            ]
-        ),
-        cells=cells,
-        values=values,
     )
 
 
