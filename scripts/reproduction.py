@@ -97,10 +97,10 @@ def text() -> str:
     return template.render(**topics_by_name, faithful=Faithful(), papers=papers, papers_statistics=papers_statistics)
 
 
-def papers(net: str, training: str, column: str) -> str:
-    """An accuracy on MNIST that the paper prints, in percent."""
+def papers(net: str, training: str, column: str, table: int = 1) -> str:
+    """An accuracy that the paper prints, in percent; table 1 is MNIST, 2 CIFAR-10."""
     printed = read_paper()
-    of = (printed["table"] == 1) & (printed["net"] == net) & (printed["training"] == training)
+    of = (printed["table"] == table) & (printed["net"] == net) & (printed["training"] == training)
     (accuracy,) = printed[of & (printed["column"] == column)]["accuracy"]
     return f"{accuracy:.1f}"
 

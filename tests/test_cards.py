@@ -280,7 +280,12 @@ def test_a_copy_of_the_boards_images_is_preliminary_and_no_external_evaluation(m
     copy = replace(measured, results=results, test_size=10_000)
     assert copy.preliminary and not is_external(copy)
     assert copy.sample == "Preliminary: measured on all 10,000 test images of CIFAR-10 (JPEG copy)."
+    needed = (
+        "CIFAR-10 (JPEG copy) is not what a training finds or downloads by itself: give each its folder by --data-dir."
+    )
+    assert f"# {needed}" in recipe(copy).splitlines() and f"- {needed}" in model_card(copy).splitlines()
     original = replace(copy, results={**results, "dataset_title": "CIFAR-10"})
+    assert "--data-dir" not in recipe(original) + model_card(original)
     assert is_external(original) and not original.preliminary
     folder = replace(copy, results={**results, "dataset": "imagenet", "dataset_title": "imagenet"})
     assert folder.preliminary and not is_external(folder)

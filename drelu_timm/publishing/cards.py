@@ -253,6 +253,7 @@ def _training(measured: Measured) -> str:
     kept = training["epoch"]
     facts = [
         f"Data: {config['dataset_title']}; a part of its training images is held out to choose the epoch by.",
+        *measured.images_needed,
         *told_of_data(measured),
         f"Preset: {config['train']['preset'] or 'none'}. Seed: {config['train']['seed']}.",
         f"Epochs: {training['epochs']}; the weights are those of "

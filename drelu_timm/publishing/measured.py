@@ -175,6 +175,14 @@ class Measured:
         return self.dataset in BOARD_EXAMPLES and (known is None or self.results["dataset_title"] != known.title)
 
     @property
+    def images_needed(self) -> list[str]:
+        """A sentence on where a training has to find the images, if they are none that it would download."""
+        if not self.is_copy:
+            return []
+        title = self.results["dataset_title"]
+        return [f"{title} is not what a training finds or downloads by itself: give each its folder by --data-dir."]
+
+    @property
     def preliminary(self) -> bool:
         """Whether the results are: see `is_preliminary`."""
         return self.is_preliminary(self.results["n_examples"])

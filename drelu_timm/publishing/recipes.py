@@ -52,6 +52,7 @@ def recipe(measured: Measured) -> str:
         f"attacks {percent(results['worst'])} %, gradient masking: {measured.verdict}. {measured.sample}",
         f"{len(seeds)} run{'s' if len(seeds) > 1 else ''}, seed {', '.join(map(str, seeds))}; the figures are those "
         f"of seed {seed}.",
+        *measured.images_needed,
         f"Training: {training_time(measured)}; {made_with(config)}.",
         f"Evaluation: {duration(results['seconds'])}; {made_with(results)}.",
     ]
