@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # DreluTimm2026_strided_relu_at_eps03: adversarial training on MNIST, evaluated for Linf, eps 0.3.
 #
-# Clean 97.60 %, AutoAttack 83.90 %, worst case over all attacks 83.90 %, gradient masking: sound. Preliminary: measured
-# on the first 1,000 of the 10,000 test images of MNIST.
+# Clean 97.96 %, AutoAttack 85.94 %, worst case over all attacks 85.94 %, gradient masking: sound. Measured on all
+# 10,000 test images of MNIST.
 # 1 run, seed 0; the figures are those of seed 0.
 # Training: 13 min for the last of its 3 trainings; python 3.11.7, drelu-timm 0.1.0, torch 2.15.0, timm 1.0.9,
 # accelerate 1.15.0, pyautoattack 0.2.0, foolbox 3.3.4, robustbench 1.1.1, this repository at
 # 8670e3d107d6f60f721662f60799654fa6de45c1 on 2 x AMD EPYC.
-# Evaluation: 29 min; python 3.11.7, drelu-timm 0.1.0, torch 2.15.0, timm 1.0.9, accelerate 1.15.0, pyautoattack 0.2.0,
-# foolbox 3.3.4, robustbench 1.1.1, this repository at 6ea6fbc5b4102be9228f13b7973d5a905c9943e3 on 2 x AMD EPYC.
+# Evaluation: 94 min; python 3.11.7, drelu-timm 0.1.0, torch 2.15.0, timm 1.0.9, accelerate 1.15.0, pyautoattack 0.2.0,
+# foolbox 3.3.4, robustbench 1.1.1, this repository at 10b2efdf4b6debee8a088d381e261603e6aad3a3 on 2 x AMD EPYC.
 set -euo pipefail
 
 for seed in 0; do
@@ -61,7 +61,7 @@ for seed in 0; do
         --seed $seed \
         --init-from runs/DreluTimm2026_strided_relu_at_eps03/seed$seed-start \
         --output-dir runs/DreluTimm2026_strided_relu_at_eps03/seed$seed
-    drelu-timm evaluate runs/DreluTimm2026_strided_relu_at_eps03/seed$seed --suite standard --n-examples 1000
+    drelu-timm evaluate runs/DreluTimm2026_strided_relu_at_eps03/seed$seed --suite standard --n-examples 10000
 done
 drelu-timm evaluate runs/DreluTimm2026_strided_relu_at_eps03/seed0 --norm Linf --eps 0,0.1,0.2,0.25,0.3,0.35,0.4 --suite quick --n-examples 500
 drelu-timm export runs/DreluTimm2026_strided_relu_at_eps03/seed0 --key DreluTimm2026_strided_relu_at_eps03 --title 'D-ReLU variants of timm classifiers, measured under AutoAttack and adaptive attacks' --authors 'The drelu_timm developers' --link https://doi.org/10.3390/math12223551 --venue N/A
