@@ -49,12 +49,11 @@ def test_no_accuracy_is_typed_into_the_page():
 
 
 def test_a_line_that_is_not_there_is_an_error():
-    topic = Topic(topics()[0])
+    topic = Topic("mnist")
     with pytest.raises(KeyError, match="0 lines are dense nothing, among dense"):
         topic("dense", "nothing", "worst")
-    line = topic.lines[0]
     with pytest.raises(KeyError, match="has no such-attack"):
-        topic(line.first.net, line.training, "such-attack")
+        topic("dense", "AT", "such-attack")
 
 
 def test_what_only_one_machine_knows_is_not_taken_over(tmp_path, monkeypatch, evaluated):
