@@ -230,11 +230,12 @@ def _subject(config: ExportConfig, run: Run, dataset: str, threat_model: ThreatM
     """Gather what is to be exported, and check that it may be."""
     chosen = choose_results(run, threat_model, config.results)
     further = further_evaluations(run, chosen)
-    _check_exportable(config, with_further(chosen, further))
+    results = with_further(chosen, further)
+    _check_exportable(config, results)
     paper = _paper(config, chosen.content)
     test = _test_images(run, config.data_dir)
     measured = measured_run(
-        run, chosen, further, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
+        run, chosen, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
     )
     measured = replace(measured, results={**measured.results, "dataset": dataset})
     return _Subject(measured, chosen, further, test)

@@ -26,7 +26,7 @@ from drelu_timm.publishing.cards import MEANINGS, SHIPPED, licences, model_card
 from drelu_timm.publishing.entries import card_record, check_entry, model_info
 from drelu_timm.publishing.measured import AUTOATTACK, Paper, from_record
 from drelu_timm.publishing.recipes import recipe, training_commands
-from drelu_timm.publishing.records import choose_results, further_evaluations, measured_run
+from drelu_timm.publishing.records import choose_results, further_evaluations, measured_run, with_further
 from drelu_timm.publishing.submission import autoattack_log, is_external, new_evaluation, new_model
 from drelu_timm.runs import Run
 from drelu_timm.training.config import TrainConfig, preset_in
@@ -42,9 +42,9 @@ PUBLISHED = sorted((REPOSITORY / "model_cards").glob("*/*/*.json"))
 def measured(evaluated):
     run = Run.open(evaluated)
     chosen = choose_results(run, ThreatModel.parse("Linf", "0.1"), None)
-    further = further_evaluations(run, chosen)
+    results = with_further(chosen, further_evaluations(run, chosen))
     paper = Paper("A Title", "A. One, B. Two", "https://example.org", "ICLR 2026")
-    return measured_run(run, chosen, further, key=KEY, paper=paper, other_seeds=(), test_size=TEST_SIZE)
+    return measured_run(run, chosen, results, key=KEY, paper=paper, other_seeds=(), test_size=TEST_SIZE)
 
 
 def judged(measured, verdict, **results):

@@ -127,7 +127,7 @@ def _point(file: ResultFile, eps: str) -> dict[str, Any]:
 def measured_run(
     run: Run,
     chosen: ResultFile,
-    further: Sequence[ResultFile],
+    results: dict[str, Any],
     *,
     key: str,
     paper: Paper,
@@ -139,7 +139,7 @@ def measured_run(
     Args:
         run: The run.
         chosen: Of `choose_results`.
-        further: Of `further_evaluations`.
+        results: Of `with_further`.
         key: RobustBench's name of the model.
         paper: About the model.
         other_seeds: Runs that differ by their seed only.
@@ -149,7 +149,6 @@ def measured_run(
         InputError: A log that is cut, results that are not whole, or other seeds' runs that do not match.
     """
     model = run.load_model()
-    results = with_further(chosen, further)
     return Measured(
         key=key,
         config=without_paths(run.config),
