@@ -266,7 +266,7 @@ def test_worst_cases_of_other_strength_are_not_tested(runs, tmp_path):
     write_json(path, content)
     report(ReportConfig((tmp_path / "runs",)))
     text = (tmp_path / "runs" / "report" / "report.md").read_text()
-    assert "## Methods in the worst case: MNIST, Linf, eps 0.1\n\nNot made: 3 methods over 1 blocks cannot be" in text
+    assert "## Methods in the worst case: MNIST, Linf, eps 0.1\n\nNot made: 3 methods over 1 block cannot be" in text
     said = "Left out: Dense x Worst case, as not all rows were attacked alike. Not all rows, or not all seeds of a row,"
     assert said in text and "Dense AT lacks square." in text
 

@@ -119,7 +119,7 @@ def test_what_is_not_defined_is_nan(values, defined):
     ("values", "said"),
     [
         ([[1.0, 2.0]] * 9, "2 methods over 9 blocks cannot be compared; .* at least 3 methods over 2 blocks"),
-        ([[1.0, 2.0, 3.0]], "3 methods over 1 blocks cannot be compared"),
+        ([[1.0, 2.0, 3.0]], "3 methods over 1 block cannot be compared"),
         ([[1.0, 2.0, 3.0]] * 2, "2 blocks are too few: the critical difference of 3 methods, 2.34, is not below 2, "),
         ([list(range(6))] * 2, "2 blocks are too few: the critical difference of 6 methods, 5.33, is not below 5, "),
         ([[1.0, 2.0, math.nan], [1.0, 2.0, 3.0]], "1 of 2 blocks lack a method's accuracy; each of the 3 methods"),

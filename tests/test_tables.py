@@ -432,6 +432,15 @@ def test_scores_leave_out_what_is_not_there_for_all(add, groups):
     assert list(frame.index) == [(net, column) for net in ("dense", "shallow_cnn") for column in ("clean", "pgd")]
 
 
+def test_scores_name_the_verdict_of_a_method_that_is_not_sound_on_every_net(add, groups):
+    for model, verdict in (("dense_drelu", "masked"), ("shallow_cnn_drelu", "sound")):
+        add({"verdict": verdict}, model=model)
+        add({"verdict": "undecided"}, model=model, objective="trades", **RELU)
+        add(model=model, objective="at", **RELU)
+    frame, _ = scores(groups()[0], ["pgd"])
+    assert list(frame.columns) == ["AT", "TRADES-6 (undecided)", "D-ReLU (masked)"]
+
+
 def test_formats(add, groups):
     add(seed=0)
     add(cap_lr=0.5)

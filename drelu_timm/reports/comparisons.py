@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import InputError
+from ..evaluation.points import worst_verdict
 from .averages import Lines
 from .figures import draw_critical_difference
 from .means import Average
@@ -61,7 +62,7 @@ def _papers(number: int) -> Section:
 
 
 def scores(lines: Lines, columns: Sequence[str]) -> tuple[pd.DataFrame, str]:
-    """What the statistics compare: a row a net and column, a column a method, in percent.
+    """What the statistics compare: a row a net and column, a column a method and its verdict if not sound, in percent.
 
     Methods that some net lacks, and then rows that some method lacks or whose accuracies cannot be compared, are left
     out.
@@ -89,7 +90,14 @@ def scores(lines: Lines, columns: Sequence[str]) -> tuple[pd.DataFrame, str]:
             rows[net, column] = [mean.mean for mean in means.values() if mean]
     said = f"Blocks: {', '.join(f'{net_name(net)} x {HEADINGS[column]}' for net, column in rows) or 'none'}."
     said += f" Left out: {'; '.join(left_out)}." if left_out else ""
-    return pd.DataFrame(list(rows.values()), index=list(rows), columns=methods, dtype=float), said
+    names = [_with_verdict(method, [nets[net][method] for net in nets]) for method in methods]
+    return pd.DataFrame(list(rows.values()), index=list(rows), columns=names, dtype=float), said
+
+
+def _with_verdict(method: str, on_nets: Iterable[Average]) -> str:
+    """A method's name, with the worst verdict on masking behind it where that is not sound."""
+    verdict = worst_verdict(one.worst_verdict for one in on_nets)
+    return method if verdict == "sound" else f"{method} ({verdict})"
 
 
 def _lack(names: Sequence[str]) -> str:

@@ -91,8 +91,8 @@ def compare_methods(scores: pd.DataFrame, *, alpha: float = 0.05) -> Comparison:
     n_blocks, n_methods = scores.shape
     if n_methods < _METHODS or n_blocks < _BLOCKS:
         raise InputError(
-            f"{n_methods} methods over {n_blocks} blocks cannot be compared; Friedman's test needs at least {_METHODS} "
-            f"methods over {_BLOCKS} blocks"
+            f"{n_methods} methods over {n_blocks} block{'s' * (n_blocks != 1)} cannot be compared; Friedman's test "
+            f"needs at least {_METHODS} methods over {_BLOCKS} blocks"
         )
     if missing := int(scores.isna().any(axis=1).sum()):
         raise InputError(
