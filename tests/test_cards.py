@@ -342,6 +342,15 @@ def test_the_recipe_repeats_the_evaluation(measured):
     assert tyro.cli(ExportConfig, args=export_words).eps == "0.2"
 
 
+def test_the_time_of_an_evaluation_that_went_on_is_said_to_be_of_its_last_part(measured):
+    results = {**measured.results, "seconds": 42.0}
+    resumed = replace(measured, results={**results, "attack_seconds": {**results["attack_seconds"]}})
+    del resumed.results["attack_seconds"]["apgd-ce"]
+    for write in (recipe, model_card):
+        assert re.search(r"42 s[;,]", write(replace(measured, results=results)))
+        assert "42 s for its last part, as it was stopped and went on;" in write(resumed)
+
+
 def test_a_folder_that_stands_for_a_board_is_named_in_the_recipe(measured):
     folder = replace(trained(measured, dataset="folder"), results={**measured.results, "dataset": "imagenet"})
     words = shlex.split(recipe(folder).splitlines()[-1])[2:]

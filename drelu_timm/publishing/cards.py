@@ -5,11 +5,10 @@ from typing import Any
 
 import yaml
 
-from ..command_line import duration
 from ..evaluation.curves import verdict_at
 from .entries import architecture, generated_images, is_pretrained, told_of_data
 from .measured import PROBES, Measured, further_called, percent, spread
-from .recipes import OBJECTIVES, made_with, training_commands, training_time
+from .recipes import OBJECTIVES, evaluation_time, made_with, training_commands, training_time
 
 CITATION = """\
 @article{sooksatra2024dynamic,
@@ -121,7 +120,7 @@ def _accuracy(measured: Measured) -> str:
         "right.",
         _cw_l2(results.get("cw_l2")),
         f"Evaluation: suite {results['suite']}, seed {results['seed']}, attacks search in {results['precision']} and "
-        f"are judged in float32, {duration(results['seconds'])}; {made_with(results)}. The attacks' settings:",
+        f"are judged in float32, {evaluation_time(results)}; {made_with(results)}. The attacks' settings:",
         _list(f"{attack}: {_settings(settings)}" for attack, settings in results["settings"].items()),
     ]
     return "\n\n".join(paragraphs)

@@ -1,6 +1,7 @@
 """The commands that make an evaluated run again, as a shell script and for its card."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
@@ -54,7 +55,7 @@ def recipe(measured: Measured) -> str:
         f"of seed {seed}.",
         *measured.images_needed,
         f"Training: {training_time(measured)}; {made_with(config)}.",
-        f"Evaluation: {duration(results['seconds'])}; {made_with(results)}.",
+        f"Evaluation: {evaluation_time(results)}; {made_with(results)}.",
     ]
     last = "/last" if measured.training["weights"] == "last" else ""
     each = [*training_commands(config, f"{run}/seed{_SEED}", _SEED), _evaluation(measured, f"{run}/seed{_SEED}{last}")]
@@ -133,6 +134,13 @@ def made_with(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
     revision = environment.get("git_revision")
     return f"{versions}" + (f", this repository at {revision}" if revision else "") + f" on {environment['hardware']}"
+
+
+def evaluation_time(results: Mapping[str, Any]) -> str:
+    """How long it took; where it was stopped and went on, its last part alone."""
+    one_by_one = {*results["settings"]} - {*results["sequences"]}  # a sequence's time is that of its attacks
+    last_part = " for its last part, as it was stopped and went on" if one_by_one - {*results["attack_seconds"]} else ""
+    return duration(results["seconds"]) + last_part
 
 
 def training_time(measured: Measured) -> str:

@@ -16,7 +16,8 @@ from ..models.saved import CONFIG, WEIGHTS
 from ..runs import Run
 from .measured import AUTOATTACK, Measured, Paper, Seed, Weights, further_called
 
-_FIELDS = ("seed", "precision", "settings", "sequences", "adversarial_sha256", "versions", "hardware", "seconds")
+_OF_ATTACKS = ("settings", "sequences", "adversarial_sha256", "attack_seconds")
+_FIELDS = (*_OF_ATTACKS, "seed", "precision", "seconds", "versions", "hardware")
 
 
 def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> ResultFile:

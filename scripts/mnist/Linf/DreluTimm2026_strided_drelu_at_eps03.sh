@@ -7,8 +7,9 @@
 # Training: 23 min for the last of its 3 trainings; python 3.11.7, drelu-timm 0.1.0, torch 2.15.0, timm 1.0.9,
 # accelerate 1.15.0, pyautoattack 0.2.0, foolbox 3.3.4, robustbench 1.1.1, this repository at
 # 56f562cad5f544f58c41787affd3ccf8211d3ef7 on 2 x AMD EPYC.
-# Evaluation: 16 min; python 3.11.7, drelu-timm 0.1.0, torch 2.15.0, timm 1.0.9, accelerate 1.15.0, pyautoattack 0.2.0,
-# foolbox 3.3.4, robustbench 1.1.1, this repository at 10b2efdf4b6debee8a088d381e261603e6aad3a3 on 2 x AMD EPYC.
+# Evaluation: 16 min for its last part, as it was stopped and went on; python 3.11.7, drelu-timm 0.1.0, torch 2.15.0,
+# timm 1.0.9, accelerate 1.15.0, pyautoattack 0.2.0, foolbox 3.3.4, robustbench 1.1.1, this repository at
+# 10b2efdf4b6debee8a088d381e261603e6aad3a3 on 2 x AMD EPYC.
 set -euo pipefail
 
 for seed in 0; do
