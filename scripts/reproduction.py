@@ -134,9 +134,9 @@ class Topic:
         groups = read_outcomes([FOLDER / name / "runs"]).groups()
         self.lines = [line for group, outcomes in groups.items() for line in lines_of(group, outcomes).all]
 
-    def __call__(self, net: str, training: str, column: str, placement: str = "head") -> str:
+    def __call__(self, net: str, training: str, column: str) -> str:
         """A mean over seeds in percent, with its standard deviation where there are several."""
-        mean = self.line(net, training, placement).mean(column)
+        mean = self.line(net, training).mean(column)
         if mean is None:
             raise KeyError(f"{training} has no {column}")
         return f"{mean.mean:.1f}" + ("" if mean.std is None else f" ± {mean.std:.1f}")
@@ -149,18 +149,16 @@ class Topic:
         low, high = ttest_ind(first, second, equal_var=False).confidence_interval()
         return f"{fmean(first) - fmean(second):+.1f} ({low:+.1f} to {high:+.1f})"
 
-    def zero_gradients(self, net: str, training: str, placement: str = "head") -> str:
+    def zero_gradients(self, net: str, training: str) -> str:
         """Share of the images classified right whose input gradient is zero, in percent, a mean over seeds."""
-        outcomes = self.line(net, training, placement).outcomes
-        return f"{100 * fmean(outcome.at.zero_gradient_share for outcome in outcomes):.1f}"
+        return f"{100 * fmean(outcome.at.zero_gradient_share for outcome in self.line(net, training).outcomes):.1f}"
 
-    def line(self, net: str, training: str, placement: str = "head") -> Average:
-        """The runs of a net, a training as the tables call it, and a place of the added layer."""
-        named = [((line.first.net, line.training, line.first.placement), line) for line in self.lines]
-        found = [line for name, line in named if name == (net, training, placement)]
+    def line(self, net: str, training: str) -> Average:
+        """The runs of a net and a training, as the tables call it."""
+        found = [line for line in self.lines if (line.first.net, line.training) == (net, training)]
         if len(found) != 1:
-            there = ", ".join(" ".join(name) for name, _ in named)
-            raise KeyError(f"{len(found)} lines are {net} {training} {placement}, among {there}")
+            there = ", ".join(f"{line.first.net} {line.training}" for line in self.lines)
+            raise KeyError(f"{len(found)} lines are {net} {training}, among {there}")
         return found[0]
 
     def table(self, name: str) -> str:

@@ -50,7 +50,7 @@ def test_no_accuracy_is_typed_into_the_page():
 
 def test_a_line_that_is_not_there_is_an_error():
     topic = Topic("mnist")
-    with pytest.raises(KeyError, match="0 lines are dense nothing head, among dense"):
+    with pytest.raises(KeyError, match="0 lines are dense nothing, among dense"):
         topic("dense", "nothing", "worst")
     with pytest.raises(KeyError, match="has no such-attack"):
         topic("dense", "AT", "such-attack")
