@@ -1,6 +1,7 @@
 """D-ReLU variants of every timm classifier: ``import drelu_timm``, then ``timm.create_model("resnet50_drelu")``."""
 
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ def _is_doctor() -> bool:
 
 
 if TYPE_CHECKING or not _is_doctor():
+    with warnings.catch_warnings():  # before every command's first line otherwise, and nothing that its user can mend
+        warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
+        import timm  # noqa: F401
+
     from .models import registration  # noqa: F401  (importing it registers every `<arch>_drelu`)
     from .models.caps import cap_penalty
     from .models.drelu import DReLU, SReLU

@@ -1,6 +1,8 @@
 """Flags as every verb reads them, and its help."""
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -47,3 +49,8 @@ def test_the_help_of_train_shows_defaults_and_groups(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "(default: data)" in out
     assert "optimisation options" in out
+
+
+def test_a_command_begins_without_the_warnings_of_others():
+    done = subprocess.run([sys.executable, "-m", "drelu_timm", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: drelu-timm VERB") and not done.stderr
