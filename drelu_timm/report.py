@@ -34,9 +34,9 @@ from .reports.comparisons import papers_statistics, statistics
 from .reports.folder import replaced
 from .reports.formats import csv, latex, markdown, markdown_table
 from .reports.means import HELD_OUT, WHITE_BOX, Average
-from .reports.outcomes import Outcomes, read_outcomes
 from .reports.page import Section, write_page
 from .reports.paper import SOURCE, net_name
+from .reports.reading import Outcomes, read_outcomes
 from .reports.sections import attacks, figures, opening, origin
 from .reports.tables import NONE, Table, against_paper, all_rows, paper_table, seed_count, square_tables
 

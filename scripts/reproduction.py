@@ -26,8 +26,9 @@ from drelu_timm.files import read_json, write_json, write_text
 from drelu_timm.publishing.records import without_paths
 from drelu_timm.report import ReportConfig, report
 from drelu_timm.reports.averages import Average, lines_of
-from drelu_timm.reports.outcomes import Outcome, read_outcomes
+from drelu_timm.reports.outcomes import Outcome
 from drelu_timm.reports.paper import paper_scores, read_paper
+from drelu_timm.reports.reading import read_outcomes
 from drelu_timm.reports.statistics import compare_methods
 
 HERE = Path(__file__).parent

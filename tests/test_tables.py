@@ -8,7 +8,7 @@ from synthetic_runs import ATTACKS, RELU, write_json, write_result, write_run
 from drelu_timm.reports.averages import average, choose_balancers, lines_of
 from drelu_timm.reports.comparisons import scores
 from drelu_timm.reports.formats import csv, latex, markdown_table
-from drelu_timm.reports.outcomes import read_outcomes
+from drelu_timm.reports.reading import read_outcomes
 from drelu_timm.reports.tables import Table, against_paper, all_rows, paper_table, square_tables
 
 

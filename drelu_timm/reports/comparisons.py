@@ -12,9 +12,9 @@ from ..evaluation.points import worst_verdict
 from .averages import Lines
 from .figures import draw_critical_difference
 from .means import Average
-from .outcomes import Outcomes
 from .page import Section
 from .paper import COLUMNS, net_name, paper_scores
+from .reading import Outcomes
 from .statistics import Comparison, compare_methods, compare_pair
 from .strength import incomparable, unequal
 from .tables import HEADINGS, papers_number, slug

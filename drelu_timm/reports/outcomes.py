@@ -1,22 +1,17 @@
-"""What evaluated runs' files say, gathered for tables, figures and statistics; nothing is loaded or measured here."""
+"""A trained net and what its evaluations in one threat model left of it."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..attacks.threat_model import radius_of, radius_written
-from ..digests import sha256_of
-from ..errors import InputError
-from ..evaluation.points import Point, together, worst_verdict
-from ..evaluation.result_files import ResultFile, best_sweep, read_result, read_survivors
-from ..models.saved import CONFIG, WEIGHTS
+from ..attacks.threat_model import radius_of
+from ..evaluation.points import Point, worst_verdict
+from ..evaluation.result_files import ResultFile, read_survivors
 from ..spelling import written
 from .naming import Flags, activation_of, method_of, net_of, placement_of, settings_of_all
-from .run_files import read_config, read_held_out
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,7 @@ class Outcome:
         """The result files that an accuracy comes from: an attack's, "clean", or "worst", to which all contribute."""
         if column == "worst":
             return tuple(file.path for file in (*self.files, *self.others))
-        with_it = (file.path for file in self.files if column in _at(file, self.group).columns)
+        with_it = (file.path for file in self.files if column in point_in(file, self.group).columns)
         return tuple(with_it) or tuple(file.path for file in self.files)
 
     @property
@@ -153,230 +148,11 @@ class Outcome:
 
     @property
     def _others_at(self) -> list[Point]:
-        return [_at(file, self.group) for file in self.others]
+        return [point_in(file, self.group) for file in self.others]
 
 
-@dataclass
-class Outcomes:
-    """All that was found.
-
-    Attributes:
-        found: One a run and threat model.
-        broken: Files that were skipped since they cannot be used, and why; a line each.
-        notes: What else a reader has to know; a line each.
-    """
-
-    found: list[Outcome] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def skip(self, error: InputError) -> None:
-        """Note a file down that cannot be used, once."""
-        if str(error) not in self.broken:
-            self.broken.append(str(error))
-
-    def groups(self) -> dict[Group, list[Outcome]]:
-        """Outcomes that can be compared, each group by net, method, balancer and seed."""
-        groups: dict[Group, list[Outcome]] = {}
-        for outcome in sorted(self.found, key=_order):
-            groups.setdefault(outcome.group, []).append(outcome)
-        return groups
-
-
-def read_outcomes(paths: Iterable[Path]) -> Outcomes:
-    """What the run directories in some folders hold, at any depth.
-
-    Args:
-        paths: Run directories, or folders that hold them.
-
-    Raises:
-        InputError: A path that is no folder, or folders without any run.
-    """
-    paths, outcomes = list(paths), Outcomes()
-    for path in paths:
-        if not path.is_dir():
-            raise InputError(f"{path} is no folder; give run directories, or folders that hold them")
-    runs = sorted({run.resolve(): run for path in paths for run in _runs(path)}.values())
-    if not runs:
-        raise InputError(f"no run in {', '.join(map(str, paths))}; make one: drelu-timm sweep, or train and evaluate")
-    seen: dict[tuple[Group, str, int], Outcome] = {}
-    for run in runs:
-        for outcome in _read_run(run, outcomes):
-            key = (outcome.group, outcome.settings, outcome.seed)
-            if key in seen:
-                outcomes.notes.append(f"{run} is {seen[key].run} once more (settings and seed); it is left out")
-                continue
-            seen[key] = outcome
-            outcomes.found.append(outcome)
-    return outcomes
-
-
-def _runs(folder: Path) -> Iterator[Path]:
-    if _is_run(folder):
-        yield folder
-        return
-    for inner in sorted(folder.iterdir()):
-        if inner.is_dir() and not inner.name.startswith("."):
-            yield from _runs(inner)
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run directory, a broken one included: a timm folder has a config.json too, but no log."""
-    return (folder / CONFIG).is_file() and not (folder / WEIGHTS).is_file()
-
-
-def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
-    """The outcomes of a run, one a threat model; what cannot be used is noted down."""
-    try:
-        train, *starts = read_config(run / CONFIG)
-        held_out = read_held_out(run)
-    except InputError as error:
-        outcomes.skip(error)
-        return []
-    results, sweeps = (_read_all(run, folder, outcomes) for folder in ("results", "sweeps"))
-    if len({one.content["model_digest"] for one in (*results, *sweeps)}) > 1:
-        outcomes.skip(InputError(f"{run} holds evaluations of several weights, not these themselves; delete the older"))
-        return []
-    if not results:
-        outcomes.notes.append(_without_results(run, sweeps))
-    training = _Training(run, train, tuple(starts), held_out)
-    by_group: dict[Group, list[ResultFile]] = {}
-    for result in results:
-        by_group.setdefault(training.group_of(result), []).append(result)
-    return [_outcome(training, group, of_group, sweeps, outcomes) for group, of_group in by_group.items()]
-
-
-@dataclass(frozen=True)
-class _Training:
-    """What a run directory says of its training."""
-
-    run: Path
-    train: Flags
-    starts: tuple[Flags, ...]
-    held_out: float | None
-
-    def group_of(self, result: ResultFile) -> Group:
-        """With what one of its evaluations can be compared."""
-        content = result.content
-        generated = any(flags["generated_fraction"] for flags in (self.train, *self.starts))
-        eps = radius_written(content["eps"])
-        return Group(content["dataset"], content["dataset_title"], content["norm"], eps, generated)
-
-
-def _outcome(
-    training: _Training,
-    group: Group,
-    results: Sequence[ResultFile],
-    sweeps: Sequence[ResultFile],
-    outcomes: Outcomes,
-) -> Outcome:
-    """All evaluations of a run in one group together."""
-    same = [one for one in sweeps if _attacked(one) == (group.dataset, group.title, group.norm)]
-    with_eps = [one for one in same if one.at(group.eps)]
-    kept, others = _most_examples(training.run, results, with_eps, group, outcomes)
-    points, further = ([_at(one, group) for one in files] for files in (kept, others))
-    sweep = _sweep(training.run, same, outcomes)
-    return Outcome(
-        run=training.run,
-        train=training.train,
-        starts=training.starts,
-        group=group,
-        at=together(points, further, _survivors((*kept, *others), group, outcomes)),
-        held_out=training.held_out,
-        files=tuple(kept),
-        others=tuple(others),
-        curve=() if sweep is None else sweep.points,
-        curve_source=sweep and sweep.path,
-        curve_suite="" if sweep is None else sweep.suite,
-        measured_with=tuple(dict.fromkeys(one.measured_with for one in kept)),
-    )
-
-
-def _attacked(result: ResultFile) -> tuple[str, str, str]:
-    """Which images, in which norm."""
-    return result.content["dataset"], result.content["dataset_title"], result.content["norm"]
-
-
-def _at(result: ResultFile, group: Group) -> Point:
+def point_in(result: ResultFile, group: Group) -> Point:
+    """What one of an outcome's evaluations says at its group's eps."""
     point = result.at(group.eps)
-    assert point is not None  # only those that have one are kept
+    assert point is not None  # of those that have none an outcome is not made
     return point
-
-
-def _sweep(run: Path, sweeps: Sequence[ResultFile], outcomes: Outcomes) -> ResultFile | None:
-    """The sweep that figures are drawn from; the others are named."""
-    best = best_sweep(sweeps)
-    for one in sweeps:
-        if one is not best and best is not None:
-            outcomes.notes.append(
-                f"{one.path} is in no figure: of {run}'s sweeps {best.path.name} has the most examples, or then radii"
-            )
-    return best
-
-
-def _without_results(run: Path, sweeps: Sequence[ResultFile]) -> str:
-    """Why a run is not in any table, and what mends it."""
-    makes_one = f"drelu-timm evaluate {run} makes one"
-    if sweeps:
-        return f"{run} has a sweep over eps, but no evaluation at one eps, which tables are made of; {makes_one}"
-    if any((run / "last" / "results").glob("*.json")):
-        return f"{run} has evaluations of its last epoch's weights only (last/results), not of the best; {makes_one}"
-    return f"{run} has no evaluation that could be read; {makes_one}"
-
-
-def _read_all(run: Path, folder: str, outcomes: Outcomes) -> list[ResultFile]:
-    """The result files of a run's folder that are whole and of its weights, the one with the most attacks first."""
-    read = []
-    weights = run / "model" / WEIGHTS
-    digest = sha256_of(weights) if weights.is_file() else None  # published results come without
-    for path in sorted((run / folder).glob("*.json")):
-        try:
-            result = read_result(path)
-        except InputError as error:
-            outcomes.skip(error)
-            continue
-        if digest not in (None, result.content["model_digest"]):
-            outcomes.skip(InputError(f"{path} was measured on other weights than {weights}; delete it, evaluate anew"))
-            continue
-        read.append(result)
-    return sorted(read, key=lambda one: -len(one.points[0].accuracy))
-
-
-def _most_examples(
-    run: Path,
-    results: Sequence[ResultFile],
-    sweeps: Sequence[ResultFile],
-    group: Group,
-    outcomes: Outcomes,
-) -> tuple[list[ResultFile], list[ResultFile]]:
-    """Those evaluations that were made on the most examples, and the others, whose accuracies are of other images.
-
-    How many are the most say the evaluations at one eps, as a sweep has fewer attacks.
-    """
-    most = max(one.n_examples for one in results)
-    kept, others = ([one for one in (*results, *sweeps) if (one.n_examples == most) == many] for many in (True, False))
-    for one in others:
-        at = _at(one, group)
-        outcomes.notes.append(
-            f"{one.path} counts by its verdict and the images that it broke only: worst case {100 * at.worst:.2f} % of "
-            f"{at.n_examples} examples, {at.verdict}; another evaluation of {run} has {most} examples"
-        )
-    return kept, others
-
-
-def _survivors(results: Sequence[ResultFile], group: Group, outcomes: Outcomes) -> np.ndarray | None:
-    """Of several evaluations together; None where the rows of one are not there, or cannot be read."""
-    if len(results) == 1:
-        return None
-    try:
-        return read_survivors(results, results[0].n_examples, group.eps)
-    except InputError as error:
-        outcomes.skip(error)
-        return None
-
-
-def _order(outcome: Outcome) -> tuple[Any, ...]:
-    group = outcome.group
-    weight = -1.0 if outcome.cap_weight is None else outcome.cap_weight
-    where = (group.dataset, group.title, group.norm, group.radius, group.generated)
-    return (*where, outcome.net, outcome.method, weight, outcome.seed)

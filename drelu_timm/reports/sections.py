@@ -10,9 +10,10 @@ from ..errors import InputError
 from .averages import Lines, families
 from .figures import draw_balancers, draw_caps, draw_eps, read_caps
 from .means import Average
-from .outcomes import Outcome, Outcomes
+from .outcomes import Outcome
 from .page import Section
 from .paper import net_name
+from .reading import Outcomes
 from .tables import slug
 
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from ..command_line import duration
 from ..errors import InputError, one_line
 from ..evaluation.results import VERDICT_COLOURS
-from ..reports.outcomes import Outcome, read_outcomes
+from ..reports.outcomes import Outcome
+from ..reports.reading import read_outcomes
 from .cells import Cell
 from .jobs import Pending
 

@@ -16,7 +16,7 @@ from synthetic_runs import (
 )
 
 from drelu_timm.errors import InputError
-from drelu_timm.reports.outcomes import read_outcomes
+from drelu_timm.reports.reading import read_outcomes
 
 
 def evaluated_run(path, result=None, **train):
