@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); restore it or make it anew") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object; restore it or make it anew")

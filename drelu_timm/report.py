@@ -37,7 +37,7 @@ from .reports.means import HELD_OUT, WHITE_BOX, Average
 from .reports.page import Section, write_page
 from .reports.paper import SOURCE, net_name
 from .reports.reading import Outcomes, read_outcomes
-from .reports.sections import attacks, figures, opening, origin
+from .reports.sections import attacks, figures, opening, origin, over_eps, trainings
 from .reports.tables import NONE, Table, against_paper, all_rows, paper_table, seed_count, square_tables
 
 
@@ -110,9 +110,14 @@ def _write(config: ReportConfig, folder: Path, groups: Sequence[Lines], outcomes
     for lines in groups:
         sections += statistics(lines, folder / "figures", outcomes)
         sections += figures(lines, folder / "figures", outcomes)
+    sections += over_eps(groups, folder / "figures")
     sections += papers_statistics(groups) if config.against_paper else []
     names = [f"tables/{table.name} (.md, .tex, .csv)" for table in tables]
-    sections += [attacks(groups), *origin(_relative(outcomes, config.runs), groups, ["numbers.json", *names])]
+    sections += [
+        trainings(groups),
+        attacks(groups),
+        *origin(_relative(outcomes, config.runs), groups, ["numbers.json", *names]),
+    ]
 
     title = f"Accuracy under attack: {'; '.join(str(lines.group) for lines in groups)}"
     write_text(folder / "report.md", markdown(sections, folder, title=title))

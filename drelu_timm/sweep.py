@@ -96,7 +96,7 @@ def sweep(config: SweepConfig) -> int:
         queued = _refuse_running(cells, output_dir, config.cluster)
         cells.sort(key=lambda cell: cell.name not in queued)  # which may be why others are refused
         failed = Scheduler(grid.name, cells, _place(output_dir, config), launch).run()
-    print(f"next: drelu-timm report {output_dir}")
+    print(f"next: drelu-timm report {shlex.quote(str(output_dir))}")
     return 1 if failed else 0
 
 

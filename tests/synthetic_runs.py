@@ -29,7 +29,7 @@ TRAIN = {
 }
 TITLES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "Digits"}
 RELU = {"activation": "relu", "cap_weight": 0.0}
-ATTACKS = {"fgsm": 0.93, "pgd": 0.9, "apgd-ce": 0.89, "apgd-dlr": 0.88, "cw-l2": 0.7, "square": 0.85}
+ATTACKS = {"fgsm": 0.93, "pgd": 0.9, "apgd-ce": 0.89, "apgd-dlr": 0.88, "cw-l2": 0.95, "square": 0.85}
 
 
 def write_run(
@@ -60,13 +60,18 @@ def write_result(
     *,
     suite: str = "paper",
     accuracy: dict[str, float] | None = None,
-    worst: float = 0.8,
+    worst: float | None = None,
     verdict: str = "sound",
     n_examples: int = 20,
     rows: bool = True,
     **result: Any,
 ) -> Path:
-    """results/<suite>-Linf-<eps>.json of a run, with a row an example beside it."""
+    """results/<suite>-Linf-<eps>.json of a run, with a row an example beside it.
+
+    By default the worst case is 0.8, or the lowest accuracy.
+    """
+    if worst is None:
+        worst = min([0.8, *(accuracy or {}).values()])
     train = json.loads((run / "config.json").read_text())["train"]
     content = {
         "dataset": train["dataset"],
@@ -114,10 +119,12 @@ def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 1
 def point(
     *, eps: str = "0.1", clean: float = 0.95, accuracy: dict[str, float] = ATTACKS, worst: float, verdict: str = "sound"
 ) -> dict[str, Any]:
-    """What a result file says at one radius."""
+    """What a result file says at one radius; nothing but a given accuracy lies below the worst case."""
+    if accuracy is ATTACKS:
+        accuracy = {attack: max(value, worst) for attack, value in ATTACKS.items()}
     return {
         "eps": eps,
-        "clean": clean,
+        "clean": max(clean, worst),
         "accuracy": accuracy,
         "worst": worst,
         "settings": {attack: {"steps": 40} for attack in accuracy},

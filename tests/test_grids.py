@@ -200,6 +200,8 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
         ("cap_lr = 1", "eps = 0.1", r"\[train\] eps = 0.1 must be text in quotes"),
         ('name = "at"', 'name = "natural"', r"init_from goes in a circle: natural -> natural"),
         ('init_from = "natural"', 'init_from = "natrual"', "'natrual' is unknown; did you mean natural"),
+        ('init_from = "natural"', 'init_from = ["natural"]', r"\['natural'\]. is unknown; did you mean natural"),
+        ('dataset = "digits"', 'dataset = "folder"', "g, cell dense-natural-seed0: --img-size is needed for --dataset"),
         ('init_from = "natural"', 'init_from = "drelu"', 'init_from = "drelu" fits 2 cells'),
         ('name = "at"', 'name = "a/t"', r"\[\[method\]\] needs a name of letters, digits and \. _ \+ -, not 'a/t'"),
         ('model = "dense_drelu"', "", r"cell dense-natural-seed0: it has no model; \[train\] or \[\[net\]\] sets it"),
@@ -233,6 +235,11 @@ def test_a_circle_of_several_methods(grid_of):
     text = GRID.replace('name = "natural"', 'name = "natural"\ninit_from = "at"')
     with pytest.raises(InputError, match="init_from goes in a circle: natural -> at -> natural"):
         grid_of(text)
+
+
+def test_a_short_version_has_an_evaluation(grid_of):
+    with pytest.raises(InputError, match=r"\[smoke\] evaluate = \[\] leaves no evaluation"):
+        grid_of(GRID.replace("[smoke]", "[smoke]\nevaluate = []").replace("[[smoke.evaluate]]\nn_examples = 20", ""))
 
 
 def test_the_short_version_names_alternatives_that_are_there(grid_of):

@@ -1,6 +1,7 @@
 """What is read of run directories, and what is left out of them and said."""
 
 import json
+from pathlib import Path
 
 import pytest
 from synthetic_runs import (
@@ -322,6 +323,10 @@ def test_a_run_without_log_has_no_held_out_figure(tmp_path):
             "verdict is 'fine', not a verdict on gradient masking (sound, undecided, masked)",
         ),
         ({"verdict": "sound"}, "verdict is 'sound', not an object"),
+        ({"worst": 0.96}, "has a worst case above another of its accuracies; evaluate anew"),
+        ({"accuracy": {"pgd": 0.5}}, "has a worst case above another of its accuracies; evaluate anew"),
+        ({"accuracy": {"masking": 0.9}}, "names an attack 'masking', which no suite does; evaluate anew"),
+        ({"accuracy": {"pgd std": 0.9}}, "names an attack 'pgd std', which no suite does; evaluate anew"),
     ],
 )
 def test_results_that_cannot_be_used(tmp_path, change, message):
@@ -460,6 +465,33 @@ def test_rows_cut_short_are_named(tmp_path, broken_by):
     (outcome,) = read_outcomes([tmp_path]).found
     with pytest.raises(InputError, match=r"rows, or no column broken_by, for 20 test images: it is cut"):
         outcome.survivors()
+
+
+def test_rows_that_say_something_else_than_the_result_are_named(tmp_path):
+    rows = evaluated_run(tmp_path / "x") / "results" / "paper-Linf-0.1.csv"
+    write_rows(rows, [""] * 20)
+    (outcome,) = read_outcomes([tmp_path]).found
+    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.json has another worst case than the rows beside it"):
+        outcome.survivors()
+    write_columns(rows, {"index": range(20, 0, -1), "broken_by": [""] * 16 + ["pgd"] * 4})
+    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.csv does not name the test images in their order"):
+        outcome.survivors()
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    evaluated_run(tmp_path / "x")
+    closed = evaluated_run(tmp_path / "y", seed=1)
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.parent == closed:
+            raise PermissionError(13, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # who runs the tests may be allowed to read everything
+    outcomes = read_outcomes([tmp_path])
+    assert [outcome.run.name for outcome in outcomes.found] == ["x"]
+    assert outcomes.broken == [f"{closed} cannot be read ([Errno 13] Permission denied)"]
 
 
 def test_rows_that_are_no_text_are_named(tmp_path):

@@ -60,11 +60,12 @@ def written(folder):
 def test_all_files_are_there(made):
     tables = ["against-paper-mnist", "rows-mnist", "table-1-mnist", "table-square-mnist"]
     figures = ["balancers-dense-d-relu-mnist", "balancers-shallow-cnn-d-relu-mnist"]
-    figures += ["methods-mnist", "over-eps-dense-mnist"]
+    figures += ["methods-mnist"]
     assert written(made) == {
         *REPORT,
         *(f"tables/{table}-linf-eps-0.1.{suffix}" for table in tables for suffix in ("md", "tex", "csv")),
         *(f"figures/{figure}-linf-eps-0.1.png" for figure in figures),
+        "figures/over-eps-dense-mnist-linf.png",
     }
 
 
@@ -245,8 +246,36 @@ def test_curves_of_other_suites_or_images_are_kept_apart(small, tmp_path):
     report(ReportConfig((small,), tmp_path / "r"))
     text = (tmp_path / "r" / "report.md").read_text()
     for suite, images, seeds in (("quick", 10, 2), ("quick", 20, 1), ("all", 10, 1)):
-        assert f"## Over eps: Dense, MNIST, Linf, eps 0.1, suite {suite} on {images} images\n" in text
+        assert f"## Over eps: Dense, MNIST, Linf, suite {suite} on {images} images\n" in text
         assert f"under the suite {suite}, on the first {images} test images. Seeds: D-ReLU-0.1 {seeds}.\n" in text
+
+
+def test_nets_with_generated_images_are_drawn_beside_those_without(small, tmp_path):
+    curve = [point(eps=eps, worst=0.5) for eps in ("0.05", "0.1")]
+    for name, fraction in (("without", 0.0), ("with", 0.7)):
+        run = write_run(small / name, objective="trades", beta=5.0, generated_fraction=fraction, **RELU)
+        write_result(run)
+        write_sweep(run, curve)
+    report(ReportConfig((small,), tmp_path / "r"))
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert text.count("## Over eps: Dense, MNIST, Linf\n") == 1
+    assert "Seeds: TRADES-5 1, TRADES-5 + generated images 1." in text
+
+
+def test_how_the_nets_were_trained_is_said(small, tmp_path):
+    write_result(write_run(small / "y", objective="at", epochs=3, lr=1e-3, start={"epochs": 5}, **RELU))
+    report(ReportConfig((small,), tmp_path / "r"))
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert "The same in all rows: norm Linf, eps 0.1." in text
+    assert "| D-ReLU-0.1 | cap_lr 0.1, epochs 10 |" in text
+    assert "| AT | epochs 3, lr 0.001 | D-ReLU: " in text
+
+
+def test_a_title_stays_in_its_line(small, tmp_path):
+    write_result(small / "x", dataset_title="MNIST\n# <b>Best</b>")
+    report(ReportConfig((small,), tmp_path / "r"))
+    lines = (tmp_path / "r" / "report.md").read_text().splitlines()
+    assert not any(line.startswith("# <b>") or (line.startswith("## ") and "<b>" in line) for line in lines)
 
 
 def test_the_papers_statistics_once_and_of_its_threat_model_only(small, tmp_path):

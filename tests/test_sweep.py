@@ -349,6 +349,17 @@ def test_a_cell_of_other_settings_fails_with_the_message_of_train(swept_cell, mo
     assert f"--resume of {path} with other settings: epochs (1 before, 2 now)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("config", ["{}", '{"train": []}'])
+def test_a_cell_with_a_damaged_config_fails_alone(tmp_path, capsys, config):
+    run_of = {name: tmp_path / name for name in ("damaged", "fails-too")}
+    for path in run_of.values():
+        (path / "model").mkdir(parents=True)
+        (path / "config.json").write_text(config)
+    assert run([cell_of(path) for path in run_of.values()])
+    out = capsys.readouterr().out
+    assert all(f"failed {name}: {path / 'config.json'}" in out for name, path in run_of.items())
+
+
 def test_a_cell_that_began_with_other_weights_than_its_start_has_now_is_not_done(tmp_path):
     settings = {"resume": True, "epochs": 1, "n_train": 256, "width": 16}
     natural = TrainConfig("dense_drelu", "digits", output_dir=tmp_path / "natural", **settings)

@@ -254,12 +254,21 @@ def test_worst_cases_of_other_attacks_have_no_rank_and_that_is_said(add, groups)
     add({"accuracy": ATTACKS}, objective="at", **RELU)  # there is nothing to adapt to
     (lines,) = groups()
     table = paper_table(lines)
-    assert cells(table, "Worst case") == [("80.00",), ("65.00 ± 21.21",)]
+    assert cells(table, "Worst case") == [("80.00",), ("50.00 ± 0.00",)]
     said = "have no rank: Dense D-ReLU-0.1 lacks apgd-dlr, cw-l2, fgsm, pgd, square."
     assert said in table.caption and said in all_rows(lines).caption
     (square,) = square_tables([lines])
     assert cells(square, "MNIST Square", "MNIST Worst case")[0] == ("85.00", "80.00")
     assert said in square.caption
+
+
+def test_an_attack_on_fewer_images_takes_the_rank_from_those_without(add, groups):
+    stronger = {"accuracy": {"pgd": 0.6}, "settings": {"pgd": {"steps": 100}}}
+    write_result(add(objective="at", **RELU), suite="adaptive", n_examples=10, **stronger)
+    add(objective="trades", **RELU)
+    table = paper_table(groups()[0])
+    assert cells(table, "PGD", "Worst case") == [("90.00 (1)", "60.00"), ("90.00 (1)", "80.00")]
+    assert "no rank: Dense TRADES-6 lacks pgd (steps 100, on 10 images)." in table.caption
 
 
 def test_worst_cases_of_other_settings_have_no_rank(add, groups):
@@ -317,8 +326,10 @@ def test_a_column_that_some_seeds_lack_has_no_rank(add, groups):
 def test_a_worst_case_that_is_a_bound_is_said(add, groups):
     run = add()
     write_result(run, suite="quick", rows=False)
-    assert "The worst case is at most this," in (caption := paper_table(groups()[0]).caption)
+    assert "≤: the worst case is at most this," in (caption := paper_table(groups()[0]).caption)
     assert "as not all have their rows an example: Dense D-ReLU-0.1." in caption
+    assert cells(paper_table(groups()[0]), "Worst case") == [("≤ 80.00 (1)",)]
+    assert list(all_rows(groups()[0]).values["worst at most"]) == [True]
 
 
 def test_an_attack_that_some_seeds_lack_says_its_n(add, groups):
@@ -372,9 +383,11 @@ def test_beside_the_paper(add, groups):
     table = against_paper(lines)
     assert table is not None
     assert cells(table, "Table", "Model", "Training", "Attack", "Ours", "Paper", "Difference", "Our worst case") == [
-        ("1", "Dense", "AT", "Clean", "95.00", "98.10", "-3.10", "70.00"),
-        ("1", "Dense", "AT", "PGD", "80.00", "87.70", "-7.70", "70.00"),
+        ("1", "Dense", "AT", "Clean", "95.00", "98.10 (1)", "-3.10", "70.00"),
+        ("1", "Dense", "AT", "PGD", "80.00", "87.70 (4)", "-7.70", "70.00"),
     ]
+    assert cells(table, "Test images") == [("20",)] * 2
+    assert "uncertain by up to (95 %, at 50 %) 21.9 on 20." in table.caption
 
 
 def test_no_difference_from_what_cannot_be_compared(add, groups):
@@ -400,7 +413,7 @@ def test_the_papers_balancer_comes_before_the_chosen_one(add, groups):
     add({"accuracy": {}}, cap_weight=100.0, held_out=0.1)
     table = against_paper(groups()[0])
     assert table is not None
-    assert cells(table, "Training", "Paper") == [("D-ReLU-100", "97.77")]
+    assert cells(table, "Training", "Paper") == [("D-ReLU-100", "97.77 (3)")]
 
 
 def test_trades_with_generated_images_is_the_papers_beta_5(add, groups):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..attacks.threat_model import Norm
+from ..errors import InputError
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,19 @@ class Dataset:
     crop_padding: int = 0
     flip: bool = False
     held_out: float = 0.1
+
+    def side(self, img_size: int | None) -> int:
+        """The side of an image in pixels that was asked for, the dataset's own where none was.
+
+        Raises:
+            InputError: Neither is known, or it is no size.
+        """
+        side = self.img_size if img_size is None else img_size
+        if side is None:
+            raise InputError(f"--img-size is needed for --dataset {self.name}; give the side in pixels, such as 64")
+        if side < 1:
+            raise InputError(f"--img-size {side} is no size; give the side in pixels, at least 1")
+        return side
 
 
 # Digits and MNIST go in as they are, in [0, 1]: the paper speaks of no normalisation, and it matters. With MNIST's mean

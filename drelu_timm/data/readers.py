@@ -56,15 +56,11 @@ def load_images(
 
 def _size(dataset: Dataset, img_size: int | None, in_chans: int | None) -> Size:
     """The size that was asked for, the dataset's own where none was."""
-    img_size = dataset.img_size if img_size is None else img_size
+    side = dataset.side(img_size)
     in_chans = dataset.in_chans if in_chans is None else in_chans
-    if img_size is None:
-        raise InputError(f"--img-size is needed for --dataset {dataset.name}; give the side in pixels, such as 64")
-    if img_size < 1:
-        raise InputError(f"--img-size {img_size} is no size; give the side in pixels, at least 1")
     if in_chans not in (1, 3):
         raise InputError(f"--in-chans {in_chans} is not possible; give 1 (grey) or 3 (RGB)")
-    return Size(in_chans, img_size)
+    return Size(in_chans, side)
 
 
 def _checked(images: Images, dataset: Dataset) -> Images:

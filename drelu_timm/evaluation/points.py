@@ -54,8 +54,8 @@ class Point:
         return {*self.accuracy} - {"cw-l2"} | ({"cw-l2"} if self.cw_l2 is not None else set())
 
 
-def point_of(at: dict[str, Any], n_examples: int) -> Point:
-    """A point as a result file holds it, checked before."""
+def point_of(at: dict[str, Any], n_examples: int, precision: str) -> Point:
+    """A point as a result file holds it, checked before; the precision of the search is a setting of its attacks."""
     sequences = at.get("sequences") or {}
     first = [next(iter(stages.items())) for stages in sequences.values() if stages]
     cw = at.get("cw_l2") or {}
@@ -70,7 +70,11 @@ def point_of(at: dict[str, Any], n_examples: int) -> Point:
         zero_gradient_share=at["zero_gradient_share"],
         cw_l2=cw.get("accuracy_at_budget"),
         cw_budget=cw.get("budget"),
-        tried=frozenset((attack, _listed(of_it)) for attack, of_it in settings.items() if attack not in sequences),
+        tried=frozenset(
+            (attack, _listed(of_it if precision == "float32" else {**of_it, "precision": precision}))
+            for attack, of_it in settings.items()
+            if attack not in sequences
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """The files of an evaluated run, read with a check of each: a file that cannot be used is named, and what to do."""
 
 import csv
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..files import read_json
 from ..kinds import COUNT, LIST, NUMBER, OBJECT, SHARE, TEXT, Kind, check_fields, one_of, or_null
 from .masking import VERDICTS
 from .points import Point, point_of
+
+_ROUNDING = 1e-9  # of shares that are equal
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,11 @@ def read_result(path: Path) -> ResultFile:
     for at in points:
         _check_point(path, at)
     try:
-        return ResultFile(path, content, tuple(point_of(at, content["n_examples"]) for at in points))
+        return ResultFile(
+            path,
+            content,
+            tuple(point_of(at, content["n_examples"], content.get("precision") or "float32") for at in points),
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} holds what no evaluation writes ({one_line(error)}); evaluate anew") from error
 
@@ -103,8 +110,11 @@ def read_survivors(files: Iterable[ResultFile], n_examples: int, eps: str) -> np
         rows = _rows(file)
         if rows is None:
             return None
-        withstood = [_withstood(row, eps) for row in rows[:n_examples]]
-        survivors[: len(withstood)] &= withstood
+        withstood = np.array([_withstood(row, eps) for row in rows])
+        point = file.at(eps)
+        if point is not None and abs(withstood.mean() - point.worst) > _ROUNDING:
+            raise InputError(f"{file.path} has another worst case than the rows beside it; evaluate anew")
+        survivors[: len(withstood)] &= withstood[:n_examples]
     return survivors
 
 
@@ -123,6 +133,8 @@ def _rows(file: ResultFile) -> list[dict[str, str]] | None:
             f"{path} has {len(rows)} rows, or no column {column}, for {file.n_examples} test images: it is cut, or of "
             "another version; evaluate anew"
         )
+    if [row.get("index") for row in rows] != [str(index) for index in range(len(rows))]:
+        raise InputError(f"{path} does not name the test images in their order; evaluate anew")
     return rows
 
 
@@ -144,6 +156,8 @@ def _is_radius(value: Any) -> bool:
 
 
 RADIUS = Kind(_is_radius, 'a radius as text, such as "8/255"')
+_ATTACK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_NO_ATTACKS = {"clean", "worst", "net", "training", "masking", "images", "seeds"}  # what else has a column in tables
 _BY_ATTACK = Kind(lambda value: isinstance(value, dict), "one an attack")
 _RESULT = {
     "dataset": TEXT,
@@ -152,7 +166,12 @@ _RESULT = {
     "n_examples": COUNT,
     "model_digest": TEXT,
 }
-_RESULT_OPTIONAL = {"suite": or_null(TEXT), "hardware": or_null(TEXT), "versions": or_null(OBJECT)}
+_RESULT_OPTIONAL = {
+    "suite": or_null(TEXT),
+    "precision": or_null(TEXT),
+    "hardware": or_null(TEXT),
+    "versions": or_null(OBJECT),
+}
 _POINT = {
     "eps": RADIUS,
     "clean": SHARE,
@@ -177,3 +196,8 @@ def _check_point(path: Path, at: Any) -> None:
         check_fields(path, stages, dict.fromkeys(stages, SHARE))
     if at.get("cw_l2") is not None:
         check_fields(path, at["cw_l2"], _CW_L2)
+    names = {*at["accuracy"], *settings, *sequences}
+    if strange := sorted(name for name in names if name in _NO_ATTACKS or not _ATTACK.fullmatch(name)):
+        raise InputError(f"{path} names an attack {strange[0]!r}, which no suite does; evaluate anew")
+    if at["worst"] > min([at["clean"], *at["accuracy"].values()]) + _ROUNDING:
+        raise InputError(f"{path} has a worst case above another of its accuracies; evaluate anew")

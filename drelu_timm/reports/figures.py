@@ -128,9 +128,8 @@ def _balancers(outcomes: Sequence[Outcome], title: str) -> "Figure":
     place = _logarithmic_with_zero(axes, list(by_balancer))
 
     def line(accuracy: Callable[[Point], float | None], label: str, **style: Any) -> None:
-        measured = {balancer: _present(accuracy(one.at) for one in of_it) for balancer, of_it in by_balancer.items()}
-        measured = {balancer: values for balancer, values in measured.items() if values}
-        _line_of_means(axes, [place(balancer) for balancer in measured], list(measured.values()), label=label, **style)
+        measured = [_present(accuracy(one.at) for one in of_it) or [math.nan] for of_it in by_balancer.values()]
+        _line_of_means(axes, [place(balancer) for balancer in by_balancer], measured, label=label, **style)
 
     line(lambda point: point.worst, "worst case", marker="o", **WORST_CASE)  # first: attacks may lie upon it
     attacks = dict.fromkeys(attack for of_it in by_balancer.values() for one in of_it for attack in one.at.accuracy)
@@ -283,7 +282,10 @@ def _rank_diagram(axes: "Axes", comparison: Comparison) -> None:
 
 
 def _line_of_means(axes: "Axes", places: Sequence[float], measured: Sequence[Sequence[float]], **style: Any) -> None:
-    """A line through means of accuracies in [0, 1]; bars of a standard deviation (n - 1) where there are several."""
+    """A line through means of accuracies in [0, 1], broken where one is no number.
+
+    With bars of a standard deviation (n - 1) where there are several.
+    """
     means = [100 * np.mean(values) for values in measured]
     deviations = [100 * np.std(values, ddof=1) if len(values) > 1 else 0 for values in measured]
     axes.plot(places, means, clip_on=False, **style)

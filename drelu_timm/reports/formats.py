@@ -35,14 +35,19 @@ def markdown(sections: Iterable[Section], folder: Path, *, title: str) -> str:
         folder: Where the Markdown file will lie.
         title: Above all.
     """
-    parts = [f"# {title}"]
+    parts = [f"# {_in_a_line(title)}"]
     for section in sections:
-        parts.append(f"## {section.title}")
-        parts += [section.text] if section.text else []
+        parts.append(f"## {_in_a_line(section.title)}")
+        parts += map(_in_a_line, section.paragraphs)
         parts += [markdown_table(section.table)] if section.table is not None else []
         if section.picture is not None:
-            parts.append(f"![{section.title}]({section.picture.relative_to(folder).as_posix()})")
+            parts.append(f"![{_in_a_line(section.title)}]({section.picture.relative_to(folder).as_posix()})")
     return "\n\n".join(parts) + "\n"
+
+
+def _in_a_line(text: str) -> str:
+    """A title or a paragraph as one line, in which nothing is taken as HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")
 
 
 def latex(table: Table) -> str:

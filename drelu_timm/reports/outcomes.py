@@ -127,6 +127,13 @@ class Outcome:
         return tuple(with_it) or tuple(file.path for file in self.files)
 
     @property
+    def tried_elsewhere(self) -> frozenset[tuple[str, str, int]]:
+        """Attacks, their settings and the test images of the evaluations on other numbers of images than ``at`` has."""
+        return frozenset(
+            (attack, settings, point.n_examples) for point in self._others_at for attack, settings in point.tried
+        )
+
+    @property
     def verdict(self) -> str:
         """On gradient masking, the worst of all evaluations in this threat model."""
         return worst_verdict(point.verdict for point in (self.at, *self._others_at))

@@ -21,8 +21,7 @@ class Section:
     Attributes:
         title: The heading, and the picture's alternative text.
         text: Plain text; a blank line ends a paragraph.
-        table: Its cells are shown as `str` gives them, missing ones empty; an index that is not the default one
-            comes first.
+        table: Its cells are shown as `str` gives them, missing ones empty; its index is not shown.
         picture: A PNG.
     """
 
@@ -38,13 +37,15 @@ class Section:
 
     @property
     def headings(self) -> list[str]:
-        """Of the table's columns, levels joined."""
-        return [_joined(column) for column in self._columns().columns]
+        """Of the table's columns."""
+        assert self.table is not None
+        return [*map(str, self.table.columns)]
 
     @property
     def rows(self) -> Iterator[list[str]]:
         """The table's cells."""
-        for row in self._columns().itertuples(index=False, name=None):
+        assert self.table is not None
+        for row in self.table.itertuples(index=False, name=None):
             yield ["" if pd.isna(cell) else str(cell) for cell in row]
 
     @property
@@ -59,11 +60,6 @@ class Section:
             return base64.b64encode(self.picture.read_bytes()).decode()
         except OSError as error:
             raise InputError(f"{self.picture} cannot be read ({error.strerror}); make the report anew") from error
-
-    def _columns(self) -> pd.DataFrame:
-        """The table with its index as columns."""
-        assert self.table is not None
-        return self.table if isinstance(self.table.index, pd.RangeIndex) else self.table.reset_index()
 
 
 def write_page(path: Path, sections: Sequence[Section], *, title: str) -> None:
@@ -83,7 +79,3 @@ def write_page(path: Path, sections: Sequence[Section], *, title: str) -> None:
     html = template.render(title=title, sections=sections)
     with written_whole(path) as beside:
         beside.write_text(html, encoding="utf-8")
-
-
-def _joined(column: object) -> str:
-    return " ".join(str(level) for level in column if level != "") if isinstance(column, tuple) else str(column)

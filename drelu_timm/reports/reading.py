@@ -9,7 +9,7 @@ import numpy as np
 
 from ..attacks.threat_model import radius_written
 from ..digests import sha256_of
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..evaluation.points import together
 from ..evaluation.result_files import ResultFile, best_sweep, read_result, read_survivors
 from ..models.saved import CONFIG, WEIGHTS
@@ -58,9 +58,10 @@ def read_outcomes(paths: Iterable[Path]) -> Outcomes:
     for path in paths:
         if not path.is_dir():
             raise InputError(f"{path} is no folder; give run directories, or folders that hold them")
-    runs = sorted({run.resolve(): run for path in paths for run in _runs(path)}.values())
+    runs = sorted({run.resolve(): run for path in paths for run in _runs(path, outcomes)}.values())
     if not runs:
-        raise InputError(f"no run in {', '.join(map(str, paths))}; make one: drelu-timm sweep, or train and evaluate")
+        where = " | ".join([f"no run in {', '.join(map(str, paths))}", *outcomes.broken])
+        raise InputError(f"{where}; make one: drelu-timm sweep, or train and evaluate")
     seen: dict[tuple[Group, str, int], Outcome] = {}
     for run in runs:
         for outcome in _read_run(run, outcomes):
@@ -73,13 +74,19 @@ def read_outcomes(paths: Iterable[Path]) -> Outcomes:
     return outcomes
 
 
-def _runs(folder: Path) -> Iterator[Path]:
-    if _is_run(folder):
-        yield folder
+def _runs(folder: Path, outcomes: Outcomes) -> Iterator[Path]:
+    """The run directories in a folder; one that cannot be read is noted down."""
+    try:
+        is_run = _is_run(folder)
+        inside = [] if is_run else [inner for inner in sorted(folder.iterdir()) if inner.is_dir()]
+    except OSError as error:
+        outcomes.skip(InputError(f"{folder} cannot be read ({one_line(error)})"))
         return
-    for inner in sorted(folder.iterdir()):
-        if inner.is_dir() and not inner.name.startswith("."):
-            yield from _runs(inner)
+    if is_run:
+        yield folder
+    for inner in inside:
+        if not inner.name.startswith("."):
+            yield from _runs(inner, outcomes)
 
 
 def _is_run(folder: Path) -> bool:
@@ -184,7 +191,11 @@ def _read_all(run: Path, folder: str, outcomes: Outcomes) -> list[ResultFile]:
     """The result files of a run's folder that are whole and of its weights, the one with the most attacks first."""
     read = []
     weights = run / "model" / WEIGHTS
-    digest = sha256_of(weights) if weights.is_file() else None  # published results come without
+    try:
+        digest = sha256_of(weights) if weights.is_file() else None  # published results come without
+    except OSError as error:
+        outcomes.skip(InputError(f"{weights} cannot be read ({one_line(error)})"))
+        return []
     for path in sorted((run / folder).glob("*.json")):
         try:
             result = read_result(path)

@@ -7,14 +7,19 @@ import numpy as np
 import pandas as pd
 
 from ..errors import InputError
+from ..spelling import written
 from .averages import Lines, families
 from .figures import draw_balancers, draw_caps, draw_eps, read_caps
 from .means import Average
+from .naming import Flags, activation_of, method_of, settings_of
 from .outcomes import Outcome
 from .page import Section
 from .paper import net_name
 from .reading import Outcomes
 from .tables import slug
+
+# What the names of groups and trainings say already.
+_SAID = {"dataset", "model", "objective", "beta", "activation", "placement", "cap_weight", "cap_penalty"}
 
 
 def opening(outcomes: Outcomes, groups: Sequence[Lines]) -> Section:
@@ -44,7 +49,7 @@ def opening(outcomes: Outcomes, groups: Sequence[Lines]) -> Section:
 
 
 def figures(lines: Lines, folder: Path, outcomes: Outcomes) -> list[Section]:
-    """Accuracy over balancers and over eps, and the learned caps; what cannot be drawn is said.
+    """Accuracy over balancers, and the learned caps; what cannot be drawn is said.
 
     Args:
         lines: The group.
@@ -56,34 +61,87 @@ def figures(lines: Lines, folder: Path, outcomes: Outcomes) -> list[Section]:
         if len(family) > 1:
             name = f"{net_name(family[0].first.net)}, {family[0].method}: {group}"
             runs = [outcome for one in family for outcome in one.outcomes]
-            sections.append(_drawn(f"Balancers: {name}", folder, draw_balancers, runs))
+            sections.append(_drawn(f"Balancers: {name}", folder, draw_balancers, runs, _about_balancers(family)))
     for net, shown in lines.by_net.items():
         name = f"{net_name(net)}, {group}"
-        sections += _over_eps(name, shown, folder)
         if caps := _caps(shown, outcomes):
             sections.append(_drawn(f"Learned caps: {name}", folder, draw_caps, caps))
     return sections
 
 
-def _over_eps(name: str, shown: Sequence[Average], folder: Path) -> list[Section]:
-    """A figure for each suite and number of images, as only curves of the same ones can be averaged and compared."""
-    kinds: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
-    for one in shown:
-        for outcome in one.outcomes:
-            if outcome.curve:
-                kind = (outcome.curve_suite, outcome.curve[0].n_examples)
-                kinds.setdefault(kind, {}).setdefault(one.training, []).append(outcome)
+def _about_balancers(family: Sequence[Average]) -> str:
+    """What the runs of a figure are, in a paragraph."""
+    seeds = ", ".join(f"{written(one.first.cap_weight)} {len(one.outcomes)}" for one in family)
+    images = " or ".join(str(count) for count in sorted({count for one in family for count in one.n_examples}))
+    return (
+        f"On the first {images} test images; seeds by balancer: {seeds}. A line breaks off where an attack was not "
+        "run. CW_L2, which knows no ball, is in the tables only."
+    )
+
+
+def over_eps(groups: Iterable[Lines], folder: Path) -> list[Section]:
+    """Accuracy over eps, a figure a net: those with generated images beside those without, as in the paper.
+
+    A figure for each suite and number of images, as only curves of the same ones can be averaged and compared.
+    """
+    kinds: dict[tuple[str, str, str, int], dict[str, dict[Path, Outcome]]] = {}
+    for lines in groups:
+        group = lines.group
+        for one in lines.shown:
+            name = f"{net_name(one.first.net)}, {group.title}, {group.norm}"
+            training = one.training + (" + generated images" if group.generated else "")
+            for outcome in one.outcomes:
+                if outcome.curve:
+                    kind = (name, group.dataset, outcome.curve_suite, outcome.curve[0].n_examples)
+                    kinds.setdefault(kind, {}).setdefault(training, {})[outcome.run] = outcome  # once, of several radii
+    names = [name for name, *_ in kinds]
     sections = []
-    for (suite, images), of_kind in sorted(kinds.items()):
-        title = f"Over eps: {name}" + (f", suite {suite} on {images} images" if len(kinds) > 1 else "")
+    for (name, _, suite, images), of_kind in kinds.items():
+        title = f"Over eps: {name}" + (f", suite {suite} on {images} images" if names.count(name) > 1 else "")
         seeds = ", ".join(f"{training} {len(outcomes)}" for training, outcomes in of_kind.items())
         text = (
-            f"The rows of the main table at other radii too, under the suite {suite}, on the first {images} test "
+            f"The rows of the main tables at other radii too, under the suite {suite}, on the first {images} test "
             f"images. Seeds: {seeds}."
         )
-        curves = {training: [outcome.curve for outcome in outcomes] for training, outcomes in of_kind.items()}
+        curves = {training: [one.curve for one in outcomes.values()] for training, outcomes in of_kind.items()}
         sections.append(_drawn(title, folder, draw_eps, curves, text))
     return sections
+
+
+def trainings(groups: Iterable[Lines]) -> Section:
+    """How the nets were trained, by the flags of train: what is the same in all rows as text, the rest a row each."""
+    lines_of_groups = [(str(lines.group), one) for lines in groups for one in lines.all]
+    settings = [_settings(one.first.train) for _, one in lines_of_groups]
+    same = [text for text in settings[0] if all(text in others for others in settings)]
+    table = pd.DataFrame(
+        {
+            "Group": group,
+            "Model": net_name(one.first.net),
+            "Training": one.training,
+            "Settings": ", ".join(text for text in of_it if text not in same),
+            "Begins with": "; ".join(
+                f"{method_of(start)}: {', '.join(_settings(start))}" for start in one.first.starts
+            ),
+        }
+        for (group, one), of_it in zip(lines_of_groups, settings, strict=True)
+    )
+    text = (
+        f"The same in all rows: {', '.join(same)}. What the paper says of its own trainings is in the presets "
+        "paper-drelu, paper-at and paper-trades of train."
+    )
+    return Section("How the nets were trained", text, table)
+
+
+def _settings(flags: Flags) -> list[str]:
+    """What a training was set to, beside what its names say, but for flags without a value or without an effect."""
+    idle = set() if flags.get("schedule") == "onecycle" else {"warmup"}
+    idle |= set() if activation_of(flags) == "drelu" else {"cap", "cap_lr"}
+    named = ((name, value) for name, value in settings_of(flags).items() if name not in idle | _SAID)
+    return [
+        f"{name} {value if isinstance(value, str) else written(value)}"
+        for name, value in named
+        if value not in (None, 0, "", [], "no")
+    ]
 
 
 def attacks(groups: Iterable[Lines]) -> Section:

@@ -66,12 +66,14 @@ def _ways(rows: Sequence[Average], column: str) -> set[tuple[Any, ...]]:
 
 def _differences(rows: Sequence[Average]) -> dict[tuple[str, str], list[str]]:
     """What rows of a net lack, or have otherwise than the rest: ("lack", attacks) or ("have", test images), by row."""
-    tried = frozenset[tuple[str, str]]().union(*(outcome.at.tried for one in rows for outcome in one.outcomes))
+    lacking = {row: _lacking(one, rows) for row, one in enumerate(rows)}
+    known = frozenset().union(*lacking.values(), *(outcome.at.tried for one in rows for outcome in one.outcomes))
     images = {count for one in rows for count in one.n_examples}
     differences: dict[tuple[str, str], list[str]] = {}
-    for one in rows:
-        lacks = {attack for outcome in one.outcomes for attack in tried - outcome.at.tried if _applies(attack, outcome)}
-        found = [("lack", ", ".join(sorted(_named(attack, tried) for attack in lacks)))] if lacks else []
+    for row, one in enumerate(rows):
+        found = []
+        if lacking[row]:
+            found.append(("lack", ", ".join(sorted(_named(attack, known) for attack in lacking[row]))))
         if len(images) > 1:
             found.append(("have", f"{' or '.join(map(str, one.n_examples))} test images"))
         for difference in found:
@@ -79,9 +81,28 @@ def _differences(rows: Sequence[Average]) -> dict[tuple[str, str], list[str]]:
     return differences
 
 
-def _applies(attack: tuple[str, str], outcome: Outcome) -> bool:
-    name, _ = attack
-    adaptive = name in ATTACKS and ATTACKS[name].kind == "adaptive"
+def _lacking(one: Average, rows: Sequence[Average]) -> set[tuple[str, str]]:
+    """Attacks, with their settings, that other rows have and a row, or a seed of it, has not.
+
+    What was tried on other images is asked for in the other rows' runs of that seed only: with them a row is alike.
+    """
+    others = [outcome for other in rows for outcome in other.outcomes]
+    lacking: set[tuple[str, str]] = set()
+    for outcome in one.outcomes:
+        here, elsewhere = outcome.at.tried, outcome.tried_elsewhere
+        lacking |= {attack for other in others for attack in other.at.tried - here}
+        lacking |= {
+            (attack, f"{settings}, on {images} images")
+            for other in others
+            if other.seed == outcome.seed
+            for attack, settings, images in other.tried_elsewhere - elsewhere
+            if (attack, settings) not in here
+        }
+    return {(attack, settings) for attack, settings in lacking if _applies(attack, one.first)}
+
+
+def _applies(attack: str, outcome: Outcome) -> bool:
+    adaptive = attack in ATTACKS and ATTACKS[attack].kind == "adaptive"
     return not adaptive or outcome.activation in _ADAPTED_TO
 
 

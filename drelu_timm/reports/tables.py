@@ -25,10 +25,11 @@ HEADINGS = {
     "images": "Test images",
     "seeds": "Seeds",
 }
+_QUANTILE = 1.96  # of the normal distribution, for 95 %
 _MEASURES = "Accuracies in %, mean ± standard deviation (n - 1) over seeds; no ± is one seed."
 _RANKS = "In parentheses: the rank within a net, 1 the highest."
 _WORST = (
-    "Worst case: the images that nothing broke, no attack and no probe for masking, in any evaluation on these images. "
+    "Worst case: the images that nothing broke, no attack and no probe for masking, in any evaluation at this radius. "
     "Masking: the verdict on the white-box accuracies, the worst of several seeds and of all evaluations."
 )
 
@@ -144,8 +145,11 @@ def against_paper(lines: Lines) -> Table | None:
     values = pd.DataFrame(rows).astype({"std": float, "difference": float})
     caption = [
         _MEASURES,
-        "Differences in percentage points, ours less the paper's, whose numbers are means of three nets.",
-        "A number that agrees is reproduced; whether it is robustness, the worst case and the verdict say.",
+        "Differences in percentage points, ours less the paper's, whose numbers are means of three nets; in "
+        "parentheses the rank that it prints.",
+        _sampling_error(values),
+        "That a number agrees says nothing of robustness: the worst case and the verdict do. How our nets were trained "
+        "is said below.",
         _carlini_wagner(lines.all),
         *_about_worst(lines.all),
     ]
@@ -172,15 +176,24 @@ def _beside_paper(lines: Lines) -> list[dict[str, Any]]:
             "ours": mean.mean,
             "std": mean.std,
             "paper": line.accuracy,
+            "paper rank": line.rank,
             "difference": None if line.column == "cw-l2" else mean.mean - line.accuracy,
             "worst": worst.mean,
             "masking": one.verdict,
+            "images": min(mean.n_examples),
             "seeds": mean.n_seeds,
         }
         for line in printed[printed["table"].isin(tables) & (printed["dataset"] == group.dataset)].itertuples()
         for one in _counterparts(line, lines)
         if (mean := one.mean(str(line.column))) and (worst := one.mean("worst"))
     ]
+
+
+def _sampling_error(values: pd.DataFrame) -> str:
+    """A sentence on how far an accuracy may be off because the test images are few."""
+    images = sorted(values["images"].unique())
+    errors = ", ".join(f"{100 * _QUANTILE * (0.25 / count) ** 0.5:.1f} on {count}" for count in images)
+    return f"The test images alone make an accuracy uncertain by up to (95 %, at 50 %) {errors}."
 
 
 def _cells_beside_paper(values: pd.DataFrame) -> pd.DataFrame:
@@ -193,10 +206,13 @@ def _cells_beside_paper(values: pd.DataFrame) -> pd.DataFrame:
             "Training": [ours if _is(ours, paper) else f"{ours} (paper: {paper})" for ours, paper in trainings],
             "Attack": values["column"].map(HEADINGS),
             "Ours": [_cell(mean, std) for mean, std in zip(values["ours"], values["std"], strict=True)],
-            "Paper": values["paper"].map("{:.2f}".format),
+            "Paper": [
+                _cell(printed, rank=rank) for printed, rank in zip(values["paper"], values["paper rank"], strict=True)
+            ],
             "Difference": [_signed(difference) for difference in values["difference"]],
             "Our worst case": values["worst"].map("{:.2f}".format),
             "Masking": values["masking"],
+            "Test images": values["images"].astype(str),
             "Seeds": values["seeds"].astype(str),
         }
     )
@@ -232,6 +248,8 @@ def _values(averages: Sequence[Average], columns: Sequence[str], ranked: Sequenc
             if column in ranked:
                 row[f"{column} rank"] = None
             row[f"{column} seeds"] = mean.n_seeds if mean else 0
+            if column == "worst":
+                row["worst at most"] = bool(mean and mean.at_most)
         images = " to ".join(dict.fromkeys(str(count) for count in (min(one.n_examples), max(one.n_examples))))
         rows.append(row | {"masking": one.verdict, "images": images, "seeds": len(one.seeds)})
     values = pd.DataFrame(rows)
@@ -251,7 +269,8 @@ def _cells(values: pd.DataFrame, seeds: int) -> pd.DataFrame:
     text: dict[str, Any] = {"Model": values["net"].map(net_name), "Training": values["training"]}
     for column in columns:
         text[HEADINGS.get(column, column)] = [
-            _cell(row[column], row[f"{column} std"], row.get(f"{column} rank"), row[f"{column} seeds"], row["seeds"])
+            ("≤ " if row.get(f"{column} at most") else "")
+            + _cell(row[column], row[f"{column} std"], row.get(f"{column} rank"), row[f"{column} seeds"], row["seeds"])
             for row in values.to_dict("records")
         ]
     text[HEADINGS["masking"]] = values["masking"]
@@ -317,7 +336,7 @@ def _about_worst(averages: Sequence[Average]) -> list[str]:
         f"{net_name(one.first.net)} {one.training}" for one in averages if (mean := one.mean("worst")) and mean.at_most
     ]
     at_most = (
-        "The worst case is at most this, the lowest of several evaluations, as not all have their rows an example: "
+        "≤: the worst case is at most this, the lowest of several evaluations, as not all have their rows an example: "
         f"{', '.join(bounds)}."
     )
     return [sentence for sentence in (at_most if bounds else "", unequal(averages)) if sentence]

@@ -197,8 +197,7 @@ def _key(config: TrainConfig) -> str:
 def _blank(config: TrainConfig) -> Images:
     """Two images of the dataset's form, as it need not be there."""
     dataset = DATASETS[config.dataset]
-    side = config.img_size or dataset.img_size
-    assert side is not None
+    side = dataset.side(config.img_size)
     images = torch.zeros(2, dataset.in_chans, side, side, dtype=torch.uint8)
     images[1] = 255
     classes = tuple(map(str, range(dataset.num_classes or _CLASSES)))

@@ -97,7 +97,8 @@ class Grid:
             generated: Generated images, for the cells that mix some in.
 
         Raises:
-            InputError: No cells, two of one name, or one that `train` or `evaluate` would refuse.
+            InputError: No cells, two of one name, or one whose flags `train` or `evaluate` would refuse. (What images
+                and other models have to say is found when the cell runs.)
         """
         points = list(self._points())
         if not points:
@@ -210,7 +211,7 @@ def read_grid(name: str) -> Grid:
             raise InputError(f"GRID {which} is not there; give a TOML file or one of {', '.join(shipped())}")
         raise unknown("GRID", name, [*shipped(), *(grid + SMOKE for grid in shipped())])
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"GRID {path} cannot be read as TOML ({error}); mend it there") from error
     _check_tables(path, content)
@@ -247,6 +248,8 @@ def _check_tables(path: Path, content: Table) -> None:
     for key in smoke:
         if key not in (*AXES, "train", "evaluate"):
             raise unknown(f"GRID {path}: [smoke]", key, (*AXES, "train", "evaluate"))
+    if smoke.get("evaluate") == []:
+        raise InputError(f"GRID {path}: [smoke] evaluate = [] leaves no evaluation; give one, or leave it out")
     _check_fields(path, "[smoke.train]", smoke.get("train", {}), TrainConfig, _TRAIN)
     _check_array(path, "evaluate", smoke.get("evaluate", []))
 
@@ -299,7 +302,7 @@ def _check_starts(path: Path, methods: Sequence[Mapping[str, Any]]) -> None:
     for name, start in starts.items():
         chain = [name]
         while start is not None:
-            if start not in starts:
+            if not isinstance(start, str) or start not in starts:
                 raise unknown(f"GRID {path}: init_from of [[method]] {chain[-1]}:", str(start), starts)
             if start in chain:
                 raise InputError(f"GRID {path}: init_from goes in a circle: {' -> '.join([*chain, start])}")

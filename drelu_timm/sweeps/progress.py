@@ -152,7 +152,7 @@ class Screen:
         done = len(progress.ended) - len(progress.failed)
         left = progress.seconds_left(self._capacity)
         total = f"{done} done, {len(progress.failed)} failed, {len(progress.waiting)} waiting"
-        total += "" if left is None else f", about {duration(left)} left"
+        total += "" if left is None else f", about {duration(left)} left if all cells take alike"
         table = Table("cell", "what it does", "time", title=f"{escape(self._title)}: {total}", box=SIMPLE)
         for running in list(progress.running.values()):
             cells = escape(running.cell.name), escape(_doing(running.cell))

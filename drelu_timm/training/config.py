@@ -15,6 +15,7 @@ from ..data.augment import Augmentation
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 from ..files import read_json
+from ..kinds import OBJECT, check_fields
 from ..models.caps import CAP_PENALTIES
 from ..models.registration import check_tag
 from ..models.variants import Options
@@ -116,6 +117,7 @@ def _check_names(config: TrainConfig) -> None:
     if not timm.is_model(config.model):
         raise unknown("--model", config.model, timm.list_models())
     check_tag("--model", config.model)
+    DATASETS[config.dataset].side(config.img_size)
     make_objective(config.objective, beta=config.beta)
     for name, allowed in {"schedule": SCHEDULES, "monitor": MONITORS, "cap_penalty": CAP_PENALTIES}.items():
         if getattr(config, name) not in (None, *allowed):
@@ -193,14 +195,17 @@ def _check_output(config: TrainConfig) -> None:
     assert config.output_dir is not None
     if config.output_dir.exists() and not config.output_dir.is_dir():
         raise InputError(f"--output-dir {config.output_dir} is a file; name a folder")
-    if not (config.output_dir / "config.json").exists():
+    path = config.output_dir / "config.json"
+    if not path.exists():
         held = config.output_dir.iterdir() if config.output_dir.is_dir() else ()
         if any(not path.name.startswith(".") for path in held):  # those may be of a killed process
             raise InputError(f"--output-dir {config.output_dir} is not empty and holds no run; name another folder")
         return
     if not config.resume:
         raise InputError(f"--output-dir {config.output_dir} is in use; add --resume to go on, or name another folder")
-    before, now = read_json(config.output_dir / "config.json")["train"], saved(config)
+    content = read_json(path)
+    check_fields(path, content, {"train": OBJECT})
+    before, now = content["train"], saved(config)
     compared = [key for key in now if key not in (*_MAY_MOVE, *_SAME_UPDATES)]
     differing = [f"{key} ({before.get(key)} before, {now[key]} now)" for key in compared if before.get(key) != now[key]]
     if differing:
