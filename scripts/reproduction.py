@@ -9,6 +9,7 @@ report` makes of them. The text is scripts/reproduction/reproduction.md.j2: what
 net, training and attack.
 """
 
+import re
 import shutil
 import sys
 from collections import Counter
@@ -17,17 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import pandas as pd
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from scipy.stats import ttest_ind
+from matplotlib.figure import Figure
+from scipy.stats import f, ttest_ind
 
 from drelu_timm.errors import InputError
+from drelu_timm.evaluation.pictures import save_figure
 from drelu_timm.files import read_json, write_json, write_text
 from drelu_timm.publishing.records import without_paths
 from drelu_timm.report import ReportConfig, report
 from drelu_timm.reports.averages import Average, lines_of
 from drelu_timm.reports.outcomes import Outcome
-from drelu_timm.reports.paper import paper_scores, read_paper
+from drelu_timm.reports.paper import beside_pgd, paper_scores, read_paper
 from drelu_timm.reports.reading import read_outcomes
 from drelu_timm.reports.statistics import compare_methods
 
@@ -90,12 +94,14 @@ def make_report(topic: str, output_dir: Path | None = None) -> Path:
 
 def text() -> str:
     """The Markdown, with every number from the result files."""
+    said: set[str] = set()
     environment = Environment(
         loader=FileSystemLoader(TEXT.parent), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     template = environment.get_template(TEXT.name)
-    topics_by_name = {topic.replace("-", "_"): Topic(topic) for topic in topics()}
-    return template.render(**topics_by_name, faithful=Faithful(), papers=papers, papers_statistics=papers_statistics)
+    topics_by_name = {topic.replace("-", "_"): Topic(topic, said) for topic in topics()}
+    of_the_paper = (papers, papers_statistics, papers_signs, papers_largest_gap, papers_same_clean, critical_f)
+    return template.render(**topics_by_name, faithful=Faithful(), **{each.__name__: each for each in of_the_paper})
 
 
 def papers(net: str, training: str, column: str, table: int = 1) -> str:
@@ -104,6 +110,66 @@ def papers(net: str, training: str, column: str, table: int = 1) -> str:
     of = (printed["table"] == table) & (printed["net"] == net) & (printed["training"] == training)
     (accuracy,) = printed[of & (printed["column"] == column)]["accuracy"]
     return f"{accuracy:.1f}"
+
+
+def papers_signs(attack: str, of: str) -> str:
+    """In how many of the paper's rows a weaker attack leaves less than PGD: "33 of 36".
+
+    Args:
+        attack: "fgsm" or "square".
+        of: "D-ReLU" or "others".
+    """
+    rows = _signs(attack, of)
+    return f"{(rows['other'] < rows['pgd']).sum()} of {len(rows)}"
+
+
+def papers_largest_gap(attack: str) -> str:
+    """By how many points a weaker attack leaves less than PGD of a D-ReLU net, at most."""
+    rows = _signs(attack, "D-ReLU")
+    return f"{(rows['pgd'] - rows['other']).max():.0f}"
+
+
+def papers_same_clean(of: str) -> str:
+    """In how many rows the tables of Square print the clean accuracy that the others do."""
+    clean = read_paper().query("column == 'clean'")
+    square = clean[clean["table"].isin([5, 9])].assign(generated=lambda rows: rows["table"] == 9)
+    others = clean[~clean["table"].isin([5, 9])].assign(generated=lambda rows: rows["table"] > 5)
+    both = square.merge(others, on=["method", "dataset", "net", "generated"])
+    both = both[(both["method"] == "D-ReLU") == (of == "D-ReLU")]
+    return f"{(both['accuracy_x'] == both['accuracy_y']).sum()} of {len(both)}"
+
+
+def _signs(attack: str, of: str) -> pd.DataFrame:
+    rows = beside_pgd(attack)
+    return rows[(rows["method"] == "D-ReLU") == (of == "D-ReLU")]
+
+
+def draw_signs(path: Path) -> None:
+    """The paper's accuracies under FGSM and Square against those under PGD, a point a trained net."""
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    for axes, attack in zip(figure.subplots(1, 2, sharey=True), ("fgsm", "square"), strict=True):
+        axes.plot([0, 100], [0, 100], color="grey", linewidth=1, zorder=1)
+        axes.fill_between([0, 100], [0, 100], color="0.94", zorder=0)
+        for of, look in (
+            ("others", {"marker": "o", "color": "#0072B2"}),
+            ("D-ReLU", {"marker": "v", "color": "#D55E00"}),
+        ):
+            rows = _signs(attack, of)
+            label = "D-ReLU" if of == "D-ReLU" else "adversarial training and TRADES"
+            axes.scatter(rows["pgd"], rows["other"], s=28, alpha=0.75, label=label, zorder=2, **look)
+        name = "FGSM: one step of the gradient" if attack == "fgsm" else "Square: no gradient at all"
+        axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", title=name, xlabel="accuracy under PGD, in %")
+        axes.text(97, 3, "the weaker attack breaks more", ha="right", va="bottom", color="0.35")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("accuracy under the weaker attack, in %")
+    figure.axes[0].legend(loc="upper left", frameon=False)
+    figure.suptitle("The paper's own tables, one point per row")
+    save_figure(figure, path)
+
+
+def critical_f(alpha: float, methods: int, blocks: int) -> str:
+    """The critical value of F_F."""
+    return f"{f.ppf(1 - alpha, methods - 1, (methods - 1) * (blocks - 1)):.2f}"
 
 
 def papers_statistics(table: int, field: str) -> str:
@@ -128,9 +194,11 @@ class Topic:
 
     Args:
         name: A folder of model_cards/reproduction/.
+        said: Sentences of captions that stand on the page; those of this topic's tables are added.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, said: set[str]):
+        self.said = said
         self.folder = f"reproduction/{name}/report"
         groups = read_outcomes([FOLDER / name / "runs"]).groups()
         self.lines = [line for group, outcomes in groups.items() for line in lines_of(group, outcomes).all]
@@ -163,9 +231,13 @@ class Topic:
         return found[0]
 
     def table(self, name: str) -> str:
-        """A table of the report, with its caption and without its heading."""
-        lines = (FOLDER.parent / self.folder / "tables" / f"{name}.md").read_text().splitlines()
-        return "\n".join(lines[2:])
+        """A table of the report, without its heading, and what its caption says that none before it has said."""
+        text = (FOLDER.parent / self.folder / "tables" / f"{name}.md").read_text(encoding="utf-8")
+        _, cells, caption = text.split("\n\n", 2)
+        paragraphs = (re.split(r"(?<=\.) (?=[A-Z≤])", paragraph) for paragraph in caption.strip().split("\n\n"))
+        new = [[sentence for sentence in sentences if sentence not in self.said] for sentences in paragraphs]
+        self.said.update(sentence for sentences in new for sentence in sentences)
+        return "\n\n".join([cells, *(" ".join(sentences) for sentences in new if sentences)])
 
 
 def main(arguments: Arguments) -> None:
@@ -174,6 +246,7 @@ def main(arguments: Arguments) -> None:
         take_over(arguments.runs, arguments.topic)
     for topic in topics():
         make_report(topic)
+    draw_signs(FOLDER / "papers-signs.png")
     write_text(FOLDER.with_suffix(".md"), text())
     print(FOLDER.with_suffix(".md"))
 

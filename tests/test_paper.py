@@ -2,7 +2,7 @@
 
 import pytest
 
-from drelu_timm.reports.paper import EPS, NETS, paper_order, paper_scores, read_paper, table_number
+from drelu_timm.reports.paper import EPS, NETS, beside_pgd, paper_order, paper_scores, read_paper, table_number
 from drelu_timm.reports.statistics import compare_methods
 
 
@@ -77,6 +77,16 @@ def test_statistics_of_its_table_2():
     assert comparison.friedman_chi2 == pytest.approx(39.43, abs=0.005)
     assert comparison.f_f == pytest.approx(20.13, abs=0.005)
     assert comparison.critical_difference == pytest.approx(0.78, abs=0.005)
+
+
+@pytest.mark.parametrize(("attack", "drelu", "others"), [("square", (33, 36), (3, 54)), ("fgsm", (24, 38), (1, 78))])
+def test_weaker_attacks_beat_pgd_on_its_nets_with_drelu(attack, drelu, others):
+    rows = beside_pgd(attack)
+    beaten, of_drelu = rows["other"] < rows["pgd"], rows["method"] == "D-ReLU"
+    assert (beaten[of_drelu].sum(), of_drelu.sum()) == drelu
+    assert (beaten[~of_drelu].sum(), (~of_drelu).sum()) == others
+    (large,) = rows[of_drelu & (rows["net"] == "resnet50") & (rows["dataset"] == "cifar10") & ~rows["generated"]]["pgd"]
+    assert large == 78.73
 
 
 def test_order_of_rows():

@@ -42,6 +42,18 @@ def test_the_page_is_what_the_result_files_say():
     assert FOLDER.with_suffix(".md").read_text(encoding="utf-8") == text()
 
 
+def test_what_the_page_links_to_is_there():
+    page = FOLDER.with_suffix(".md")
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert links and all((page.parent / link).exists() for link in links)
+
+
+def test_a_table_does_not_repeat_what_stands_on_the_page():
+    said = set()
+    first, again = (Topic("mnist", said).table("table-1-mnist-linf-eps-0.1") for _ in range(2))
+    assert first.startswith(again) and "Worst case: the images that nothing broke" in first.removeprefix(again)
+
+
 def test_no_accuracy_is_typed_into_the_page():
     typed = re.sub(r"\{\{.*?\}\}", "", TEXT.read_text(encoding="utf-8"))
     assert not re.search(r"\d %", typed)
@@ -49,7 +61,7 @@ def test_no_accuracy_is_typed_into_the_page():
 
 
 def test_a_line_that_is_not_there_is_an_error():
-    topic = Topic("mnist")
+    topic = Topic("mnist", set())
     with pytest.raises(KeyError, match="0 lines are dense nothing, among dense"):
         topic("dense", "nothing", "worst")
     with pytest.raises(KeyError, match="has no such-attack"):

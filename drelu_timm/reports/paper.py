@@ -102,6 +102,27 @@ def paper_scores(table: int) -> "pd.DataFrame":
     return of_table.pivot(index=["dataset", "net", "column"], columns="method", values="accuracy")
 
 
+def beside_pgd(attack: str) -> "pd.DataFrame":
+    """What the paper prints under PGD and under an attack that knows less, of the same nets, row by row.
+
+    An attack of one step, or without gradients, that leaves less than PGD does is a sign of gradient masking (Athalye
+    et al. 2018, https://arxiv.org/abs/1802.00420, section 3.1).
+
+    Args:
+        attack: "fgsm" or "square".
+
+    Returns:
+        Columns ``method``, ``dataset``, ``net``, ``generated`` (images), ``pgd`` and ``other`` (accuracies in percent).
+    """
+    printed = read_paper().assign(generated=lambda rows: rows["table"] > 5)
+    key = ["method", "dataset", "net", "generated"]
+    pgd, other = (
+        printed[printed["column"] == column].set_index(key)["accuracy"].rename(name)
+        for column, name in (("pgd", "pgd"), (attack, "other"))
+    )
+    return pgd.to_frame().join(other, how="inner").reset_index()
+
+
 def net_name(net: str) -> str:
     """As the paper calls a net; one that it lacks keeps timm's name."""
     return NETS.get(net, net)

@@ -149,7 +149,7 @@ def against_paper(lines: Lines) -> Table | None:
         "parentheses the rank that it prints.",
         _sampling_error(values),
         "That a number agrees says nothing of robustness: the worst case and the verdict do. How our nets were trained "
-        "is said below.",
+        "is said in a section of its own.",
         _carlini_wagner(lines.all),
         *_about_worst(lines.all),
     ]
