@@ -197,6 +197,22 @@ def test_the_card_says_every_number_with_the_verdict_and_its_evidence(measured):
     assert "Caps: mean " in card and "10.3390/math12223551" in card
 
 
+@pytest.mark.parametrize(("square", "warns"), [(0.9, True), (0.9079, True), (0.9081, False), (0.91, False)])
+def test_the_card_says_what_each_attack_of_autoattack_left_and_when_that_is_a_warning(measured, square, warns):
+    left = {"apgd-ce": 0.93, "apgd-t": 0.92, "fab-t": 0.91, "square": square}
+    card = model_card(replace(measured, results={**measured.results, "sequences": {"autoattack": left}}))
+    stages = f"apgd-ce 93.00, apgd-t 92.00, fab-t 91.00, square {100 * square:.2f}"
+    assert f"AutoAttack, attack by attack, in %: {stages}." in card
+    assert ("AutoAttack's own check warns here" in card) == warns
+    assert (f"lowers the accuracy by another {91 - 100 * square:.2f} points" in card) == warns
+
+
+def test_an_attack_that_knows_no_ball_is_named_as_such(measured):
+    results = {**measured.results, "accuracy": {"cw-l2": 0.9, "pgd": 0.8}}
+    card = model_card(replace(measured, results=results))
+    assert "| cw-l2 (what it finds in the ball) | 90.00 |" in card and "| pgd | 80.00 |" in card
+
+
 def test_the_card_of_a_masked_model_says_that_it_is_not_robust(measured):
     card = model_card(judged(measured, "masked"))
     assert "**The gradients are masked.**" in card

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from ..attacks.suites import ATTACKS
 from ..evaluation.curves import verdict_at
 from .entries import architecture, generated_images, is_pretrained, told_of_data
 from .measured import PROBES, Measured, further_called, percent, spread
@@ -28,6 +29,7 @@ MEANINGS = {
     "robustness; only the worst case says something about it.",
     "undecided": "Whether the gradients are masked is undecided; take the worst case, and that as an upper bound.",
 }
+_SQUARE_FINDS = 0.002  # share of the images from which on AutoAttack warns (its check_square_sr)
 SHIPPED = 1_500_000  # bytes: the weights of a larger model do not lie beside its card
 
 
@@ -107,12 +109,14 @@ def _summary(measured: Measured) -> str:
 
 def _accuracy(measured: Measured) -> str:
     results = measured.results
-    rows = {"clean": results["clean"], **results["accuracy"], "**worst case**": results["worst"]}
+    attacks = {_called(attack): accuracy for attack, accuracy in results["accuracy"].items()}
+    rows = {"clean": results["clean"], **attacks, "**worst case**": results["worst"]}
     table = "\n".join(f"| {attack} | {percent(accuracy)} |" for attack, accuracy in rows.items())
     paragraphs = [
         f"{measured.sample} The worst case is the share of the images that the model classifies right under every "
         f"attack, {PROBES} among them.",
         f"| attack | accuracy in % |\n| --- | ---: |\n{table}",
+        *_stages(results),
         *_further(measured),
         f"Gradient masking: {measured.verdict}. {MEANINGS[measured.verdict]} The evidence:",
         _list(results["verdict"]["evidence"]),
@@ -124,6 +128,27 @@ def _accuracy(measured: Measured) -> str:
         _list(f"{attack}: {_settings(settings)}" for attack, settings in results["settings"].items()),
     ]
     return "\n\n".join(paragraphs)
+
+
+def _called(attack: str) -> str:
+    """An attack's name, of one that knows no ball with what was done about that."""
+    minimum_norm = attack in ATTACKS and ATTACKS[attack].minimum_norm
+    return f"{attack} (what it finds in the ball)" if minimum_norm else attack
+
+
+def _stages(results: dict[str, Any]) -> Iterator[str]:
+    """What AutoAttack left after each of its attacks, and what its own check of Square says of that."""
+    left = results.get("sequences", {}).get("autoattack")
+    if not left:
+        return
+    shares = ", ".join(f"{name} {percent(share)}" for name, share in left.items())
+    yield f"AutoAttack, attack by attack, in %: {shares}."
+    gained = min(share for name, share in left.items() if name != "square") - left["square"]
+    if gained > _SQUARE_FINDS:
+        yield (
+            "AutoAttack's own check warns here (see its flags_doc.md): Square, which needs no gradient, lowers the "
+            f"accuracy by another {percent(gained)} points, so that the attacks that follow the gradient overstate it."
+        )
 
 
 def _further(measured: Measured) -> Iterator[str]:
