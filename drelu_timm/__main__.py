@@ -20,6 +20,7 @@ VERBS = {
 }
 
 HOW_TO_GO_ON = {
+    "demo": "; the same command goes on where it was",
     "train": "; the same command with --resume goes on from the last state",
     "evaluate": "; the same command goes on where the last batch ended",
     "sweep": "; the same command goes on with what is not done",
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(error)
         return 2
     except Preempted as stopped:
-        print(stopped, file=sys.stderr)
+        print(f"{stopped}{HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
         return EXIT_CODE
     except KeyboardInterrupt:
         print(f"\nstopped{HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)

@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from .attacks.suites import SUITES
 from .attacks.threat_model import ThreatModel
 from .command_line import read_flags
 from .data.datasets import DATASETS, Dataset
@@ -48,7 +49,14 @@ def main(argv: Sequence[str]) -> None:
         files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ADVERSARIAL, ".png")]
         print(f"results in {', '.join(str(file) for file in files if file.exists())}")
         if (Path(config.run) / "config.json").is_file() and path.parent.name == "results":
-            print(f"next: drelu-timm export {config.run} --key Author2026Title_ARCH")
+            print(f"next: {_next(config)}")
+
+
+def _next(config: EvaluateConfig) -> str:
+    """What to do with a run whose evaluation is there: `export` asks for AutoAttack."""
+    if "autoattack" in SUITES[config.suite]:
+        return f"drelu-timm export {config.run} --key Author2026Title_ARCH"
+    return f"drelu-timm evaluate {config.run} --suite standard (AutoAttack, which an export needs)"
 
 
 def evaluate(config: EvaluateConfig) -> Path:

@@ -10,6 +10,7 @@ happens before `adapt` is called, and nothing of RobustBench is copied.
 
 import runpy
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -49,7 +50,9 @@ def adapt() -> ModuleType:
     if "autoattack" not in sys.modules and find_spec("autoattack") is None:
         _stand_in_for_autoattack()
     try:
-        robustbench = import_module("robustbench")
+        with warnings.catch_warnings():  # of what robustbench imports, which its user cannot mend
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+            robustbench = import_module("robustbench")
     except ImportError as error:
         raise InputError(str(broken_robustbench(error))) from error
     _add_datasets(robustbench)

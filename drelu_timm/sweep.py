@@ -203,9 +203,9 @@ def _show_plan(grid: Grid, cells: Sequence[Cell], launch: Launch, config: SweepC
             print(f"    {shlex.join(command)}")
     how = "in all jobs together" if config.cluster else f"with --jobs {jobs}"
     print(
-        f"\n{len(cells)} cells, about {duration(total / jobs)} {how} for their passes: all epochs, and attacks on "
-        "examples that all withstand; the start of processes, the data and the optimiser come on top. A forward pass "
-        f"was timed on {clock.machine}"
+        f"\n{len(cells)} cells, about {duration(total / jobs)} {how} for their passes at most: all epochs, and attacks "
+        "on examples that all withstand; the start of processes, the data and the optimiser come on top. A forward "
+        f"pass was timed on {clock.machine}"
     )
     if any(cell.train.generated == (_PLACEHOLDER,) for cell in cells) and not config.generated:
         print(f"{_PLACEHOLDER} stands for the generated images, which --generated has to name before it can run")

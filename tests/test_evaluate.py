@@ -427,7 +427,15 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
     printed = capsys.readouterr().out
     path = run / "results" / "quick-Linf-8_255.json"
     results = json.loads(path.read_text())
-    for shown in ("clean", "apgd-ce", "bpda", "worst case", "zero input gradients", "verdict", "drelu-timm export"):
+    for shown in (
+        "clean",
+        "apgd-ce",
+        "bpda",
+        "worst case",
+        "zero input gradients",
+        "verdict",
+        "--suite standard (Auto",
+    ):
         assert shown in printed
     assert (results["norm"], results["eps"], results["suite"], results["seed"]) == ("Linf", "8/255", "quick", 0)
     assert (results["model"], results["dataset"], results["n_examples"]) == ("dense_drelu", "digits", 20)

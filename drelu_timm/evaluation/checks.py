@@ -12,8 +12,11 @@ def check_data(images: Tensor, labels: Tensor) -> None:
     """Look at the images [N, C, H, W] and their labels [N].
 
     Raises:
-        InputError: Images that are not in [0, 1], or labels that are no classes.
+        InputError: No tensors, images that are not in [0, 1], or labels that are no classes.
     """
+    for name, given in {"images": images, "labels": labels}.items():
+        if not isinstance(given, Tensor):
+            raise InputError(f"{name} are {type(given).__name__}; give a torch.Tensor, as torch.from_numpy makes one")
     if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
         raise InputError(
             f"images are {images.dtype} {list(images.shape)}; give [N, C, H, W], floats in [0, 1] or uint8"

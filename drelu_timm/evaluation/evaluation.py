@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,13 @@ class Evaluation:
     threat_model: ThreatModel
     suite: str
     seed: int
-    labels: Tensor
-    predictions: Tensor
-    robust: dict[str, Tensor]
+    labels: Tensor = field(repr=False)
+    predictions: Tensor = field(repr=False)
+    robust: dict[str, Tensor] = field(repr=False)
     sequences: dict[str, dict[str, float]]
-    broken: Broken
-    adversarial: Adversarial | None
-    settings: dict[str, dict[str, Any]]
+    broken: Broken = field(repr=False)
+    adversarial: Adversarial | None = field(repr=False)
+    settings: dict[str, dict[str, Any]] = field(repr=False)
     zero_gradient_share: float
     cw_l2: CarliniWagner | None
     verdict: Verdict

@@ -29,7 +29,7 @@ def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> Res
     """
     results = _read_all(run)
     if not results:
-        raise InputError(f"{run.path} has no evaluation; make one: drelu-timm evaluate {run.path}")
+        raise InputError(f"{run.path} has no evaluation; make one: drelu-timm evaluate {run.path} --suite standard")
     names = {file.path.stem: file for file in results}
     if name is not None and name not in names:
         raise unknown("--results", name, names)

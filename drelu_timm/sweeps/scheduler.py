@@ -43,7 +43,7 @@ class Scheduler:
             with noticed_sigterm() as sigterm_came, self._screen.live():
                 while progress.waiting or progress.running:
                     if sigterm_came():
-                        raise Preempted("SIGTERM came: what ran was stopped; the same command goes on where it was")
+                        raise Preempted("SIGTERM came: what ran was stopped")
                     self._note_ended()
                     self._begin()
                     time.sleep(_LOOKS_EVERY)

@@ -174,10 +174,7 @@ class Trainer:
             if to_save or preempted:
                 self._save()
             if preempted:
-                raise Preempted(
-                    f"SIGTERM came: saved after epoch {progress.epoch}, step {progress.step}; "
-                    "the same command with --resume goes on there"
-                )
+                raise Preempted(f"SIGTERM came: saved after epoch {progress.epoch}, step {progress.step}")
 
     def _loader(self):
         return self.batches.loader(
