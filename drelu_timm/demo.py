@@ -135,6 +135,8 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         places = [group + (i - (len(COLUMNS) - 1) / 2) * width for group in range(len(results))]
         bars = axes.bar(places, heights, width, color=colour, label=column)
         axes.bar_label(bars, ["" if isnan(height) else f"{height:.0f}" for height in heights], fontsize=8)
+        for place in (place for place, height in zip(places, heights, strict=True) if isnan(height)):
+            axes.text(place, 1, "not run", fontsize=8, rotation=90, ha="center", va="bottom")
     axes.set_xticks(range(len(results)), [f"{name}\n({r['verdict']['verdict']})" for name, r in results.items()])
     figure.legend(loc="outside lower center", ncols=len(COLUMNS), frameon=False)
     save_figure(figure, path)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import lr_scheduler
 from tqdm import tqdm
 
@@ -25,12 +24,12 @@ from ..data.datasets import DATASETS
 from ..data.generated import GeneratedImages
 from ..data.images import Images, hold_out, to_float
 from ..digests import digest
-from ..errors import InputError, one_line
+from ..errors import InputError
 from ..files import write_json
-from ..models.caps import cap_statistics, check_cap_penalty, unit_shares
-from ..models.drelu import drelu_layers
+from ..models.caps import cap_statistics, unit_shares
 from ..models.saved import save_folder
 from ..preemption import Preempted, noticed_sigterm
+from .checks import check_model
 from .config import TrainConfig
 from .log import TrainLog
 from .sharding import is_sharded
@@ -103,9 +102,7 @@ class Trainer:
         )
         self.data_digest = digest([data.images, data.labels], generated.digest if generated else "")
         self.samples = to_float(held_out.images[:IMAGES_FOR_UNITS])
-        _try(model, self.samples[:2], config)
-        _check_caps(model, config)
-        _check_batchnorm(model, config, accelerator.num_processes)
+        check_model(model, self.samples[:2], config, accelerator.num_processes)
         self.update = Update(model, config, accelerator, self.batches.steps_per_epoch)
         self.validation = Validation(held_out, self.update.objective, self.update.attack, accelerator, config.seed)
         self.progress = Progress()
@@ -376,34 +373,3 @@ class Trainer:
                 f"{self.output_dir} goes on with {' and '.join(changed)}: the same batches and updates up to rounding, "
                 "but that BatchNorm's statistics are those of the part of a batch that it sees at once"
             )
-
-
-def _check_caps(model: nn.Module, config: TrainConfig) -> None:
-    if config.cap_weight and not any(drelu_layers(model)):
-        raise InputError(f"--cap-weight {config.cap_weight:g}: the model has no D-ReLU whose caps it could weigh")
-    check_cap_penalty(config.cap_penalty, model)
-
-
-def _check_batchnorm(model: nn.Module, config: TrainConfig, num_processes: int) -> None:
-    at_once = config.batch_size // (num_processes * config.grad_accum_steps)
-    if at_once == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise InputError(
-            f"--batch-size {config.batch_size} leaves one image at once, of which BatchNorm takes no statistics; "
-            "give a larger one"
-        )
-
-
-def _try(model: nn.Module, images: Tensor, config: TrainConfig) -> None:
-    """A forward pass before any work.
-
-    Raises:
-        InputError: The model cannot run on images of this size.
-    """
-    try:
-        with torch.no_grad():
-            model.eval()(images)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        size = "x".join(map(str, images.shape[2:]))
-        raise InputError(
-            f"--model {config.model} cannot run on {size} images ({one_line(error)}); try --small-images"
-        ) from error
