@@ -329,6 +329,7 @@ def test_a_worst_case_that_is_a_bound_is_said(add, groups):
     assert "≤: the worst case is at most this," in (caption := paper_table(groups()[0]).caption)
     assert "as not all have their rows an example: Dense D-ReLU-0.1." in caption
     assert cells(paper_table(groups()[0]), "Worst case") == [("≤ 80.00 (1)",)]
+    assert r"$\le$ 80.00 (1)" in latex(paper_table(groups()[0]))
     assert list(all_rows(groups()[0]).values["worst at most"]) == [True]
 
 

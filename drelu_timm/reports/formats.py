@@ -16,6 +16,7 @@ _LATEX = str.maketrans(
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
         "±": r"$\pm$",
+        "≤": r"$\le$",
         "–": "--",
     }
 )

@@ -179,6 +179,7 @@ def _beside_paper(lines: Lines) -> list[dict[str, Any]]:
             "paper rank": line.rank,
             "difference": None if line.column == "cw-l2" else mean.mean - line.accuracy,
             "worst": worst.mean,
+            "worst at most": worst.at_most,
             "masking": one.verdict,
             "images": min(mean.n_examples),
             "seeds": mean.n_seeds,
@@ -210,7 +211,10 @@ def _cells_beside_paper(values: pd.DataFrame) -> pd.DataFrame:
                 _cell(printed, rank=rank) for printed, rank in zip(values["paper"], values["paper rank"], strict=True)
             ],
             "Difference": [_signed(difference) for difference in values["difference"]],
-            "Our worst case": values["worst"].map("{:.2f}".format),
+            "Our worst case": [
+                f"{'≤ ' if at_most else ''}{worst:.2f}"
+                for worst, at_most in zip(values["worst"], values["worst at most"], strict=True)
+            ],
             "Masking": values["masking"],
             "Test images": values["images"].astype(str),
             "Seeds": values["seeds"].astype(str),
