@@ -63,11 +63,15 @@ def sharded_run(tmp_path_factory) -> Path:
 
 
 def assert_trained_alike(one: Path, other: Path) -> None:
-    """The same weights, and the same figures, up to rounding."""
+    """The same weights, and the same figures, up to rounding.
+
+    Of weights as a whole: where a gradient is nothing but rounding, which every processor does in its own way, Adam
+    makes a whole step of it.
+    """
     for folder in ("model", "last"):
         expected, actual = weights(one, folder), weights(other, folder)
         assert expected.keys() == actual.keys()
-        assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
+        assert all((expected[key] - actual[key]).norm() <= 1e-3 * expected[key].norm() for key in expected)
     for a, b in zip(log(one), log(other), strict=True):
         assert all(a[part] == pytest.approx(b[part], rel=1e-3) for part in ("train", "held_out", "caps", "units"))
 
