@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 from drelu_timm.training.config import TrainConfig
 
+# Where trainings are compared weight by weight. Adam makes whole steps even of gradients that are nothing but rounding,
+# which every processor does in its own way, and none of a wrong factor of the gradient.
+SGD = {"optimizer": "sgd", "lr": 0.05}
 SMALL = {"n_train": 256, "batch_size": 32, "epochs": 2, "steps": 2, "width": 16}
 
 
@@ -30,6 +33,16 @@ def log(path: Path) -> list[dict]:
 
 def weights(path: Path, folder: str = "model") -> dict[str, torch.Tensor]:
     return load_file(path / folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, folder: str = "model") -> None:
+    """The same weights up to the rounding of sums, which are taken in another order by several processes."""
+    expected, actual = weights(one, folder), weights(other, folder)
+    assert expected.keys() == actual.keys()
+    for key in expected:
+        torch.testing.assert_close(
+            actual[key], expected[key], rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def image_folder(path: Path) -> dict:

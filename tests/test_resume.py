@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import config, flags, image_folder, kill_with_workers, launch, log, weights
+from launching import (
+    SGD,
+    assert_same_weights,
+    config,
+    flags,
+    image_folder,
+    kill_with_workers,
+    launch,
+    log,
+    weights,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -121,7 +131,7 @@ def test_sigterm_saves_and_ends_with_its_own_code(tmp_path, processes):
 
 
 def test_a_run_on_one_process_goes_on_with_two(tmp_path):
-    whole = config(tmp_path / "whole", epochs=4, objective="at", ema_decay=0.9, optimizer="sgd", lr=0.05)
+    whole = config(tmp_path / "whole", epochs=4, objective="at", ema_decay=0.9, **SGD)
     train(whole)
     first = replace(whole, output_dir=tmp_path / "changed", save_every=3, resume=True)
     kill_until_done(first, kills=1, processes=1)
@@ -129,18 +139,16 @@ def test_a_run_on_one_process_goes_on_with_two(tmp_path):
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "goes on with 2 processes, 1 before" in printed
-    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "changed")
-    assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
+    assert_same_weights(tmp_path / "whole", tmp_path / "changed")
 
 
 def test_gradients_may_be_accumulated_otherwise_when_a_run_goes_on(tmp_path, monkeypatch, capsys):
-    whole = config(tmp_path / "whole", objective="at", optimizer="sgd", lr=0.05)
+    whole = config(tmp_path / "whole", objective="at", **SGD)
     train(whole)
-    settings = interrupted(tmp_path / "run", monkeypatch, objective="at", optimizer="sgd", lr=0.05)
+    settings = interrupted(tmp_path / "run", monkeypatch, objective="at", **SGD)
     train(replace(settings, grad_accum_steps=4))
     assert "goes on with --grad-accum-steps 4, 1 before: the same batches and updates up to" in capsys.readouterr().out
-    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
     resolve(replace(settings, compile=True))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from launching import config, flags, image_folder, launch, log, weights
+from launching import SGD, assert_same_weights, config, flags, image_folder, launch, log, weights
 from torch import nn
 
 from drelu_timm.__main__ import main
@@ -89,34 +89,33 @@ def test_generated_images_are_mixed_in_the_same_way_by_two_processes(tmp_path):
     np.savez(tmp_path / "part1.npz", image=images[:30], label=np.repeat([0, 1], 15))
     np.savez_compressed(tmp_path / "part2.npz", image=images[30:], label=np.repeat([0, 1], 15))
     mixed = {"generated": (tmp_path / "part1.npz", tmp_path / "part2.npz"), "generated_fraction": 0.7}
-    one = config(tmp_path / "one", objective="trades", cutmix=0.5, cutout=3, ema_decay=0.9, workers=1, **data, **mixed)
+    augmented = {"cutmix": 0.5, "cutout": 3, "ema_decay": 0.9}
+    one = config(tmp_path / "one", objective="trades", workers=1, **augmented, **data, **mixed, **SGD)
     train(one)
     process = launch("train", *flags(replace(one, output_dir=tmp_path / "two", workers=0)), processes=2)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert (tmp_path / "part2.stored.npz").exists()
     for folder in ("model", "last"):
-        expected, actual = weights(tmp_path / "one", folder), weights(tmp_path / "two", folder)
-        assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
+        assert_same_weights(tmp_path / "one", tmp_path / "two", folder)
 
 
-MIXED = {"optimizer": "sgd", "lr": 0.05, "schedule": "onecycle", "ema_decay": 0.9}
+EVERYTHING = {"schedule": "onecycle", "ema_decay": 0.9, "awp_gamma": 0.01, "grad_accum_steps": 2}
 
 
 @pytest.mark.parametrize(
     ("objective", "settings"),
-    [("natural", {}), ("trades", {}), ("at", {**MIXED, "awp_gamma": 0.01, "grad_accum_steps": 2})],
+    [("natural", {}), ("trades", {}), ("at", EVERYTHING)],
     ids=["natural", "trades", "at with everything"],
 )
 def test_two_processes_train_like_one(tmp_path, objective, settings):
-    one = config(tmp_path / "one", objective=objective, **settings)
+    one = config(tmp_path / "one", objective=objective, **settings, **SGD)
     two = replace(one, output_dir=tmp_path / "two")
     train(one)
     process = launch("train", *flags(two), processes=2)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    expected, actual = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(expected[key], actual[key], atol=1e-5) for key in expected)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a["train"]["loss"] == pytest.approx(b["train"]["loss"], rel=1e-4)
         assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-3)

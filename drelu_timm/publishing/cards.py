@@ -8,7 +8,7 @@ import yaml
 from ..attacks.suites import ATTACKS
 from ..evaluation.curves import verdict_at
 from .entries import architecture, generated_images, is_pretrained, told_of_data
-from .measured import PROBES, Measured, further_called, percent, spread
+from .measured import AUTOATTACK, PROBES, Measured, further_called, percent, spread
 from .recipes import OBJECTIVES, evaluation_time, made_with, training_commands, training_time
 
 CITATION = """\
@@ -138,7 +138,7 @@ def _called(attack: str) -> str:
 
 def _stages(results: dict[str, Any]) -> Iterator[str]:
     """What AutoAttack left after each of its attacks, and what its own check of Square says of that."""
-    left = results.get("sequences", {}).get("autoattack")
+    left = results.get("sequences", {}).get(AUTOATTACK)
     if not left:
         return
     shares = ", ".join(f"{name} {percent(share)}" for name, share in left.items())
