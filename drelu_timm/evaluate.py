@@ -14,7 +14,7 @@ again goes on from there, whatever stopped it.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,61 @@ def _next(config: EvaluateConfig) -> str:
     return f"drelu-timm evaluate {config.run} --suite standard (AutoAttack, which an export needs)"
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a config asks for, with everything found that it names.
+
+    Attributes:
+        config: The flags.
+        subject: Whom to attack.
+        source: The model of ``--transfer-from``.
+        dataset: Whose test images.
+        balls: From the smallest.
+        images: Those that are attacked.
+    """
+
+    config: EvaluateConfig
+    subject: Subject
+    source: Subject | None
+    dataset: Dataset
+    balls: Sequence[ThreatModel]
+    images: Images
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether over several radii."""
+        return len(self.balls) > 1
+
+    @property
+    def path(self) -> Path:
+        """Of the .json file."""
+        return result_path(self.subject.results_folder, self.config.suite, self.balls)
+
+    @property
+    def title(self) -> str:
+        """Over the table and the picture."""
+        eps = f"up to {self.balls[-1].written}" if self.is_sweep else self.balls[0].written
+        return f"{self.subject.run}, {self.images.title}, {self.balls[0].norm}, eps {eps}, {len(self.images)} examples"
+
+    def fields(self) -> dict[str, Any]:
+        """What a result of it says that it is of."""
+        radii = [ball.written for ball in self.balls]
+        return {
+            "run": self.subject.run,
+            "model": self.subject.model,
+            "dataset": self.dataset.name,
+            "dataset_title": self.images.title,
+            "norm": self.balls[0].norm,
+            "eps": radii if self.is_sweep else radii[0],
+            "suite": self.config.suite,
+            "n_examples": len(self.images),
+            "seed": self.config.seed,
+            "precision": self.config.precision,
+            "transfer_from": self.config.transfer_from,
+            "model_digest": self.subject.digest,
+        }
+
+
 def evaluate(config: EvaluateConfig) -> Path:
     """Evaluate as the config says, print the table, and write the result files.
 
@@ -72,80 +127,70 @@ def evaluate(config: EvaluateConfig) -> Path:
     """
     check_flags(config)
     with launched().main_process_first():  # which may have to download
-        subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
-        dataset = _dataset(config, subject)
-        balls = _threat_models(config, subject, dataset)
-        source = _source(config, subject, dataset, balls[0].norm)
-        images = _test_images(config, subject, dataset)
-    sweep = len(balls) > 1
-    if sweep:
+        task = _found(config)
+    if task.is_sweep:
         require_matplotlib()
-    radii = [ball.written for ball in balls]
-    asked = {
-        "run": subject.run,
-        "model": subject.model,
-        "dataset": dataset.name,
-        "dataset_title": images.title,
-        "norm": balls[0].norm,
-        "eps": radii if sweep else radii[0],
-        "suite": config.suite,
-        "n_examples": len(images),
-        "seed": config.seed,
-        "precision": config.precision,
-        "transfer_from": config.transfer_from,
-        "model_digest": subject.digest,
-    }
-    path = result_path(subject.results_folder, config.suite, balls)
-    processes = Processes(path.with_suffix(".state"))
-    eps = f"up to {radii[-1]}" if sweep else radii[0]
-    title = f"{subject.run}, {images.title}, {balls[0].norm}, eps {eps}, {len(images)} examples"
-    if path.is_file():
-        results = _already(path, asked)
-        title = f"{path} is there already; delete it to evaluate anew"
+    if task.path.is_file():
+        results, title = _already(task), f"{task.path} is there already; delete it to evaluate anew"
     else:
-        with launched().main_process_first():
-            model = _loaded("RUN", subject, images)
-            second = None if source is None else _loaded("--transfer-from", source, images)
-        evaluations = evaluate_sweep(
-            model,
-            images.images,
-            images.labels,
-            eps=radii,
-            norm=balls[0].norm,
-            suite=config.suite,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            search_dtype=PRECISIONS[config.precision],
-            transfer_from=second,
-            state=path.with_suffix(".state"),
-            processes=processes,
-        )
-        summaries = [summary(evaluation) for evaluation in evaluations]
-        results = asked | ({"curve": summaries} if sweep else summaries[0])
-        results |= {"processes": processes.count, **environment()}
-        if not processes.index:
-            _write(path, asked, results, evaluations, title)
+        results, title = _measured(task), task.title
+    if launched().is_main_process:
+        show_curve(results, title) if task.is_sweep else show(results, title)
+    return task.path
+
+
+def _found(config: EvaluateConfig) -> _Task:
+    """Everything that the flags name, looked for before any attack."""
+    subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
+    dataset = _dataset(config, subject)
+    balls = _threat_models(config, subject, dataset)
+    source = _source(config, subject, dataset, balls[0].norm)
+    return _Task(config, subject, source, dataset, balls, _test_images(config, subject, dataset))
+
+
+def _measured(task: _Task) -> dict[str, Any]:
+    """The results, which the first process writes to files."""
+    config, state = task.config, task.path.with_suffix(".state")
+    processes = Processes(state)
+    with launched().main_process_first():
+        model = _loaded("RUN", task.subject, task.images)
+        source = None if task.source is None else _loaded("--transfer-from", task.source, task.images)
+    evaluations = evaluate_sweep(
+        model,
+        task.images.images,
+        task.images.labels,
+        eps=[ball.written for ball in task.balls],
+        norm=task.balls[0].norm,
+        suite=config.suite,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        search_dtype=PRECISIONS[config.precision],
+        transfer_from=source,
+        state=state,
+        processes=processes,
+    )
+    summaries = [summary(evaluation) for evaluation in evaluations]
+    results = task.fields() | ({"curve": summaries} if task.is_sweep else summaries[0])
+    results |= {"processes": processes.count, **environment()}
     if not processes.index:
-        show_curve(results, title) if sweep else show(results, title)
-    return path
+        _write(task, results, evaluations)
+    return results
 
 
-def _write(
-    path: Path, asked: dict[str, Any], results: dict[str, Any], evaluations: Sequence[Evaluation], title: str
-) -> None:
+def _write(task: _Task, results: dict[str, Any], evaluations: Sequence[Evaluation]) -> None:
     """All files of a result, the .json last: a result is there once this is.
 
     Raises:
         InputError: A full disk, or another reason why a file cannot be written.
     """
-    adversarial = evaluations[0].adversarial
+    path, adversarial = task.path, evaluations[0].adversarial
     try:
         if adversarial is None:
             write_text(path.with_suffix(".csv"), sweep_rows(evaluations))
-            draw_curve(results["curve"], path.with_suffix(".png"), title=title)
+            draw_curve(results["curve"], path.with_suffix(".png"), title=task.title)
         else:
             write_text(path.with_suffix(".csv"), rows(evaluations[0]))
-            results |= {"adversarial_sha256": adversarial.save(path.with_suffix(ADVERSARIAL), asked)}
+            results["adversarial_sha256"] = adversarial.save(path.with_suffix(ADVERSARIAL), task.fields())
         write_json(path, results)
     except (OSError, SafetensorError) as error:
         raise InputError(
@@ -201,13 +246,13 @@ def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> 
     return load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
 
 
-def _already(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """The results in a file, which must be what is asked for."""
-    results = read_json(path)
-    for field, value in asked.items():
+def _already(task: _Task) -> dict[str, Any]:
+    """The results in the file, which must be what is asked for."""
+    results = read_json(task.path)
+    for field, value in task.fields().items():
         if field != "run" and results.get(field) != value:
             raise InputError(
-                f"{path} holds a result with {field} {results.get(field)!r}, not {value!r}; "
+                f"{task.path} holds a result with {field} {results.get(field)!r}, not {value!r}; "
                 "move it away or delete it to evaluate anew"
             )
     return results
