@@ -7,7 +7,7 @@ from filecmp import cmp
 
 import pytest
 import reproduction
-from reproduction import FOLDER, TEXT, Topic, make_report, text, topics
+from reproduction import FOLDER, TEXT, Topic, make_report, papers, text, topics
 
 from drelu_timm.errors import InputError
 from drelu_timm.files import read_json
@@ -40,6 +40,19 @@ def read_json_list(path):
 
 def test_the_page_is_what_the_result_files_say():
     assert FOLDER.with_suffix(".md").read_text(encoding="utf-8") == text()
+
+
+def test_the_readme_says_the_same():
+    cnn = Topic("mnist-cnn-seeds", set())
+    drelu, trained = (
+        [cnn("shallow_cnn", training, column) for column in ("pgd", "worst")] for training in ("D-ReLU-0.1", "AT")
+    )
+    said = (
+        f"has {drelu[0]} % under PGD, where the paper prints {papers('shallow_cnn', 'D-ReLU-0.1', 'pgd')}, and keeps "
+        f"{drelu[1]} % in the worst case; with adversarial training instead it has {trained[0]} % and keeps {trained[1]} %"
+    )
+    readme = FOLDER.parent.with_name("README.md").read_text(encoding="utf-8")
+    assert said in " ".join(readme.split())
 
 
 def test_what_the_page_links_to_is_there():
