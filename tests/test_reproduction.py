@@ -49,7 +49,8 @@ def test_the_readme_says_the_same():
     )
     said = (
         f"has {drelu[0]} % under PGD, where the paper prints {papers('shallow_cnn', 'D-ReLU-0.1', 'pgd')}, and keeps "
-        f"{drelu[1]} % in the worst case; with adversarial training instead it has {trained[0]} % and keeps {trained[1]} %"
+        f"{drelu[1]} % in the worst case; with adversarial training instead it has {trained[0]} % and keeps "
+        f"{trained[1]} %"
     )
     readme = FOLDER.parent.with_name("README.md").read_text(encoding="utf-8")
     assert said in " ".join(readme.split())
