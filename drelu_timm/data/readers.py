@@ -35,7 +35,8 @@ def load_images(
 ) -> Images:
     """Read a split of a dataset and decode it into memory.
 
-    What is published class by class comes in a fixed shuffled order, the rest in the order of its publication.
+    Of image files, one line on stderr says first how many there are, in how many classes, and how many files are not
+    read. What is published class by class comes in a fixed shuffled order, the rest in the order of its publication.
 
     Args:
         dataset: A name in `DATASETS`.
@@ -45,8 +46,9 @@ def load_images(
         in_chans: 1 for grey, 3 for RGB; by default the dataset's own.
 
     Raises:
-        InputError: Names or values that are not allowed; files that are missing, of another layout, cut short, or too
-            large for the memory; labels outside the classes.
+        InputError: Names or values that are not allowed; files that are missing, of another layout, cut short, of a
+            pixel range that is not known, or too large for the memory; labels outside the classes; classes that are
+            not those of the other split.
     """
     if dataset not in DATASETS:
         raise unknown("--dataset", dataset, DATASETS)
