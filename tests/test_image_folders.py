@@ -171,6 +171,18 @@ def test_a_tar_that_is_none(tmp_path, content):
         read(write(tmp_path, {"train.tar": content}))
 
 
+@pytest.mark.parametrize("kept", [0, 100, 512], ids=["between files", "in a header", "in a file"])
+def test_a_tar_that_is_cut_short_anywhere(tmp_path, kept):
+    write_splits(tmp_path, FLAT)
+    pack(tmp_path, ".")
+    path = tmp_path / "train.tar"
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset + kept])
+    with pytest.raises(InputError, match=r"train.tar cannot be read as a tar \(.*\). Make it readable or replace it"):
+        read(tmp_path)
+
+
 # Links, and what cannot be listed
 
 
@@ -211,7 +223,7 @@ def test_a_link_to_a_folder_around_it(tmp_path):
 def test_a_link_that_leads_nowhere(tmp_path):
     write_splits(tmp_path, FLAT)
     (tmp_path / "train" / "cat" / "4.png").symlink_to("absent.png")
-    with pytest.raises(InputError, match=r"cat/4.png in .*train is no whole image \(.*No such file"):
+    with pytest.raises(InputError, match=r"cat/4.png in .*train is not a whole image \(.*No such file"):
         read(tmp_path)
 
 

@@ -381,7 +381,7 @@ def test_image_cut_short(tmp_path):
     write_folder(tmp_path / "train", ("a", "b"), 2, size=(64, 64), format="jpeg")
     path = tmp_path / "train" / "b" / "1.jpeg"
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(InputError, match=r"b/1.jpeg in .*train is no whole image \((?i:.*truncated.*)\); replace it"):
+    with pytest.raises(InputError, match=r"b/1.jpeg in .*train is not a whole image \((?i:.*truncated.*)\); rep"):
         load_images("folder", tmp_path, "train", img_size=4)
 
 

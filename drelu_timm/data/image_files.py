@@ -5,7 +5,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class ImageFiles:
     names: Sequence[str]
     labels: Sequence[int]
     classes: tuple[str, ...]
-    ignored: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str]
 
     def __str__(self) -> str:
         """``1,234 images in 10 classes (data/train), 3 files ignored (2 .txt, 1 hidden)``."""
@@ -71,7 +71,7 @@ class ImageFiles:
             ImageOps.exif_transpose(image, in_place=True)
         # Pillow, tarfile and zipfile raise some ten unrelated classes at a broken file.
         except Exception as error:
-            raise InputError(f"{what} is no whole image ({one_line(error)}); replace it") from error
+            raise InputError(f"{what} is not a whole image ({one_line(error)}); replace it") from error
         if image.mode in _EIGHT_BIT:
             # Pillow converts LAB to RGB only.
             return image.convert("RGB") if image.mode == "LAB" else image

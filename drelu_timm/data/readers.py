@@ -40,7 +40,9 @@ def load_images(
 
     Args:
         dataset: A name in `DATASETS`.
-        data_dir: Where the files lie or, for MNIST and CIFAR, are downloaded to; digits need none.
+        data_dir: Where the files lie or, for MNIST and CIFAR, are downloaded to; digits need none. For image files:
+            train and test or val, each a folder or a .tar file. Classes are the folders at its top, or in a folder at
+            its top that holds all the rest and is named as the split, as in the tar of ``tar cf train.tar train``.
         split: "train" or "test".
         img_size: Height and width to crop and resize to; by default the dataset's own.
         in_chans: 1 for grey, 3 for RGB; by default the dataset's own.

@@ -80,6 +80,11 @@ def _tar(path: Path, stack: ExitStack) -> Tree:
         if member.isreg() or member.isdir() or _leads_to_a_file(tar, member, path):
             members[name] = member
     members.pop("/", None)
+    # tarfile takes a tar that is cut short between two files, or in a header, for one that ends there.
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no mark of its end after {len(members):,} files and folders")
     lock = threading.Lock()  # the files of a tar share one position
 
     def read(name: str) -> bytes:
