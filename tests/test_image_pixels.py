@@ -1,5 +1,6 @@
 """What the pixels of image files become: every mode of Pillow is converted by its range, or refused."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,16 @@ def test_values_between_those_of_8_bits_are_rounded(tmp_path):
 def test_a_pgm_is_scaled_by_the_maximum_in_its_header(tmp_path):
     values = " ".join(str(round(1000 * value / 255)) for value in RAMP.ravel().tolist())
     np.testing.assert_array_equal(decoded(tmp_path, f"P2 16 16 1000 {values}".encode(), "pgm")[0], RAMP)
+
+
+def test_a_tiff_of_12_bits_is_scaled_by_its_own_maximum(tmp_path):
+    pairs = RAMP.astype(int).reshape(-1, 2) * 4095 // 255
+    data = b"".join(int(first << 12 | second).to_bytes(3, "big") for first, second in pairs)
+    # Width, height, bits, no compression, black is zero, then where the pixels are: one strip after the header.
+    tags = {256: 16, 257: 16, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 16, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+    np.testing.assert_array_equal(decoded(tmp_path, content, "tif")[0], RAMP)
 
 
 @pytest.mark.parametrize(
