@@ -341,6 +341,11 @@ def test_empty_file(tmp_path):
         opened(write(tmp_path / "a.npz", []))
 
 
+def test_pixels_scaled_to_one(tmp_path):
+    with pytest.raises(InputError, match=r"--generated has pixels from 0 to 1, as floats in \[0, 1\] become in uint8"):
+        opened(write(tmp_path / "a.npz", image=(pixels(20) / 255).round().astype(np.uint8)))
+
+
 def test_class_without_an_image(tmp_path):
     with pytest.raises(InputError, match=r"--generated has no images of 2 of 5 classes \(3, 4\); give every part"):
         opened(write(tmp_path / "a.npz"), num_classes=5)

@@ -8,7 +8,9 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -73,10 +75,13 @@ def training(config: TrainConfig) -> int:
 
 
 def _training_images(config: TrainConfig) -> int:
-    known = _TRAINING_IMAGES.get(config.dataset)
-    if known is None:
-        known = len(load_images(config.dataset, config.data_dir, "train", img_size=config.img_size))
+    known = _TRAINING_IMAGES.get(config.dataset) or _decoded_images(config.dataset, config.data_dir, config.img_size)
     return min(known, config.n_train or known)
+
+
+@cache  # or every cell of a grid would decode the same folder, and print what is in it
+def _decoded_images(dataset: str, data_dir: Path, img_size: int | None) -> int:
+    return len(load_images(dataset, data_dir, "train", img_size=img_size))
 
 
 def _of_an_image(config: TrainConfig) -> int:
