@@ -143,12 +143,11 @@ def test_the_batch_does_not_matter(name, norm, sizes, examples):
 def test_steps_are_what_the_model_was_asked(name, norm, examples):
     model, images, labels = examples
     threat_model = ball(name, norm)
-    search, own = OURS[name]
     whole = ours(name, examples, threat_model)
     fallen = broken(examples, whole.images)
     for i in range(0, 16, 2):
         recorded = Recorded(model)
-        search(recorded, images[i : i + 1], labels[i : i + 1], threat_model, SEEDS[i : i + 1], **own)
+        ours(name, (recorded, images, labels), threat_model, slice(i, i + 1))
         asked = [with_gradient for with_gradient, _ in recorded.asked]
         assert whole.steps[i] == (len(asked) if name == "square" else sum(asked))
     everything = {"apgd-ce": 21, "apgd-dlr": 21, "apgd-t": 63, "fab-t": 60, "square": 151}[name]
