@@ -17,13 +17,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fake_attacks import FakeAttack, only
 from safetensors.torch import load_file
 from torch import nn
 
 from drelu_timm.__main__ import main
-from drelu_timm.attacks.pgd import Found
-from drelu_timm.attacks.square import square
-from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
+from drelu_timm.attacks.attack import Candidates
+from drelu_timm.attacks.square import Square
+from drelu_timm.attacks.suites import ATTACKS
 from drelu_timm.data import images as decoded
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation import processes
@@ -41,12 +42,6 @@ def toy():
     labels = model(images).argmax(dim=1)
     labels[0] = (labels[0] + 1) % 6
     return model, images, labels
-
-
-def only(monkeypatch, *attacks):
-    """Make a suite of these attacks alone."""
-    monkeypatch.setitem(SUITES, "only", {attack.name: (attack,) for attack in attacks})
-    return "only"
 
 
 def lines(folder: Path) -> dict[tuple, dict]:
@@ -89,11 +84,11 @@ def overwritten(images: bytes, rows: dict[tuple, dict]) -> bytes:
 def test_what_is_known_is_not_measured_again(toy, tmp_path, monkeypatch):
     calls = []
 
-    def search(model, images, labels, threat_model, seeds):
-        calls.append(len(images))
-        return Found(images)
+    def search(model, batch, threat_model):
+        calls.append(len(batch))
+        return batch.images
 
-    arguments = {"eps": 0.1, "suite": only(monkeypatch, Attack("fake", "white-box", search)), "batch_size": 13}
+    arguments = {"eps": 0.1, "suite": only(monkeypatch, {"fake": FakeAttack(search)}), "batch_size": 13}
     evaluate_model(*toy, **arguments, state=tmp_path / "state")
     assert calls == [13, 13, 13]
     (file,) = (tmp_path / "state").glob("*.jsonl")
@@ -292,11 +287,11 @@ def test_a_sweep_can_only_fall_and_agrees_with_single_radii(toy):
 def test_a_larger_ball_begins_where_the_smaller_one_ended(toy, monkeypatch):
     starts = []
 
-    def search(model, images, labels, threat_model, seeds, *, start=None):
-        starts.append(start)
-        return Found(images + threat_model.eps)
+    def search(model, batch, threat_model):
+        starts.append(batch.start)
+        return batch.images + threat_model.eps
 
-    attack = Attack("fake", "white-box", search, warm_start=True)
+    attack = {"fake": FakeAttack(search)}
     model, images, labels = toy
     evaluate_sweep(model, images / 2, labels, eps=[0.1, 0.001, 0.01], suite=only(monkeypatch, attack))
     assert starts[0] is None
@@ -308,11 +303,11 @@ def test_a_larger_ball_begins_where_the_smaller_one_ended(toy, monkeypatch):
 def test_broken_examples_are_not_searched_again_in_a_larger_ball(toy, monkeypatch):
     sizes = []
 
-    def search(model, images, labels, threat_model, seeds):
-        sizes.append(len(images))
-        return ATTACKS["pgd"](model, images, labels, threat_model, seeds)
+    def search(model, batch, threat_model):
+        sizes.append(len(batch))
+        return ATTACKS["pgd"].run(model, batch, threat_model)
 
-    evaluate_sweep(*toy, eps=["2/255", "8/255", "32/255"], suite=only(monkeypatch, Attack("fake", "white-box", search)))
+    evaluate_sweep(*toy, eps=["2/255", "8/255", "32/255"], suite=only(monkeypatch, {"fake": FakeAttack(search)}))
     assert sizes[0] == 39
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < 39
@@ -358,17 +353,17 @@ def test_bf16_finds_and_float32_judges(toy, monkeypatch):
     """What only looks broken in bf16 is searched again in float32, and counts only if it is."""
     searched = []
 
-    def search(model, images, labels, threat_model, seeds):
-        searched.append((model.dtype, len(images)))
+    def search(model, batch, threat_model):
+        searched.append((model.dtype, len(batch)))
         if model.dtype == torch.bfloat16:
-            return Found(images)
-        return ATTACKS["pgd"](model, images, labels, threat_model, seeds)
+            return batch.images
+        return ATTACKS["pgd"].run(model, batch, threat_model)
 
     def forward(attacked, images):
         """In bf16 a model that is wrong about everything."""
         return attacked.model(images) * (-1 if attacked.dtype == torch.bfloat16 else 1)
 
-    suite = only(monkeypatch, Attack("fake", "white-box", search))
+    suite = only(monkeypatch, {"fake": FakeAttack(search)})
     reference = evaluate_model(*toy, eps="8/255", suite=suite)
     assert reference.accuracy["fake"] < 0.8
     searched.clear()
@@ -382,11 +377,11 @@ def test_what_bf16_gave_up_on_is_searched_again_in_float32(toy, monkeypatch):
     """Also where the success was that of another batch, and the last look at the image does not show it."""
     searched = []
 
-    def search(model, images, labels, threat_model, seeds):
-        searched.append((model.dtype, len(images)))
-        return Found(images, torch.ones_like(labels), torch.arange(len(images)) % 2 == 0)
+    def search(model, batch, threat_model):
+        searched.append((model.dtype, len(batch)))
+        return Candidates(batch.images, torch.ones_like(batch.labels), torch.arange(len(batch)) % 2 == 0)
 
-    suite = only(monkeypatch, Attack("fake", "white-box", search))
+    suite = only(monkeypatch, {"fake": FakeAttack(search)})
     evaluate_model(*toy, eps="8/255", suite=suite, search_dtype=torch.bfloat16)
     assert searched == [(torch.bfloat16, 39), (torch.float32, 20)]
 
@@ -398,7 +393,7 @@ def test_square_does_not_give_up_on_ties_in_bf16(toy, tmp_path, monkeypatch):
         return (8 * logits).round() / 8 if attacked.dtype == torch.bfloat16 else logits
 
     monkeypatch.setattr(Attacked, "forward", forward)
-    suite = only(monkeypatch, Attack("square", "black-box", square, {"n_queries": 60, "p_init": 0.8}))
+    suite = only(monkeypatch, {"square": Square(n_queries=60)})
     evaluate_model(*toy, eps="24/255", suite=suite, search_dtype=torch.bfloat16, state=tmp_path)
     rows = [row for (stage, _), row in lines(tmp_path).items() if stage == "square"]
     assert any(row["margin"] <= 0 for row in rows)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.adaptive import substitutable_layers
-from ..attacks.suites import Attack, find_suite
+from ..attacks.attack import Attack
+from ..attacks.suites import find_suite, single_attacks
 from ..data.datasets import DATASETS
 from ..data.images import Images, to_float
 from ..data.readers import load_images
@@ -113,14 +114,12 @@ def evaluation(train: TrainConfig, config: EvaluateConfig, model: nn.Module) -> 
     """Forward passes of an evaluation of a training's net."""
     trained, dataset = resolve(train).threat_model, DATASETS[train.dataset]
     side = train.img_size or dataset.img_size or 0
-    suite = find_suite(
-        config.suite, dataset.num_classes or _CLASSES, adaptive=bool(substitutable_layers(model))
-    ).values()
-    attacks = {attack.name: attack for column in suite for attack in column}  # one in several columns runs once
+    suite = find_suite(config.suite, dataset.num_classes or _CLASSES, adaptive=bool(substitutable_layers(model)))
+    attacks = single_attacks(suite).values()  # one in several columns runs once
     balls = attacked_in(config, trained)
     probing = [probe.attack for probe in probes(model, balls[-1], dataset.in_chans * side * side)]
     clean = 1 + 2 * GRADIENT
-    of_radius = config.n_examples * _of_attacks([*attacks.values()])
+    of_radius = config.n_examples * _of_attacks([*attacks])
     of_radius += min(config.n_examples, PROBED) * _of_attacks(probing)
     return config.n_examples * clean + len(balls) * of_radius
 
