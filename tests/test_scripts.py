@@ -33,7 +33,7 @@ if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" > "$REQUEUED"; fi
 """
 
 
-# In the place of `accelerate launch`: notes how it was started, then waits for SIGTERM, or fails with the code it is given.
+# In the place of `accelerate launch`: notes how it was started, then waits for SIGTERM, or fails.
 NOTED = f"""#!{sys.executable}
 import os, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))

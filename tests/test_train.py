@@ -15,7 +15,6 @@ from launching import (
     Launched,
     assert_same_weights,
     config,
-    flags,
     image_folder,
     log,
     start_torchrun,
@@ -293,7 +292,9 @@ def test_an_error_of_another_process_alone_is_told_after_the_first_had_its_time(
     assert waited == [10]
 
 
-@pytest.mark.parametrize("start", [partial(Launched, processes=2), pytest.param(start_torchrun, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "start", [partial(Launched, processes=2), pytest.param(start_torchrun, marks=pytest.mark.slow)]
+)
 def test_an_error_that_all_processes_meet_is_told_once(start):
     process = start("train", "--model", "dense_drelu", "--dataset", "minst")
     _, errors = process.communicate()
