@@ -23,9 +23,11 @@ MOST_WORKERS = 4  # each imports torch, in 4 s, and builds fixtures of its own
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """How many processes run the tests: one for single tests, where others would only cost time to start."""
-    single = config.args and all("::" in argument for argument in config.args)
-    return 0 if single else min(os.cpu_count() or 1, MOST_WORKERS)
+    """How many processes run the tests, a file each at once; 0 for a single file, which needs no other process."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    useful = len(files) if all(file.endswith(".py") for file in files) else MOST_WORKERS
+    workers = min(useful, os.cpu_count() or 1, MOST_WORKERS)
+    return workers if workers > 1 else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

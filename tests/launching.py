@@ -138,6 +138,7 @@ class Launched:
                 process.join()
                 if process.exitcode:
                     self.kill()
+        atexit.unregister(self.kill)
         return self.returncode
 
     def communicate(self) -> tuple[str, str]:
