@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from .drelu import DReLU, SReLU, where_channels_lie
 
 
+torch.fx.wrap("where_channels_lie")  # it asks for the rank of x, which is not known in a traced graph
+
+
 class PReLU(nn.PReLU):
     """A ReLU with a learnable slope below zero for every channel, wherever the channels lie.
 
