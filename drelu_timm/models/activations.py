@@ -7,9 +7,6 @@ from torch import Tensor, nn
 from .drelu import DReLU, SReLU, where_channels_lie
 
 
-torch.fx.wrap("where_channels_lie")  # it asks for the rank of x, which is not known in a traced graph
-
-
 class PReLU(nn.PReLU):
     """A ReLU with a learnable slope below zero for every channel, wherever the channels lie.
 
@@ -28,6 +25,9 @@ class PReLU(nn.PReLU):
         """Scale what is below 0; the shape stays."""
         channel_dim = where_channels_lie(input, self.channel_dim)
         return F.prelu(input.movedim(channel_dim, 1), self.weight.to(input.dtype)).movedim(1, channel_dim)
+
+
+torch.fx.wrap("where_channels_lie")  # it asks for the rank of the input, which is not known in a traced graph
 
 
 class PSSiLU(nn.Module):

@@ -57,9 +57,8 @@ def capped(x: Tensor, cap: Tensor, channel_dim: int | None) -> Tensor:
     # TorchScript cannot save `_Capped`, and torch.compile cannot trace it. The last two lines have its values and
     # gradients, but take ten times as long on a CPU unless a compiler fuses them. `clamp` and `minimum` are no
     # alternative: where x is at the cap they share the gradient out, in ways that differ between versions of torch.
-    if not torch.jit.is_scripting():
-        if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-            return _Capped.apply(x, cap)
+    if not torch.jit.is_scripting() and not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        return _Capped.apply(x, cap)
     cap = cap - cap.clamp(max=0).detach()  # value of cap.clamp(min=0), gradient of cap
     return torch.where(x > cap, cap, x.relu())
 

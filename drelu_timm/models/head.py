@@ -1,7 +1,7 @@
 """The paper's placement: a dense layer with D-ReLU before the output layer (its Figure 10)."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from inspect import signature
 from typing import Any
@@ -100,7 +100,9 @@ class WithDReLUHead:
             InputError: A ``global_pool`` that gives the dense layer another number of inputs; nothing is changed.
         """
         heads = _heads(self)
-        if is_unpooled(num_classes, *args, **kwargs) or not (heads or _needs_heads(self, num_classes)):
+        unpooled = is_unpooled(num_classes, *args, **kwargs)
+        nothing_asked = num_classes == 0 and not (args or kwargs)
+        if unpooled or (not heads and (nothing_asked or _has_other_classifier(self))):
             _reset_base(self, num_classes, *args, **kwargs)
             return
         if not heads:
@@ -116,15 +118,13 @@ class WithDReLUHead:
     @OverridesInstances
     def forward_head(self: Any, *args: Any, pre_logits: bool = False, **kwargs: Any) -> Tensor:
         """Features to logits; ``pre_logits`` stops at the D-ReLU's output, as ``num_classes=0`` does."""
-        if len(args) > 1:  # timm's order: features, pre_logits, and more
-            args, pre_logits = (args[0], False, *args[2:]), args[1]
-        base: Any = super(WithDReLUHead, self)
+        if len(args) == 2:
+            args, pre_logits = args[:1], args[1]
+        base = super()
         if not _heads(self):
-            return base.forward_head(*args[:1], pre_logits, *args[2:], **kwargs)
-        if pre_logits or self.num_classes == 0:
-            with _without_output(self):
-                return base.forward_head(*args, **kwargs)
-        return base.forward_head(*args, **kwargs)
+            return base.forward_head(*args, pre_logits=pre_logits, **kwargs)
+        with _without_output(self) if pre_logits or self.num_classes == 0 else nullcontext():
+            return base.forward_head(*args, **kwargs)
 
 
 class KeepsHead:
@@ -140,10 +140,10 @@ def is_unpooled(num_classes: int, global_pool: Any = None, *args: Any, **kwargs:
     return num_classes == 0 and global_pool == ""
 
 
-def _needs_heads(model: TimmModel, num_classes: int) -> bool:
-    """Whether a model without heads gets some by a reset: not where a layer of the caller's is in their place."""
+def _has_other_classifier(model: TimmModel) -> bool:
+    """Whether a layer of the caller's is in the place of a head."""
     modules = dict(model.named_modules())
-    return num_classes > 0 and not any(_is_layer(modules.get(name)) for name in model.drelu_heads)
+    return any(_is_layer(modules.get(name)) for name in model.drelu_heads)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import DReLUWarning
+from ..errors import DReLUWarning, InputError
 from .surgery import TimmModel, blank_image, mix_in, probing, replace
 
 PROBE_SIDE = 32  # pixels: what a small-image stem has to cope with

@@ -293,6 +293,9 @@ def _checked(state_dict: dict[str, Tensor], model: TimmModel) -> dict[str, Tenso
     """The weights, if all of a classifier's are there and no others: where timm adapts, it is no longer strict."""
     adapted = {f"{name}.{kind}" for name in paths(model.pretrained_cfg["classifier"]) for kind in ("weight", "bias")}
     different = (state_dict.keys() ^ model.state_dict().keys()) - adapted
+    if model.num_classes == 0:  # an unpooled model has no head to load
+        heads = tuple(f"{name}." for name in getattr(model, "drelu_heads", ()))
+        different = {name for name in different if name in model.state_dict() or not name.startswith(heads)}
     if different:
         raise _unfit(model, f"{len(different)} names differ, among them {', '.join(sorted(different)[:3])}")
     return state_dict
