@@ -28,14 +28,16 @@ SMALL = ["shallow_cnn", "vit_tiny_patch16_224"]
 
 
 def create(name: str, **kwargs) -> nn.Module:
-    """A variant in eval mode, with caps of many sizes, the first of them below 0."""
+    """A variant in eval mode with units at 0, in between and above their caps, and with a cap below 0."""
     torch.manual_seed(0)
     model = timm.create_model(
         f"{name}_drelu", **{"num_classes": 5, "width": 7, **MODELS.get(name, {}), **kwargs}
     ).eval()
     with torch.no_grad():
-        for layer in drelu_layers(model):
-            layer.cap.copy_(torch.linspace(-0.5, 5.0, len(layer.cap)))
+        for head in [module for module in model.modules() if isinstance(module, DReLUHead)]:
+            head.dense.weight.mul_(0.01)
+            head.dense.bias.copy_(torch.linspace(-3.0, 6.0, 7))
+            head.activation.cap.copy_(torch.tensor([1.0, 1.0, 1.0, -0.5, 20.0, 1.0, 20.0]))
     return model
 
 

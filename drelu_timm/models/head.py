@@ -120,7 +120,7 @@ class WithDReLUHead:
         """Features to logits; ``pre_logits`` stops at the D-ReLU's output, as ``num_classes=0`` does."""
         if len(args) == 2:
             args, pre_logits = args[:1], args[1]
-        base = super()
+        base: Any = super()
         if not _heads(self):
             return base.forward_head(*args, pre_logits=pre_logits, **kwargs)
         with _without_output(self) if pre_logits or self.num_classes == 0 else nullcontext():
