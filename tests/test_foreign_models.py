@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import random
+import re
 import types
 import warnings
 
@@ -61,7 +62,7 @@ def one_attack():
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    return torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def plain(images, labels):
 
 
 def measured(model, images, labels, **options) -> Evaluation:
-    return evaluate_model(model, images, labels, **{"eps": EPS, "suite": "two", "batch_size": 8, **options})
+    return evaluate_model(model, images, labels, **{"eps": EPS, "suite": "two", "batch_size": 16, **options})
 
 
 def numbers(result: Evaluation):
@@ -89,7 +90,7 @@ def numbers(result: Evaluation):
 
 
 def test_the_plain_model_has_something_to_find(plain):
-    assert plain.clean == 23 / 24
+    assert plain.clean == 15 / 16
     assert 0.1 < plain.accuracy["pgd"] < plain.accuracy["square"] < plain.clean
     assert plain.model_dtype == "float32"
     assert not any("gradient reaches" in sentence for sentence in plain.verdict.evidence)
@@ -154,9 +155,9 @@ class Squeezes(Net):
         return super().forward(x).squeeze()
 
 
-class OnlyOfEight(Net):
+class OnlyOfSixteen(Net):
     def flattened(self, x):
-        return x.reshape(8, 64)
+        return x.reshape(16, 64)
 
 
 class OnlyOfOne(Net):
@@ -237,7 +238,7 @@ SAME = {
     "layout": lambda: made(Layouts),
     "in train mode": lambda: nn.Sequential(made(), nn.Dropout(0.9)).train(),
     "squeeze": lambda: made(Squeezes),
-    "batches of 8": lambda: made(OnlyOfEight),
+    "batches of 16": lambda: made(OnlyOfSixteen),
     "batches of 1": lambda: made(OnlyOfOne),
     ".logits": lambda: made(Output),
     "inner gradient": lambda: made(Purifies),
@@ -251,8 +252,8 @@ SAME = {
     "object": lambda: Predictor(made()),
     "object's method": lambda: Predictor(made()).logits,
     "export": lambda: exported(made(), 8, **any_batch()),
-    "export of 8": lambda: exported(made(), 8),
-    "export inside": lambda: nn.Sequential(exported(made(), 8), nn.Dropout(0.9)).train(),
+    "export of 16": lambda: exported(made(), 16),
+    "export inside": lambda: nn.Sequential(exported(made(), 16), nn.Dropout(0.9)),
     "traced": lambda: torch.jit.trace(made(), torch.rand(2, 1, 8, 8)),
     "scripted": lambda: torch.jit.script(nn.Sequential(nn.Identity(), made())),
     "aot_eager": lambda: torch.compile(made(), backend="aot_eager"),
@@ -294,13 +295,15 @@ def test_a_second_model_is_brought_in_any_way_too(brought, images, labels):
     source = nn.Sequential(brought, inner) if isinstance(brought, nn.Module) else lambda x: inner(x)
     given = images.clone()
     result = measured(made(), given, labels, transfer_from=source)
-    assert result.accuracy["transfer"] == result.accuracy["pgd"]
     assert torch.equal(given, images)
+    assert result.accuracy == measured(made(), images, labels, transfer_from=made()).accuracy
 
 
 def test_a_function_over_other_weights_is_another_model(images, labels, tmp_path):
+    net = made()
+
     def answers(weight):
-        return lambda x: made()(x) * weight
+        return lambda x: net(x) * weight
 
     measured(answers(np.float32(1)), images, labels, state=tmp_path)
     measured(answers(np.float32(1)), images, labels, state=tmp_path)
@@ -367,7 +370,7 @@ def settings():
         torch.backends.cudnn.allow_tf32,
         torch.get_rng_state().tolist(),
         random.getstate(),
-        np.random.get_state()[1].tolist(),
+        np.random.get_state()[1].tolist(),  # noqa: NPY002 (the state that libraries draw from)
     )
 
 
@@ -401,9 +404,9 @@ def test_the_settings_of_the_caller_change_nothing_and_are_put_back(name, images
 
 
 def test_a_model_runs_under_the_defaults_of_its_caller(images, labels, plain):
-    seen = set()
+    seen, net = set(), made().double()
 
-    def model(x, net=made().double()):
+    def model(x):
         seen.add((torch.ones(1).dtype, torch.get_default_device().type))
         return net(x.double())
 
@@ -523,11 +526,11 @@ class Unfrozen(Detaches):
 
 
 WITHOUT_GRADIENT = {
-    "no_grad": (NoGrad, "is there a no_grad, detach or argmax?"),
-    "detach": (Detaches, "is there a no_grad, detach or argmax?"),
+    "no_grad": (NoGrad, r"is there a no_grad, detach or argmax\?"),
+    "detach": (Detaches, r"is there a no_grad, detach or argmax\?"),
     "numpy": (Preprocesses, r"the model raises RuntimeError: Can't call numpy\(\)"),
     "backward": (NotDifferentiable, "its backward pass raises NotImplementedError"),
-    "unfrozen": (Unfrozen, "is there a no_grad, detach or argmax?"),
+    "unfrozen": (Unfrozen, r"is there a no_grad, detach or argmax\?"),
 }
 
 
@@ -540,11 +543,7 @@ def test_a_model_without_a_gradient_is_evaluated_as_such(name, images, labels, p
     assert result.accuracy["pgd"] > plain.accuracy["pgd"], "no more than a random start"
     assert result.zero_gradient_share == 1
     (note,) = (sentence for sentence in result.verdict.evidence if "No gradient reaches the input" in sentence)
-    assert (
-        pytest.raises(AssertionError, pytest.fail)
-        if reason not in note and not __import__("re").search(reason, note)
-        else True
-    )
+    assert re.search(reason, note)
     assert str(result.verdict) != "sound"
 
 
@@ -553,7 +552,7 @@ def test_a_quantised_model_is_evaluated(images, labels, plain, tmp_path):
     quantize = torch.ao.quantization.quantize_dynamic
     model = quantize(nn.Sequential(made()), {nn.Linear}, dtype=torch.qint8)
     result = measured(model, images, labels, state=tmp_path)
-    assert abs(result.clean - plain.clean) <= 2 / 24
+    assert abs(result.clean - plain.clean) <= 2 / 16
     assert any("No gradient reaches the input" in sentence for sentence in result.verdict.evidence)
     other = quantize(nn.Sequential(made()), {nn.Linear}, dtype=torch.qint8)
     measured(other, images, labels, state=tmp_path)
@@ -578,7 +577,7 @@ def test_a_model_computes_in_its_own_dtype(name, images, labels, plain):
     assert any(f"The model computes in {name}" in sentence for sentence in result.verdict.evidence)
     assert torch.equal(given, images)
     assert result.adversarial.images.dtype == torch.float32
-    tolerance = 0 if name == "float64" else 2 / 24
+    tolerance = 0 if name == "float64" else 2 / 16
     assert abs(result.clean - plain.clean) <= tolerance
     assert abs(result.accuracy["pgd"] - plain.accuracy["pgd"]) <= tolerance
 
@@ -627,7 +626,7 @@ REFUSED = {
     "tuple": (lambda: lambda x: (made()(x), x), r"the model returns tuple for 8 images; .*lambda images: model\(ima"),
     "dict": (lambda: lambda x: {"out": made()(x), "aux": None}, "the model returns dict of out, aux for 8 images"),
     "none": (lambda: lambda x: None, "the model returns NoneType for 8 images"),
-    "rows": (lambda: lambda x: made()(x)[:1], r"the model returns \[1, 5\] for 8 images; it must return logits"),
+    "shape": (lambda: lambda x: made()(x)[None], r"the model returns \[1, 8, 5\] for 8 images; it must return logits"),
     "KeyError": (lambda: Raises(KeyError("layer")), r"the model cannot run on 1x8x8 images \(KeyError: 'layer'\)"),
     "Custom": (lambda: Raises(Custom("no\nlicence")), r"cannot run on 1x8x8 images \(Custom: no licence\)"),
     "mute": (lambda: Raises(StopIteration()), r"cannot run on 1x8x8 images \(StopIteration"),
@@ -650,9 +649,9 @@ def test_a_model_that_cannot_be_evaluated_is_refused_in_one_line(name, images, l
 
 
 def test_what_a_model_raises_later_is_one_line_too(images, labels):
-    calls = []
+    calls, net = [], made()
 
-    def model(x, net=made()):
+    def model(x):
         calls.append(len(x))
         if len(calls) > 20:
             raise KeyError("later")
@@ -691,7 +690,7 @@ def test_images_with_channels_first_are_not(shape):
     [
         (lambda x: x.to_sparse(), "images are a tensor of torch.sparse_coo on cpu"),
         (lambda x: x.to("meta"), "images are a tensor of torch.strided on meta"),
-        (lambda x: x[..., :0], r"images of shape \[24, 1, 8, 0\] have no pixels"),
+        (lambda x: x[..., :0], r"images of shape \[16, 1, 8, 0\] have no pixels"),
         (lambda x: x.numpy(), "images are ndarray; give a torch.Tensor"),
     ],
 )
@@ -705,7 +704,7 @@ def test_images_that_cannot_be_used(change, message, images, labels):
 
 def test_a_shared_module_and_one_of_a_fixed_mode_are_put_back():
     shared = nn.Dropout(0.5).eval()
-    fixed = exported(made(), 8)
+    fixed = exported(made(), 16)
     model = nn.Sequential(shared, nn.Sequential(shared, nn.Dropout(0.5)), fixed)
     model.training = True
     before = {id(module): module.training for module in model.modules()}
@@ -724,7 +723,7 @@ def test_what_eval_does_is_undone():
             return super().train(mode)
 
     model = nn.Sequential(nn.Identity(), Merges(2, 2)).train()
-    weight = model[1].weight.clone()
+    model[1].weight.data.fill_(0.5)
     with frozen(model):
-        assert torch.equal(model[1].weight, weight + 1)
-    assert torch.equal(model[1].weight, weight)
+        assert (model[1].weight == 1.5).all()
+    assert (model[1].weight == 0.5).all()
