@@ -195,6 +195,8 @@ class UserModel(nn.Module):
             reached = self._has_gradient(sample)
         except InputError as error:
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise
             return f"the model raises {_described(cause)} where one is asked for."
         except Exception as error:  # of a backward pass
             return f"its backward pass raises {_described(error)}."
