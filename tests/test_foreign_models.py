@@ -233,7 +233,7 @@ def in_inference_mode():
 SAME = {
     "in place": lambda: made(InPlace),
     "normalize(inplace)": lambda: made(NormalizeInPlace),
-    "ReLU(inplace)": lambda: nn.Sequential(nn.ReLU(inplace=True), made()),
+    "Hardtanh(inplace)": lambda: nn.Sequential(nn.Hardtanh(-1, 2, inplace=True), made()),
     "view": lambda: made(Views),
     "view in backward": lambda: made(ViewsBackwards),
     "weight.view": lambda: made(Standardized),
@@ -271,6 +271,15 @@ def test_a_brought_model_has_the_numbers_of_the_plain_one(name, images, labels, 
     result = measured(model, given, answers)
     assert numbers(result) == numbers(plain)
     assert torch.equal(given, images) and torch.equal(answers, labels)
+
+
+def test_a_relu_in_place_on_the_images(images, labels):
+    """Against the same without: its gradient is 0 where a pixel is 0."""
+    given = images - 0.5
+    given, kept = given.relu(), given.relu()
+    result = measured(nn.Sequential(nn.ReLU(inplace=True), made()), given, labels)
+    assert numbers(result) == numbers(measured(nn.Sequential(nn.ReLU(), made()), kept, labels))
+    assert torch.equal(given, kept)
 
 
 @pytest.mark.slow
