@@ -124,11 +124,12 @@ class ViewsBackwards(Net):
     class Same(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
+            ctx.save_for_backward(x)
             return x.clone()
 
         @staticmethod
-        def backward(ctx, gradient):
-            return gradient.clone(memory_format=torch.preserve_format).view(-1).view(gradient.shape)
+        def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return gradient + 0 * ctx.saved_tensors[0].view(-1).mean()
 
     def flattened(self, x):
         return super().flattened(self.Same.apply(x))
@@ -389,7 +390,7 @@ def settings():
         torch.backends.cudnn.allow_tf32,
         torch.get_rng_state().tolist(),
         random.getstate(),
-        np.random.get_state()[1].tolist(),  # noqa: NPY002 (the state that libraries draw from)
+        str(np.random.get_state()),  # noqa: NPY002 (the state that libraries draw from)
     )
 
 
