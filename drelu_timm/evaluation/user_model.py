@@ -203,8 +203,9 @@ class UserModel(nn.Module):
         return "" if reached else "is there a no_grad, detach or argmax?"
 
     def _has_gradient(self, sample: Tensor) -> bool:
-        images = sample.detach().clone().requires_grad_()
-        logits = self(images)
+        images = sample.clone().requires_grad_()
+        with torch.enable_grad():
+            logits = self(images)
         if not logits.requires_grad:
             return False
         (gradient,) = torch.autograd.grad(logits.sum(), images, allow_unused=True)
@@ -223,12 +224,13 @@ class UserModel(nn.Module):
         if self._rows:
             yield f"The model takes only batches of {self._rows}; smaller ones are filled up."
 
-    @torch.no_grad()
     def is_same_in_channels_last(self, sample: Tensor) -> bool:
         """Whether the model runs, forwards and backwards, and gives the same logits, with its weights in channels_last.
 
         It need not: `view` refuses to flatten the maps that such convolutions return.
         """
+        if not any(weight.ndim == 4 for weight in self.model.parameters()):
+            return True  # there is nothing to change
         with channels_last(self.model):
             try:
                 logits = self(sample)
