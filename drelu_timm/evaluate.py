@@ -29,7 +29,6 @@ from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .evaluation.adversarial import ADVERSARIAL
-from .evaluation.checks import check_classes
 from .evaluation.config import PRECISIONS, EvaluateConfig, attacked_in, check_flags, result_path
 from .evaluation.curves import draw_curve
 from .evaluation.evaluation import Evaluation, evaluate_sweep
@@ -37,6 +36,7 @@ from .evaluation.pictures import require_matplotlib
 from .evaluation.processes import Processes, launched
 from .evaluation.results import rows, show, show_curve, summary, sweep_rows
 from .evaluation.subjects import Subject, find_subject
+from .evaluation.user_model import check_classes
 from .files import read_json, write_json, write_text
 from .runs import environment
 
