@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..attacks.adaptive import Transfer, substitutable_layers
+from ..attacks.attack import Attack
 from ..attacks.suites import Suite, find_suite, single_attacks
 from ..attacks.threat_model import ThreatModel, threat_models
 from ..digests import digest
@@ -257,7 +258,8 @@ def _columns(suite: str, model: UserModel, source: UserModel | None) -> Suite:
             f"--transfer-from has {source.num_classes} outputs, the attacked model {model.num_classes}; "
             "give a model of the same classes"
         )
-    return columns | {"transfer": {"transfer": Transfer(source)}}
+    transfer: dict[str, Attack] = {"transfer": Transfer(source)}
+    return columns | {"transfer": transfer}
 
 
 def _measured(driver: Driver, suite: str, columns: Suite) -> list[Evaluation]:
