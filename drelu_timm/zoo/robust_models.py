@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..models.normalize import normalized
+from ..models.registry import list_as_pretrained, register_model
 from .sources import Source, find_source
 
 _sources: dict[str, Source] = {}
@@ -63,15 +64,22 @@ def register_robust_model(
     return register(robust_model_name(key, dataset, threat_model), find_source(source, sha256, config_sha256))
 
 
-def register(name: str, source: Source) -> str:
+def register(name: str, source: Source, *, has_weights: bool = True) -> str:
     """Let timm create a model from a source, under a name of `robust_model_name`, which is returned.
+
+    Args:
+        name: Name for timm. A name that `register` put there before gets the new source.
+        source: Function that fetches the files of the model.
+        has_weights: Whether the source has them. Only then ``timm.list_pretrained()`` lists the model.
 
     Raises:
         InputError: A name that timm has already for another model.
     """
     if name not in _sources:
         check_name_is_free(name)
-        timm.models.register_model(_entrypoint(name))
+        register_model(_entrypoint(name))
+    if has_weights:
+        list_as_pretrained(name)
     _sources[name] = source
     return name
 
