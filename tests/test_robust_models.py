@@ -321,6 +321,9 @@ def test_what_would_change_a_trained_model_is_refused(saved):
     register(saved)
     with pytest.raises(InputError, match=r"num_classes=7: .* has 10 classes; leave it out"):
         timm.create_model(NAME, pretrained=True, num_classes=7)
+    with pytest.raises(InputError, match=r"in_chans=3: .* takes 1 channels; leave it out"):
+        timm.create_model(NAME, pretrained=True, in_chans=3)
+    assert same(saved, num_classes=10, in_chans=1)
     with pytest.raises(InputError, match=rf"is a trained model: timm.create_model\('{NAME}', pretrained=True\)"):
         timm.create_model(NAME)
     with pytest.raises(TypeError, match="drop_rate"):

@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from ..errors import InputError
-from ..models.normalize import normalized
+from ..models.normalize import channels_of, normalized
 from ..models.registry import list_as_pretrained, register_model
 from .sources import Source, find_source
 
@@ -106,14 +106,15 @@ def check_name_is_free(name: str) -> None:
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     """What timm calls for the model.
 
-    Arguments that would change a trained model are refused, and so is its name without its weights: fresh ones under it
-    would pass for a robust model.
+    Arguments that would change a trained model are refused; timm's scripts give some of them with the model's own
+    values. So is its name without its weights: fresh ones under it would pass for a robust model.
     """
 
     def create(
         pretrained: bool = False,
         *,
         num_classes: int | None = None,
+        in_chans: int | None = None,
         pretrained_cfg: object = None,
         pretrained_cfg_overlay: object = None,
         cache_dir: Path | None = None,
@@ -123,6 +124,8 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         model = _sources[name](cache_dir).load()
         if num_classes not in (None, model.num_classes):
             raise InputError(f"num_classes={num_classes}: {name} has {model.num_classes} classes; leave it out")
+        if in_chans not in (None, channels_of(model)):
+            raise InputError(f"in_chans={in_chans}: {name} takes {channels_of(model)} channels; leave it out")
         return normalized(model).eval()
 
     create.__name__ = name
