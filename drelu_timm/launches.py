@@ -37,6 +37,11 @@ class Launch:
         return ["--num_processes", str(self.num_processes), *where, "--mixed_precision", self.mixed_precision]
 
 
+def is_first_process() -> bool:
+    """Return whether this is the process that prints, known before accelerate is started: the only one, or rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launched_on_cpu() -> bool:
     """Whether several processes were launched on a machine without a GPU, which Accelerate has to be told.
 

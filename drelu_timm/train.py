@@ -7,7 +7,6 @@ Devices and precision belong to `accelerate launch`. All randomness is keyed by 
 of processes or by what ran before, so that a resumed run repeats the uninterrupted one.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .files import write_json
-from .launches import PATIENCE, launched_on_cpu
+from .launches import PATIENCE, is_first_process, launched_on_cpu
 from .runs import Run, environment
 from .training.config import TrainConfig, preset_in, resolve, saved
 from .training.model import check_pretrained, create_model
@@ -36,11 +35,10 @@ from .training.trainer import Trainer
 def main(argv: Sequence[str]) -> None:
     """Read the flags over the preset that they name, train, and say what to do next."""
     config = read_flags(TrainConfig, "train", argv, preset_in(argv))
-    first = os.environ.get("RANK", "0") == "0"
-    if config.preset is not None and first:
+    if config.preset is not None and is_first_process():
         _show_preset(config.preset)
     run = train(config)
-    if first:
+    if is_first_process():
         log = f"{run / 'log.jsonl'}; next: drelu-timm evaluate {run}"
         print(f"wrote {run / 'model'} (the best epoch), {run / 'last'} and {log}")
 

@@ -149,8 +149,8 @@ def standard(config: BenchmarkConfig, subjects: Subjects, search_dtype: torch.dt
         left = right(model, images, labels, config.batch_size).long()
         with torch.no_grad():
             num_classes = model(images[:1]).shape[1]
-        for attack in find_suite("autoattack", num_classes)["autoattack"]:
-            outcome = timed(seconds, attack.name, driver.attack, attack, left)
+        for name, attack in find_suite("autoattack", num_classes)["autoattack"].items():
+            outcome = timed(seconds, name, driver.attack, name, attack, left)
             left = torch.minimum(left, outcome.broken_at)
     return {"seconds": time.monotonic() - started, "robust": left.tolist(), "by_attack": seconds}
 

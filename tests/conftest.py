@@ -1,29 +1,49 @@
-"""What several test files need: a toy variant and the folder of real data."""
+"""What several test files need: a toy variant, an evaluated run, the folder of real data; and how tests run."""
 
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
-import timm
-import torch
 
-import drelu_timm  # noqa: F401  (registers the models)
-from drelu_timm import robustbench as our_robustbench
-from drelu_timm.errors import InputError
-from drelu_timm.evaluate import evaluate
-from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.models.saved import save_folder
-from drelu_timm.train import train
-from drelu_timm.training.config import TrainConfig
+# Of every process that a test runs in or starts: they share the cores, and OpenMP's threads wait by spinning. To be
+# set before torch is imported, so torch, and what imports it, is imported by the fixtures alone.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# The same examples in every run, and no limit of time for them.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
 
 BESIDE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
+MOST_WORKERS = 4  # each imports torch, in 4 s, and builds fixtures of its own
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes run the tests, a file each at once; 0 for a single file, which needs no other process."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    useful = len(files) if all(file.endswith(".py") for file in files) else MOST_WORKERS
+    workers = min(useful, os.cpu_count() or 1, MOST_WORKERS)
+    return workers if workers > 1 else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make our own warnings errors in the processes that run tests; those of the libraries are theirs."""
+    if not config.getoption("numprocesses", None):
+        config.addinivalue_line("filterwarnings", "error::drelu_timm.errors.DReLUWarning")
 
 
 @pytest.fixture
 def toy_model():
     """`shallow_cnn_drelu` for 3 classes of 1x8x8 images, in eval mode."""
+    import timm
+    import torch
+
+    import drelu_timm  # noqa: F401  (registers the models)
+
     torch.manual_seed(0)
     return timm.create_model("shallow_cnn_drelu", num_classes=3, img_size=8, width=16).eval()
 
@@ -31,6 +51,9 @@ def toy_model():
 @pytest.fixture
 def robustbench():
     """RobustBench, made to work; skips where it is not installed, or overwritten by torchattacks' stale copy."""
+    from drelu_timm import robustbench as our_robustbench
+    from drelu_timm.errors import InputError
+
     try:
         return our_robustbench.adapt()
     except InputError as error:
@@ -42,6 +65,11 @@ def robustbench():
 @pytest.fixture(scope="session")
 def evaluated(tmp_path_factory) -> Path:
     """A run on digits with an evaluation of 60 images by the standard suite, and a sweep; to be copied, not spoiled."""
+    from drelu_timm.evaluate import evaluate
+    from drelu_timm.evaluation.config import EvaluateConfig
+    from drelu_timm.train import train
+    from drelu_timm.training.config import TrainConfig
+
     path = tmp_path_factory.mktemp("runs") / "digits"
     train(TrainConfig("dense_drelu", "digits", output_dir=path, epochs=5, cap=20.0, width=16, eps="0.1"))
     evaluate(EvaluateConfig(str(path), suite="standard", n_examples=60))
@@ -52,6 +80,10 @@ def evaluated(tmp_path_factory) -> Path:
 @pytest.fixture
 def untrained_run(tmp_path, monkeypatch) -> Callable[[str], Path]:
     """Makes a run directory with an untrained net for digits and a radius, as train leaves it."""
+    import timm
+    import torch
+
+    from drelu_timm.models.saved import save_folder
 
     def make(eps: str) -> Path:
         monkeypatch.chdir(tmp_path)

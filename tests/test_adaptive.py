@@ -1,5 +1,6 @@
 """Attacks that know of the layers which hide gradients: what stands in for a layer, and what that finds."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 
 from drelu_timm.attacks import adaptive
 from drelu_timm.attacks.adaptive import SUBSTITUTES
+from drelu_timm.attacks.attack import Batch
 from drelu_timm.attacks.losses import LOSSES
-from drelu_timm.attacks.pgd import random_start_pgd
+from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.models.drelu import DReLU, SReLU
 from drelu_timm.models.modes import frozen
@@ -153,24 +155,25 @@ def saturated_unit():
     return model, images, torch.zeros(8, dtype=torch.long)
 
 
-PGD = {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.2}
+BRIEF = {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.2}
 ROUNDS = {"rounds": 5, "steps": 6, "relative_step_size": 0.2}
 ATTACKS = {
-    **{f"bpda, {name}": partial(adaptive.bpda, substitute=name, **PGD) for name in SUBSTITUTES},
-    **{f"twin, {name}": partial(adaptive.twin, substitute=name, **PGD) for name in SUBSTITUTES},
-    "bpda_apgd": partial(adaptive.bpda_apgd, substitute="leaky", loss="ce", n_iter=20, rho=0.75),
-    "annealing": partial(adaptive.annealing, loss="scaled-ce", **ROUNDS),
-    "targeted_annealing": partial(adaptive.targeted_annealing, n_target_classes=2, **ROUNDS),
+    **{f"bpda, {name}": adaptive.BPDA(substitute=name, **BRIEF) for name in SUBSTITUTES},
+    **{f"surrogate, {name}": adaptive.Surrogate(substitute=name, **BRIEF) for name in SUBSTITUTES},
+    "bpda_apgd": adaptive.BPDAWithAPGD(n_iter=20),
+    "annealing": adaptive.Annealing(**ROUNDS),
+    "targeted_annealing": adaptive.TargetedAnnealing(n_target_classes=2, **ROUNDS),
 }
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_adaptive_attacks_see_past_a_saturated_unit(attack):
     model, images, labels = saturated_unit()
-    blind = adaptive.restarts(model, images, labels, THREAT_MODEL, range(8), restarts=3, **PGD)
+    batch = Batch(images, labels, range(8))
+    blind = adaptive.Restarts(restarts=3, **BRIEF).run(model, batch, THREAT_MODEL)
     assert (model(blind.images).argmax(dim=1) == labels).all()
     assert (blind.steps == 60).all()
-    seen = attack(model, images, labels, THREAT_MODEL, list(range(8)))
+    seen = attack.run(model, batch, THREAT_MODEL)
     assert THREAT_MODEL.contains(seen.images, images).all()
     assert (model(seen.images).argmax(dim=1) != labels).all()
 
@@ -189,8 +192,8 @@ def net():
 
 SOURCE = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
 BASELINES = {
-    "restarts": partial(adaptive.restarts, restarts=3, **PGD),
-    "transfer": partial(adaptive.transfer, source=SOURCE, **PGD),
+    "restarts": adaptive.Restarts(restarts=3, **BRIEF),
+    "transfer": adaptive.Transfer(SOURCE, PGD(**BRIEF)),
 }
 
 
@@ -198,10 +201,10 @@ BASELINES = {
 def test_what_is_found_does_not_depend_on_the_batch(net, attack):
     model, images, labels = net
     seeds = list(range(100, 140))
-    whole = attack(model, images, labels, THREAT_MODEL, seeds)
+    whole = attack.run(model, Batch(images, labels, seeds), THREAT_MODEL)
     torch.rand(3)
     for part in (slice(0, 7), slice(7, 40)):
-        alone = attack(model, images[part], labels[part], THREAT_MODEL, seeds[part])
+        alone = attack.run(model, Batch(images[part], labels[part], seeds[part]), THREAT_MODEL)
         torch.testing.assert_close(alone.images, whole.images[part])
         assert whole.steps is None or torch.equal(alone.steps, whole.steps[part])
 
@@ -209,7 +212,8 @@ def test_what_is_found_does_not_depend_on_the_batch(net, attack):
 @pytest.mark.parametrize("name", ["annealing", "targeted_annealing", "restarts"])
 def test_the_first_success_is_kept_and_ends_the_search(net, name):
     model, images, labels = net
-    found = (ATTACKS | BASELINES)[name](model, images, labels, ThreatModel.parse("Linf", "0.02"), range(40))
+    batch = Batch(images, labels, range(40))
+    found = (ATTACKS | BASELINES)[name].run(model, batch, ThreatModel.parse("Linf", "0.02"))
     broken = model(found.images).argmax(dim=1) != labels
     most = {"annealing": 30, "targeted_annealing": 60, "restarts": 60}[name]
     assert 0 < broken.sum() < 40, "the test has nothing to tell apart"
@@ -221,8 +225,8 @@ def test_fallen_examples_cost_no_more_passes(net):
     model, images, labels = net
     passes = []
     handle = model.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
-    settings = {"restarts": 4, "loss": "ce", "steps": 5, "relative_step_size": 0.4}
-    found = adaptive.restarts(model, images, labels, ThreatModel.parse("Linf", "0.02"), range(40), **settings)
+    attack = adaptive.Restarts(restarts=4, steps=5, relative_step_size=0.4)
+    found = attack.run(model, Batch(images, labels, range(40)), ThreatModel.parse("Linf", "0.02"))
     handle.remove()
     judged = found.steps.sum() // 5
     assert sum(passes) == found.steps.sum() + judged  # a pass a gradient, and one a restart to judge it
@@ -237,9 +241,8 @@ def test_targets_are_the_likeliest_other_classes_each_once(net, monkeypatch):
         return LOSSES["ce"](targets)  # away from the target: nothing is found
 
     monkeypatch.setattr(adaptive, "targeted_margin", recorded)
-    adaptive.targeted_annealing(
-        model, images, labels, ThreatModel.parse("Linf", "0"), range(40), n_target_classes=5, **{**ROUNDS, "rounds": 1}
-    )
+    attack = adaptive.TargetedAnnealing(n_target_classes=5, **{**ROUNDS, "rounds": 1})
+    attack.run(model, Batch(images, labels, range(40)), ThreatModel.parse("Linf", "0"))
     targets = torch.stack([target for _, target in aimed], dim=1)
     order = model(images).argsort(dim=1, descending=True)
     assert torch.equal(order[:, 0], labels)
@@ -249,19 +252,20 @@ def test_targets_are_the_likeliest_other_classes_each_once(net, monkeypatch):
 @pytest.mark.parametrize("attack", [ATTACKS["annealing"], ATTACKS["targeted_annealing"], ATTACKS["bpda, leaky"]])
 def test_a_start_is_where_the_search_begins(net, attack):
     model, images, labels = net
-    still = {"steps": 0}
+    attack = replace(attack, steps=0)
     start = THREAT_MODEL.project(images + 0.05, images)
-    found = attack(model, images, labels, THREAT_MODEL, range(40), start=start, **still)
+    found = attack.run(model, Batch(images, labels, range(40), start), THREAT_MODEL)
     assert torch.equal(found.images, start)
-    drawn = attack(model, images, labels, THREAT_MODEL, range(40), **still)
+    drawn = attack.run(model, Batch(images, labels, range(40)), THREAT_MODEL)
     assert not torch.equal(drawn.images, start)
 
 
 def test_transfer_searches_on_the_source_and_leaves_it_as_it_was(net):
     model, images, labels = net
     source = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Dropout()).train()
-    found = adaptive.transfer(model, images, labels, THREAT_MODEL, range(40), source=source, **PGD)
+    batch = Batch(images, labels, range(40))
+    found = adaptive.Transfer(source, PGD(**BRIEF)).run(model, batch, THREAT_MODEL)
     with frozen(source):
-        expected = random_start_pgd(source, images, labels, THREAT_MODEL, range(40), **PGD)
+        expected = PGD(**BRIEF).run(source, batch, THREAT_MODEL)
     assert torch.equal(found.images, expected.images)
     assert source.training and all(parameter.requires_grad for parameter in source.parameters())

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from drelu_timm.attacks.adaptive import Transfer
+from drelu_timm.attacks.attack import Batch
 from drelu_timm.attacks.losses import LOSSES
-from drelu_timm.attacks.pgd import fgsm, pgd
+from drelu_timm.attacks.pgd import FGSM, pgd
 from drelu_timm.attacks.suites import ATTACKS, SUITES, find_suite
 from drelu_timm.attacks.threat_model import ThreatModel, radius_of
 from drelu_timm.errors import InputError
@@ -85,9 +87,9 @@ def test_distance_is_that_of_the_norm():
 def searched(name, linear, threat_model, seeds=None, **settings):
     model, images, labels = linear
     attack = ATTACKS[name].for_classes(2)
-    attack = replace(attack, settings={**attack.settings, **settings}, source=model if name == "transfer" else None)
+    attack = Transfer(model) if name == "transfer" else replace(attack, **settings)
     with frozen(model):
-        return attack(model, images, labels, threat_model, seeds or list(range(len(images)))).images
+        return attack.run(model, Batch(images, labels, seeds or range(len(images))), threat_model).images
 
 
 @pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
@@ -145,7 +147,8 @@ def test_carlini_wagner_gives_the_image_back_where_it_finds_nothing():
     images = torch.rand(3, 1, 4, 4)
     labels = torch.zeros(3, dtype=torch.long)
     attack = ATTACKS["cw-l2"]
-    assert torch.equal(attack(Constant().eval(), images, labels, THREAT_MODELS[1], [0, 1, 2]).images, images)
+    found = attack.run(Constant().eval(), Batch(images, labels, [0, 1, 2]), THREAT_MODELS[1])
+    assert torch.equal(found.images, images)
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "noise", "bpda", "twin", "annealing"])
@@ -171,8 +174,8 @@ def test_other_seeds_give_other_starts(linear):
 )
 def test_settings_fit_the_number_of_classes(num_classes, dlr, targeted, targets):
     suite = find_suite("all", num_classes)
-    apgd_t, fab_t = suite["autoattack"][1:3]
-    assert suite["apgd-dlr"][0].settings["loss"] == dlr
+    apgd_t, fab_t = suite["autoattack"]["apgd-t"], suite["autoattack"]["fab-t"]
+    assert suite["apgd-dlr"]["apgd-dlr"].settings["loss"] == dlr
     assert apgd_t.settings["loss"] == targeted
     assert apgd_t.settings["n_target_classes"] == fab_t.settings["n_target_classes"] == targets
     assert ATTACKS["apgd-t"].settings["n_target_classes"] == 9, "the table itself was changed"
@@ -238,4 +241,5 @@ def test_same_as_torchattacks(norm):
     torch.testing.assert_close(ours, theirs)
     if norm == "Linf":
         theirs = torchattacks.FGSM(model, eps=0.1)(images, labels)
-        torch.testing.assert_close(fgsm(model, images, labels, threat_model, range(16)).images, theirs)
+        found = FGSM().run(model, Batch(images, labels, range(16)), threat_model).images
+        torch.testing.assert_close(found, theirs)

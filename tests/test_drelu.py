@@ -1,6 +1,7 @@
 """The activation: the paper's formula, its Table A1, theorem 1 and corollary 1, and life in torch."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from drelu_timm import DReLU, SReLU
+from drelu_timm.models.activations import ACTIVATIONS, make_activation
 from drelu_timm.models.drelu import along_channels
 
 numbers = st.floats(-1e3, 1e3, allow_subnormal=False)
@@ -183,9 +185,97 @@ def test_gradients_of_single_examples_by_torch_func(shape, channel_dim):
     assert gradients.any()
 
 
-def test_forward_mode_is_refused_aloud():
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(DReLU(3), (torch.ones(2, 3),), (torch.ones(2, 3),))
+@pytest.mark.parametrize(("shape", "channel_dim"), [((4, 3), None), ((4, 3, 2, 2), None), ((4, 2, 2, 3), -1)])
+def test_derivatives_of_every_mode_agree(shape, channel_dim):
+    layer = DReLU(3, 0.5, channel_dim=channel_dim).double()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+
+    def function(x: torch.Tensor, cap: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"cap": cap}, x)
+
+    modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(function, (x, layer.cap), **modes)
+    assert torch.autograd.gradgradcheck(function, (x, layer.cap), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+# Caps above, at and below 0, and units above, at and below them and 0: the values that gradcheck cannot take.
+CORNERS = torch.tensor([[-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
+
+
+def with_corner_caps() -> DReLU:
+    layer = DReLU(3)
+    with torch.no_grad():
+        layer.cap.copy_(torch.tensor([1.0, 0.0, -0.5]))
+    return layer
+
+
+def test_forward_mode_at_the_corners():
+    layer = with_corner_caps()
+    _, to_x = torch.func.jvp(layer, (CORNERS,), (torch.ones_like(CORNERS),))
+    assert torch.equal(to_x, torch.tensor([[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]]).float())
+    _, to_cap = torch.func.jvp(
+        lambda cap: torch.func.functional_call(layer, {"cap": cap}, CORNERS), (layer.cap.detach(),), (torch.ones(3),)
+    )
+    assert torch.equal(to_cap, torch.tensor([[0, 0, 0], [0, 0, 0], [0, 1, 1], [0, 1, 1], [1, 1, 1]]).float())
+
+
+def test_batched_gradients_are_those_of_each():
+    layer = with_corner_caps()
+    x = CORNERS.clone().requires_grad_()
+    gradients = torch.randn(4, *x.shape, generator=torch.Generator().manual_seed(0))
+    batched = torch.autograd.grad(layer(x), (x, layer.cap), gradients, is_grads_batched=True)
+    each = [torch.autograd.grad(layer(x), (x, layer.cap), gradient) for gradient in gradients]
+    for ours, theirs in zip(batched, map(torch.stack, zip(*each, strict=True)), strict=True):
+        assert torch.equal(ours, theirs)
+    one, other = (torch.autograd.functional.jacobian(layer, x, vectorize=vectorize) for vectorize in (True, False))
+    assert torch.equal(one, other)
+
+
+def scripted(layer: nn.Module) -> nn.Module:
+    return saved_and_loaded(torch.jit.script(layer))
+
+
+def traced(layer: nn.Module) -> nn.Module:
+    return saved_and_loaded(torch.jit.trace(layer, torch.ones(2, 3)))
+
+
+def saved_and_loaded(module: torch.jit.ScriptModule) -> nn.Module:
+    file = io.BytesIO()
+    torch.jit.save(module, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.parametrize(
+    "converted",
+    [
+        scripted,
+        traced,
+        torch.fx.symbolic_trace,
+        lambda layer: torch.export.export(layer, (CORNERS,)).module(),
+        lambda layer: torch.compile(layer, backend="aot_eager", fullgraph=True),
+    ],
+    ids=["script", "trace", "fx", "export", "compile"],
+)
+def test_other_forms_have_the_same_values_and_gradients(converted):
+    layer = with_corner_caps()
+    other = converted(layer)
+    results = []
+    for module in (layer, other):
+        x = CORNERS.clone().requires_grad_()
+        out = module(x)
+        results.append((out, *torch.autograd.grad(out.sum(), (x, module.cap))))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    assert torch.equal(results[0][2], torch.tensor([1.0, 3.0, 3.0]))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("shape", "channel_dim"), [((2, 3), None), ((2, 3, 4, 4), None), ((2, 4, 4, 3), -1)])
+def test_every_activation_traces_and_scripts(activation, shape, channel_dim):
+    layer = make_activation(activation, 3, 0.5, channel_dim)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.fx.symbolic_trace(layer)(x), layer(x))
+    assert torch.allclose(scripted(layer)(x), layer(x))
 
 
 def test_gradients_go_to_the_input_below_the_cap_and_to_the_cap_above():

@@ -3,13 +3,10 @@
 import csv
 import itertools
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fake_attacks import FakeAttack, only
+from launching import Launched, held_at, wait_for
 from safetensors.torch import load_file
 from torch import nn
 
 from drelu_timm.__main__ import main
-from drelu_timm.attacks.pgd import Found
-from drelu_timm.attacks.square import square
-from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
+from drelu_timm.attacks.attack import Candidates
+from drelu_timm.attacks.square import Square
+from drelu_timm.attacks.suites import ATTACKS
 from drelu_timm.data import images as decoded
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation import processes
@@ -41,12 +40,6 @@ def toy():
     labels = model(images).argmax(dim=1)
     labels[0] = (labels[0] + 1) % 6
     return model, images, labels
-
-
-def only(monkeypatch, *attacks):
-    """Make a suite of these attacks alone."""
-    monkeypatch.setitem(SUITES, "only", {attack.name: (attack,) for attack in attacks})
-    return "only"
 
 
 def lines(folder: Path) -> dict[tuple, dict]:
@@ -89,11 +82,11 @@ def overwritten(images: bytes, rows: dict[tuple, dict]) -> bytes:
 def test_what_is_known_is_not_measured_again(toy, tmp_path, monkeypatch):
     calls = []
 
-    def search(model, images, labels, threat_model, seeds):
-        calls.append(len(images))
-        return Found(images)
+    def search(model, batch, threat_model):
+        calls.append(len(batch))
+        return batch.images
 
-    arguments = {"eps": 0.1, "suite": only(monkeypatch, Attack("fake", "white-box", search)), "batch_size": 13}
+    arguments = {"eps": 0.1, "suite": only(monkeypatch, {"fake": FakeAttack(search)}), "batch_size": 13}
     evaluate_model(*toy, **arguments, state=tmp_path / "state")
     assert calls == [13, 13, 13]
     (file,) = (tmp_path / "state").glob("*.jsonl")
@@ -163,45 +156,37 @@ def check_that_some_break(rows: list[dict]) -> None:
     assert 0 < sum(not row["broken_by"] for row in correct) < len(correct)
 
 
-KILLS = 25
-
-
 def size(state: Path) -> int:
     return sum(path.stat().st_size for path in state.glob("*.jsonl"))
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path):
-    """The real command, killed 25 times by SIGKILL, against itself left alone."""
+@pytest.mark.parametrize(
+    ("kills", "suite", "examples"), [(3, "quick", 120), pytest.param(25, "standard", 359, marks=pytest.mark.slow)]
+)
+def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path, kills, suite, examples):
+    """The command, killed by SIGKILL within passes of the model and while it writes, against itself left alone."""
     alone = tmp_path / "alone"
     shutil.copytree(run, alone)
-    arguments = ["--suite", "standard", "--n-examples", "359", "--batch-size", "8"]
-    # A server that has imported everything: a start costs no seconds, so that kills come in the midst of work.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["drelu_timm.evaluate"])
-    uninterrupted = server.Process(target=main, args=(["evaluate", str(alone), *arguments],))
-    uninterrupted.start()
-    uninterrupted.join()
-    moment = random.Random(0)
-    state, sizes = run / "results" / "standard-Linf-8_255.state", [0]
-    for kill in range(KILLS):
-        process = server.Process(target=main, args=(["evaluate", str(run), *arguments],))
-        process.start()
-        if kill % 3:  # in the midst of work, else perhaps while it starts
-            while process.is_alive() and size(state) == sizes[-1]:
-                time.sleep(0.002)
-        process.join(moment.uniform(0, 0.3))
-        assert process.is_alive(), "it ended before it was killed: the test kills nothing"
+    arguments = ["--suite", suite, "--n-examples", str(examples), "--batch-size", "8"]
+    assert main(["evaluate", str(alone), *arguments]) == 0
+    moment, reached = random.Random(0), tmp_path / "reached"
+    state, sizes = run / "results" / f"{suite}-Linf-8_255.state", [0]
+    for kill in range(kills):
+        function, calls = [("os:fsync", 8), ("torch.nn:Module.__call__", 3000)][kill % 2]
+        held = held_at(function, moment.randint(1, calls), reached)
+        process = Launched("evaluate", str(run), *arguments, environment=held)
+        wait_for(reached, process)
         process.kill()
-        process.join()
+        process.wait()
+        reached.unlink()
         sizes.append(size(state))
-    print(f"{KILLS} kills, {len(set(sizes))} different states")
     assert sizes == sorted(sizes), "something was lost"
-    assert len(set(sizes)) > KILLS // 2
+    assert len(set(sizes)) > kills // 2
     assert main(["evaluate", str(run), *arguments]) == 0
-    check_that_some_break(rows_of(alone, "standard-Linf-8_255"))
-    assert rows_of(run, "standard-Linf-8_255") == rows_of(alone, "standard-Linf-8_255")
-    after, expected = (images_of(path, "standard-Linf-8_255") for path in (run, alone))
+    name = f"{suite}-Linf-8_255"
+    check_that_some_break(rows_of(alone, name))
+    assert rows_of(run, name) == rows_of(alone, name)
+    after, expected = (images_of(path, name) for path in (run, alone))
     assert all(torch.equal(after[name], expected[name]) for name in ("index", "images"))
     assert not state.exists()
 
@@ -224,22 +209,11 @@ def test_the_same_on_two_processes(run):
     alone = run.with_name("alone")
     shutil.copytree(run, alone)
     assert main([arguments[0], str(alone), *arguments[2:]]) == 0
-    # On a machine without GPUs `accelerate launch` starts a single process, whatever it is told.
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "drelu_timm",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = Launched(*arguments, processes=2)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert json.loads((run / "results" / "quick-Linf-8_255.json").read_text())["processes"] == 2
-    assert done.stdout.count("verdict on the white-box accuracies") == 1
+    assert printed.count("verdict on the white-box accuracies") == 1
     check_that_some_break(rows_of(alone, "quick-Linf-8_255"))
     for one, two in zip(rows_of(alone, "quick-Linf-8_255"), rows_of(run, "quick-Linf-8_255"), strict=True):
         assert abs(float(one.pop("margin")) - float(two.pop("margin"))) < 1e-3
@@ -292,11 +266,11 @@ def test_a_sweep_can_only_fall_and_agrees_with_single_radii(toy):
 def test_a_larger_ball_begins_where_the_smaller_one_ended(toy, monkeypatch):
     starts = []
 
-    def search(model, images, labels, threat_model, seeds, *, start=None):
-        starts.append(start)
-        return Found(images + threat_model.eps)
+    def search(model, batch, threat_model):
+        starts.append(batch.start)
+        return batch.images + threat_model.eps
 
-    attack = Attack("fake", "white-box", search, warm_start=True)
+    attack = {"fake": FakeAttack(search)}
     model, images, labels = toy
     evaluate_sweep(model, images / 2, labels, eps=[0.1, 0.001, 0.01], suite=only(monkeypatch, attack))
     assert starts[0] is None
@@ -308,11 +282,11 @@ def test_a_larger_ball_begins_where_the_smaller_one_ended(toy, monkeypatch):
 def test_broken_examples_are_not_searched_again_in_a_larger_ball(toy, monkeypatch):
     sizes = []
 
-    def search(model, images, labels, threat_model, seeds):
-        sizes.append(len(images))
-        return ATTACKS["pgd"](model, images, labels, threat_model, seeds)
+    def search(model, batch, threat_model):
+        sizes.append(len(batch))
+        return ATTACKS["pgd"].run(model, batch, threat_model)
 
-    evaluate_sweep(*toy, eps=["2/255", "8/255", "32/255"], suite=only(monkeypatch, Attack("fake", "white-box", search)))
+    evaluate_sweep(*toy, eps=["2/255", "8/255", "32/255"], suite=only(monkeypatch, {"fake": FakeAttack(search)}))
     assert sizes[0] == 39
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < 39
@@ -358,17 +332,17 @@ def test_bf16_finds_and_float32_judges(toy, monkeypatch):
     """What only looks broken in bf16 is searched again in float32, and counts only if it is."""
     searched = []
 
-    def search(model, images, labels, threat_model, seeds):
-        searched.append((model.dtype, len(images)))
+    def search(model, batch, threat_model):
+        searched.append((model.dtype, len(batch)))
         if model.dtype == torch.bfloat16:
-            return Found(images)
-        return ATTACKS["pgd"](model, images, labels, threat_model, seeds)
+            return batch.images
+        return ATTACKS["pgd"].run(model, batch, threat_model)
 
     def forward(attacked, images):
         """In bf16 a model that is wrong about everything."""
         return attacked.model(images) * (-1 if attacked.dtype == torch.bfloat16 else 1)
 
-    suite = only(monkeypatch, Attack("fake", "white-box", search))
+    suite = only(monkeypatch, {"fake": FakeAttack(search)})
     reference = evaluate_model(*toy, eps="8/255", suite=suite)
     assert reference.accuracy["fake"] < 0.8
     searched.clear()
@@ -382,11 +356,11 @@ def test_what_bf16_gave_up_on_is_searched_again_in_float32(toy, monkeypatch):
     """Also where the success was that of another batch, and the last look at the image does not show it."""
     searched = []
 
-    def search(model, images, labels, threat_model, seeds):
-        searched.append((model.dtype, len(images)))
-        return Found(images, torch.ones_like(labels), torch.arange(len(images)) % 2 == 0)
+    def search(model, batch, threat_model):
+        searched.append((model.dtype, len(batch)))
+        return Candidates(batch.images, torch.ones_like(batch.labels), torch.arange(len(batch)) % 2 == 0)
 
-    suite = only(monkeypatch, Attack("fake", "white-box", search))
+    suite = only(monkeypatch, {"fake": FakeAttack(search)})
     evaluate_model(*toy, eps="8/255", suite=suite, search_dtype=torch.bfloat16)
     assert searched == [(torch.bfloat16, 39), (torch.float32, 20)]
 
@@ -398,7 +372,7 @@ def test_square_does_not_give_up_on_ties_in_bf16(toy, tmp_path, monkeypatch):
         return (8 * logits).round() / 8 if attacked.dtype == torch.bfloat16 else logits
 
     monkeypatch.setattr(Attacked, "forward", forward)
-    suite = only(monkeypatch, Attack("square", "black-box", square, {"n_queries": 60, "p_init": 0.8}))
+    suite = only(monkeypatch, {"square": Square(n_queries=60)})
     evaluate_model(*toy, eps="24/255", suite=suite, search_dtype=torch.bfloat16, state=tmp_path)
     rows = [row for (stage, _), row in lines(tmp_path).items() if stage == "square"]
     assert any(row["margin"] <= 0 for row in rows)

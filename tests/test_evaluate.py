@@ -11,14 +11,14 @@ import pytest
 import timm
 import torch
 from accelerate import PartialState
+from fake_attacks import FakeAttack, FakeMinimumNormAttack, only
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 import drelu_timm.evaluate as verb
 from drelu_timm.__main__ import main
-from drelu_timm.attacks.pgd import Found
-from drelu_timm.attacks.suites import ATTACKS, SUITES, Attack
+from drelu_timm.attacks.suites import ATTACKS, SUITES
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation import adversarial
@@ -45,15 +45,10 @@ def toy():
     return model, images, labels
 
 
-def only(monkeypatch, *attacks):
-    """Make a suite of these attacks alone."""
-    monkeypatch.setitem(SUITES, "only", {attack.name: (attack,) for attack in attacks})
-    return "only"
-
-
 def gives(change, *, name="fake", minimum_norm=False):
-    """An attack that returns ``change(images)``."""
-    return Attack(name, "white-box", lambda model, images, *rest: Found(change(images)), minimum_norm=minimum_norm)
+    """An attack that returns ``change(images)``, by its name."""
+    attack = FakeMinimumNormAttack if minimum_norm else FakeAttack
+    return {name: attack(lambda model, batch, threat_model: change(batch.images))}
 
 
 def test_result_of_the_quick_suite(toy):
@@ -127,7 +122,7 @@ def test_a_second_model_is_seen_as_the_attacked_one_is(toy):
 
 
 def test_same_result_again_and_for_any_batch(toy, monkeypatch):
-    suite = only(monkeypatch, *(ATTACKS[name] for name in ("pgd", "noise", "bpda", "twin", "annealing")))
+    suite = only(monkeypatch, {name: ATTACKS[name] for name in ("pgd", "noise", "bpda", "twin", "annealing")})
     whole = evaluate_model(*toy, eps=0.03, suite=suite, batch_size=100)
     torch.rand(7)
     again = evaluate_model(*toy, eps=0.03, suite=suite, batch_size=7)
@@ -257,14 +252,14 @@ def test_an_attack_is_not_repeated_in_a_sequence(toy, monkeypatch):
     calls = []
 
     def fake(name, change):
-        def search(model, images, *rest):
-            calls.append((name, len(images)))
-            return Found(change(images))
+        def search(model, batch, threat_model):
+            calls.append((name, len(batch)))
+            return change(batch.images)
 
-        return Attack(name, "white-box", search)
+        return {name: FakeAttack(search)}
 
     first, second = fake("first", lambda x: x), fake("second", torch.zeros_like)
-    monkeypatch.setitem(SUITES, "only", {"both": (first, second), "first": (first,)})
+    monkeypatch.setitem(SUITES, "only", {"both": first | second, "first": first})
     result = evaluate_model(*toy, eps=1, suite="only")
     assert calls == [("first", 39), ("second", 39)]
     assert list(result.accuracy) == ["both", "first"]
@@ -295,7 +290,7 @@ def test_a_sequence_says_what_each_of_its_attacks_left(toy):
 )
 def test_adversarial_images_break_what_they_are_said_to_break(toy, monkeypatch, norm, eps, attacks):
     model, images, labels = toy
-    suite = only(monkeypatch, *(ATTACKS[attack] for attack in attacks))
+    suite = only(monkeypatch, {attack: ATTACKS[attack] for attack in attacks})
     result = evaluate_model(*toy, norm=norm, eps=eps, suite=suite)
     index, found = result.adversarial.index, result.adversarial.images
     assert index.tolist() == [example for example, by in enumerate(result.broken.by) if by not in ("", "clean")]
@@ -314,7 +309,7 @@ def test_the_image_that_broke_an_example_first_is_kept(toy, monkeypatch):
     def dark(images):  # of every second example only
         return images * (images.flatten(1).sum(dim=1) > 32).view(-1, 1, 1, 1)
 
-    suite = only(monkeypatch, gives(dark, name="dark"), gives(lambda x: 1 - x, name="inverse"))
+    suite = only(monkeypatch, gives(dark, name="dark") | gives(lambda x: 1 - x, name="inverse"))
     result = evaluate_model(*toy, eps=1, suite=suite)
     first = {"dark": dark, "inverse": lambda x: 1 - x}
     assert set(first) <= set(result.broken.by)

@@ -1,7 +1,5 @@
 """FSDP on two processes: the weights of one process, the same end after a kill, and what is refused."""
 
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType
-from launching import SGD, assert_same_weights, config, flags, kill_with_workers, launch, log, weights
+from launching import (
+    SGD,
+    STEP,
+    Launched,
+    assert_same_weights,
+    config,
+    flags,
+    held_at,
+    log,
+    train_by_processes,
+    wait_for,
+    weights,
+)
 
 from drelu_timm.errors import InputError
 from drelu_timm.models.saved import load_folder
@@ -17,7 +27,6 @@ from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig
 from drelu_timm.training.sharding import check_sharding, sharding
 
-PROGRAM = Path(__file__).parent / "fsdp_on_cpu.py"
 # What `accelerate launch` makes of scripts/fsdp.yaml, but for a small model: layers of more than 1,000 weights are
 # gathered one by one, the others together.
 LAUNCH = {
@@ -43,15 +52,9 @@ EVERYTHING = {
 }
 
 
-def start(settings: TrainConfig) -> subprocess.Popen:
-    """The training under FSDP, on two processes."""
-    return launch("train", *flags(settings), processes=2, program=[str(PROGRAM)], environment=LAUNCH)
-
-
 def run_to_the_end(settings: TrainConfig) -> Path:
-    process = start(settings)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    """The training under FSDP, on two processes."""
+    train_by_processes(settings, 2, program="fsdp_on_cpu", environment=LAUNCH)
     assert settings.output_dir is not None
     return settings.output_dir
 
@@ -83,14 +86,14 @@ def test_sharded_training_with_everything_does_too(tmp_path):
 
 
 def test_a_killed_sharded_run_ends_as_if_it_had_not_been(tmp_path, sharded_run):
+    reached, tmp_path = tmp_path / "reached", tmp_path / "run"
     settings = config(tmp_path, **TRADES)
-    process = start(settings)
-    while not list(tmp_path.glob("state/epoch-*")):
-        time.sleep(0.01)
-        assert process.poll() is None, process.communicate()[1]
-    kill_with_workers(process.pid)
-    process.communicate()
-    assert not (tmp_path / "model").exists()
+    launch = LAUNCH | held_at(STEP, 5, reached)
+    process = Launched("train", *flags(settings), processes=2, program="fsdp_on_cpu", environment=launch)
+    wait_for(reached, process)
+    process.kill()
+    process.wait()
+    assert [state.name for state in tmp_path.glob("state/epoch-*")] == ["epoch-00000-step-0000004"]
     with pytest.raises(InputError, match=r"with other sharding \(FSDP before, none now\); give what it was begun with"):
         train(settings)
     run_to_the_end(settings)

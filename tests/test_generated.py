@@ -48,13 +48,13 @@ def assert_reads(made: GeneratedImages, images: np.ndarray, labels: np.ndarray) 
 # Permutations without a table
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**40), key=st.lists(st.integers(0, 2**40), max_size=3))
 def test_permuted_is_a_bijection(count, seed, key):
     assert np.array_equal(np.sort(permuted(np.arange(count), count, seed, *key)), np.arange(count))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(count=st.integers(2**32, 2**53), start=st.integers(0, 2**31))
 def test_permuted_takes_large_counts(count, start):
     places = permuted(np.arange(start, start + 1000), count, 0)
@@ -225,7 +225,7 @@ def made(tmp_path_factory) -> GeneratedImages:
     return opened(write(tmp_path_factory.mktemp("generated") / "a.npz"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(start=st.integers(0, 500), length=st.integers(1, 100), seed=st.integers(0, 9))
 def test_every_window_is_balanced(made, start, length, seed):
     counts = np.bincount(SORTED[made.drawn(np.arange(start, start + length), seed)], minlength=3)
@@ -339,6 +339,11 @@ def test_as_many_images_as_labels(tmp_path):
 def test_empty_file(tmp_path):
     with pytest.raises(InputError, match=r"has 0 images and 0 labels"):
         opened(write(tmp_path / "a.npz", []))
+
+
+def test_pixels_scaled_to_one(tmp_path):
+    with pytest.raises(InputError, match=r"--generated has pixels from 0 to 1, as floats in \[0, 1\] become in uint8"):
+        opened(write(tmp_path / "a.npz", image=(pixels(20) / 255).round().astype(np.uint8)))
 
 
 def test_class_without_an_image(tmp_path):

@@ -8,16 +8,17 @@ import torch
 from masking_battery import NETS, Digits, judged, train_and_judge
 from torch import nn
 
-from drelu_timm.attacks.adaptive import restarts
-from drelu_timm.attacks.pgd import random_start_pgd
+from drelu_timm.attacks.adaptive import Restarts
+from drelu_timm.attacks.attack import Batch
+from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.suites import ATTACKS, SUITES
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.evaluation.attacked import Attacked
 from drelu_timm.evaluation.evaluation import evaluate_model
 from drelu_timm.evaluation.masking import (
-    averaged,
+    AveragedPGD,
+    PGDFromImage,
     farthest,
-    from_image,
     probes,
     signals,
     verdict,
@@ -86,7 +87,7 @@ class Frugal(nn.Module):
 
 
 def test_the_probes_cost_what_they_say(monkeypatch):
-    monkeypatch.setitem(SUITES, "none", {"noise": (ATTACKS["noise"],)})
+    monkeypatch.setitem(SUITES, "none", {"noise": {"noise": ATTACKS["noise"]}})
     model = Frugal()
     evaluate_model(model, torch.rand(1, 1, 2, 2), torch.zeros(1, dtype=torch.long), eps=0.1, suite="none")
     assert model.gradients <= 256
@@ -275,20 +276,20 @@ def toy():
 
 
 @pytest.mark.parametrize(
-    "search",
+    "attack",
     [
-        lambda *args: restarts(*args, loss="ce", restarts=3, steps=2, relative_step_size=0.5),
-        lambda *args: averaged(*args, loss="ce", steps=3, relative_step_size=0.5, samples=2),
-        lambda *args: from_image(*args, loss="ce", steps=2, relative_step_size=0.5),
+        Restarts(restarts=3, steps=2, relative_step_size=0.5),
+        AveragedPGD("ce", samples=2, steps=3, relative_step_size=0.5),
+        PGDFromImage(steps=2, relative_step_size=0.5),
     ],
     ids=["restarts", "averaged", "from_image"],
 )
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_an_example_does_not_hang_on_its_batch(search, norm):
+def test_an_example_does_not_depend_on_its_batch(attack, norm):
     model, images, labels = toy()
     ball = ThreatModel.parse(norm, 0.2 if norm == "Linf" else 0.8)
-    together = search(model, images, labels, ball, list(range(12))).images
-    alone = search(model, images[6:], labels[6:], ball, list(range(6, 12))).images
+    together = attack.run(model, Batch(images, labels, range(12)), ball).images
+    alone = attack.run(model, Batch(images[6:], labels[6:], range(6, 12)), ball).images
     assert (together[6:] != images[6:]).any(), "nothing was found, so nothing is compared"
     torch.testing.assert_close(together[6:], alone)
     assert ball.contains(together, images).all()
@@ -298,11 +299,11 @@ def test_restarts_keep_the_first_success():
     model, images, labels = toy()
     ball = ThreatModel.parse("Linf", 0.15)
     seeds = list(range(0, 1200, 100))
-    settings = {"loss": "ce", "steps": 1, "relative_step_size": 0.5}
+    settings = {"steps": 1, "relative_step_size": 0.5}
     own = [[seed + restart for seed in seeds] for restart in range(4)]
-    each = [random_start_pgd(model, images, labels, ball, s, **settings).images for s in own]
+    each = [PGD(**settings).run(model, Batch(images, labels, s), ball).images for s in own]
     fooled = torch.stack([model(candidate).argmax(dim=1) != labels for candidate in each])
-    found = restarts(model, images, labels, ball, seeds, restarts=4, **settings).images
+    found = Restarts(restarts=4, **settings).run(model, Batch(images, labels, seeds), ball).images
     assert (model(found).argmax(dim=1) != labels).tolist() == fooled.any(dim=0).tolist()
 
 
@@ -316,15 +317,14 @@ def test_averaged_gradients_see_past_a_flat_spot():
             return torch.stack([score, -score], dim=1)
 
     images, labels = torch.full((8, 1, 1, 1), 0.5), torch.zeros(8, dtype=torch.long)
-    ball, seeds = ThreatModel.parse("Linf", 0.1), list(range(8))
-    settings = {"loss": "ce", "steps": 10, "relative_step_size": 0.25}
-    plain = random_start_pgd(Flat(), images, labels, ball, seeds, start=images, **settings).images
+    ball, batch = ThreatModel.parse("Linf", 0.1), Batch(images, labels, range(8))
+    plain = PGDFromImage(steps=10, relative_step_size=0.25).run(Flat(), batch, ball).images
     assert torch.equal(plain, images)
-    found = averaged(Flat(), images, labels, ball, seeds, samples=4, **settings).images
+    found = AveragedPGD("ce", samples=4, steps=10, relative_step_size=0.25).run(Flat(), batch, ball).images
     assert (Flat()(found).argmax(dim=1) != labels).all()
 
 
 def test_the_adaptive_probe_is_for_models_that_have_what_it_knows():
-    names = [probe.attack.name for probe in probes(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), BALL, 4)]
+    names = [probe.name for probe in probes(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), BALL, 4)]
     assert names == ["pgd", "rescaled", "margin", "restarts", "far", "noise", "averaged", "square"]
-    assert [probe.attack.name for probe in probes(nn.Sequential(DReLU(4)), BALL, 4)] == [*names, "annealing"]
+    assert [probe.name for probe in probes(nn.Sequential(DReLU(4)), BALL, 4)] == [*names, "annealing"]

@@ -1,4 +1,5 @@
 import io
+import itertools
 import os
 import tarfile
 import time
@@ -16,6 +17,7 @@ from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import Images, hold_out, to_float
 from drelu_timm.data.readers import holds, load_images
 from drelu_timm.errors import InputError
+from drelu_timm.randomness import permutation
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -160,16 +162,31 @@ def test_real_cifar10_jpeg():
     assert std == pytest.approx(DATASETS["cifar10"].std, abs=0.005)
     with tarfile.open(folder / "test.tar") as tar:
         image = np.asarray(Image.open(tar.extractfile("./truck/0007.jpg"))).transpose(2, 0, 1)
-    matches = (test.images == torch.tensor(image)).flatten(1).all(1)
-    assert test.labels[matches].tolist() == [9]
+        matches = (test.images == torch.tensor(image)).flatten(1).all(1)
+        assert test.labels[matches].tolist() == [9]
+        # The order that published results were measured in.
+        names = sorted(member.name for member in tar if member.isfile())
+        for place in (0, 1, 2, 4_999, 9_999):
+            expected = np.asarray(Image.open(tar.extractfile(names[np.argsort(permutation(10_000, 0))[place]])))
+            np.testing.assert_array_equal(test.images[place].permute(1, 2, 0), expected)
 
 
 def test_real_tiny_imagenet():
-    test = load_images("tiny_imagenet", real_data("tiny-imagenet") / "tiny-imagenet", "test")
+    folder = real_data("tiny-imagenet") / "tiny-imagenet"
+    test = load_images("tiny_imagenet", folder, "test")
     assert test.images.shape == (10_000, 3, 64, 64)
     assert (test.labels.bincount() == 50).all()
     assert test.classes[test.labels[0]] == "n03444034"  # the first line of val_annotations.txt
     assert test.mean_std()[0] == pytest.approx(DATASETS["tiny_imagenet"].mean, abs=0.005)
+    (path,) = folder.glob("*.zip")
+    with zipfile.ZipFile(path) as archive:
+        lines = archive.read("tiny-imagenet-200/val/val_annotations.txt").decode().splitlines()
+        for place in (0, 1, 2, 4_999, 9_999):  # the order that published results were measured in
+            name, label, *_ = lines[place].split("\t")
+            with archive.open(f"tiny-imagenet-200/val/images/{name}") as file:
+                expected = np.asarray(Image.open(file).convert("RGB"))
+            np.testing.assert_array_equal(test.images[place].permute(1, 2, 0), expected)
+            assert test.classes[test.labels[place]] == label
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -189,18 +206,10 @@ def test_folder(tmp_path, packed):
     assert train.labels[:12].tolist() == [0, 0, 1, 0, 2, 0, 2, 0, 0, 0, 2, 1]
 
 
-def test_folder_keeps_the_classes_of_the_training_set(tmp_path):
-    write_folder(tmp_path / "train", ("apple", "pear", "plum"), 1)
-    write_folder(tmp_path / "test", ("pear", "plum"), 1)
-    test = load_images("folder", tmp_path, "test", img_size=4)
-    assert sorted(test.labels.tolist()) == [1, 2]
-    assert test.classes == ("apple", "pear", "plum")
-
-
 def test_oblong_images_are_cropped_to_the_middle(tmp_path):
     oblong = Image.new("RGB", (20, 10), (255, 0, 0))
     oblong.paste((0, 0, 255), (5, 0, 15, 10))
-    for split, name in (("train", "a"), ("train", "b"), ("test", "a")):
+    for split, name in itertools.product(("train", "test"), "ab"):
         (tmp_path / split / name).mkdir(parents=True)
         oblong.save(tmp_path / split / name / "0.png")
     images = load_images("folder", tmp_path, "test", img_size=5).images
@@ -358,7 +367,7 @@ def test_cifar10_is_not_mixed_from_two_sources(tmp_path):
 
 def test_folder_without_images(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"train holds no readable images .* put a folder of images a class there"):
+    with pytest.raises(InputError, match=r"train has no readable images in folders \(ignored files: none\). Put a"):
         load_images("folder", tmp_path, "train", img_size=4)
 
 
@@ -368,34 +377,25 @@ def test_folder_with_one_class(tmp_path):
         load_images("folder", tmp_path, "train", img_size=4)
 
 
-def test_folder_with_a_strange_class(tmp_path):
-    write_folder(tmp_path / "train", ("a", "b"), 1)
-    write_folder(tmp_path / "test", ("a", "c"), 1)
-    with pytest.raises(InputError, match=r"test has classes that .*train has not \(c\); rename or remove"):
-        load_images("folder", tmp_path, "test", img_size=4)
-
-
 def test_image_cut_short(tmp_path):
     write_folder(tmp_path / "train", ("a", "b"), 2, size=(64, 64), format="jpeg")
     path = tmp_path / "train" / "b" / "1.jpeg"
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(InputError, match=r"b/1.jpeg in .*train is no whole image \((?i:.*truncated.*)\); replace it"):
+    with pytest.raises(InputError, match=r"b/1.jpeg in .*train is not a whole image \((?i:.*truncated.*)\); rep"):
         load_images("folder", tmp_path, "train", img_size=4)
 
 
 def test_tar_cut_short(tmp_path):
     path = pack(write_folder(tmp_path / "train", ("a", "b"), 20))
     path.write_bytes(path.read_bytes()[:9_000])
-    with pytest.raises(
-        InputError, match=r"train.tar (holds no readable images \(unexpected end of data\)|is no whole)"
-    ):
+    with pytest.raises(InputError, match=r"train.tar cannot be read as a tar \(unexpected end of data\). Make it"):
         load_images("folder", tmp_path, "train", img_size=4)
 
 
 def test_zip_cut_short(tmp_path):
     path = write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet_files())
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"tiny-imagenet-200.zip is no whole zip \(.*\); download it again"):
+    with pytest.raises(InputError, match=r"tiny-imagenet-200.zip cannot be read as a zip \(.*\). Make it"):
         load_images("tiny_imagenet", tmp_path, "test")
 
 
@@ -412,14 +412,14 @@ def test_zip_with_an_image_missing(tmp_path):
     files = tiny_imagenet_files()
     del files["val/images/val_2.JPEG"]
     write_zip(tmp_path / "tiny-imagenet-200.zip", files)
-    with pytest.raises(InputError, match=r"val_2.JPEG in .*200.zip is no whole image"):
+    with pytest.raises(InputError, match=r"lacks 1 of the images that val/val_annotations.txt names \(.*val_2.JPEG\)"):
         load_images("tiny_imagenet", tmp_path, "test")
 
 
 def test_tiny_imagenet_without_training_images(tmp_path):
     files = {name: content for name, content in tiny_imagenet_files().items() if not name.startswith("train")}
     write_zip(tmp_path / "tiny-imagenet-200.zip", files)
-    with pytest.raises(InputError, match="--dataset tiny_imagenet has 0 images and 0 labels"):
+    with pytest.raises(InputError, match=r"200.zip/.*/train has no readable images in folders"):
         load_images("tiny_imagenet", tmp_path, "train")
 
 

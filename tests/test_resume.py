@@ -8,8 +8,8 @@ import re
 import resource
 import shutil
 import signal
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,17 @@ import torch
 from accelerate import Accelerator
 from launching import (
     SGD,
+    STEP,
+    Launched,
     assert_same_weights,
     config,
     flags,
+    held_at,
     image_folder,
-    kill_with_workers,
-    launch,
     log,
+    start_torchrun,
+    train_by_processes,
+    wait_for,
     weights,
 )
 from PIL import Image
@@ -56,20 +60,17 @@ def states(path: Path) -> list[str]:
     return sorted(state.name for state in path.glob("state/epoch-*"))
 
 
-def kill_until_done(settings: TrainConfig, *, kills: int, processes: int) -> int:
-    """Start a training again and again, and kill it, mostly soon after a new state; the number of different states."""
-    path, seen, moments = settings.output_dir, set(), random.Random(0)
-    for _ in range(kills):
-        before = states(path)
-        process = launch("train", *flags(settings), processes=processes)
-        while states(path) == before and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.05))
-        kill_with_workers(process.pid)
-        process.communicate()
-        assert states(path), "a state that was whole is gone"
-        seen.update(states(path))
-    return len(seen)
+def kill_at(settings: TrainConfig, function: str, call: int, processes: int = 1) -> list[str]:
+    """Start a training and kill it at a call of a function; the states that it leaves."""
+    path = settings.output_dir
+    before, reached = states(path), path.with_name("reached")
+    process = Launched("train", *flags(settings), processes=processes, environment=held_at(function, call, reached))
+    wait_for(reached, process)
+    process.kill()
+    process.wait()
+    reached.unlink()
+    assert max(states(path), default="") >= max(before, default=""), "a state that was whole is gone"
+    return states(path)
 
 
 def assert_same_end(one: Path, other: Path, processes: int = 1) -> None:
@@ -85,17 +86,14 @@ def assert_same_end(one: Path, other: Path, processes: int = 1) -> None:
         assert a == b
 
 
-def run_to_the_end(settings: TrainConfig, processes: int) -> None:
-    process = launch("train", *flags(settings), processes=processes)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
 def test_a_run_killed_within_epochs_ends_as_if_it_had_not_been(tmp_path):
     whole = config(tmp_path / "whole", epochs=4, save_every=2, resume=True, **FULL)
     killed = replace(whole, output_dir=tmp_path / "killed")
     train(whole)
-    assert kill_until_done(killed, kills=3, processes=1) == 3
+    steps = [f"epoch-00000-step-000000{step}" for step in range(8)]
+    assert kill_at(killed, STEP, 5) == [steps[4]]
+    assert kill_at(killed, "os:fsync", 5) == [steps[4]]  # in the midst of writing the next one
+    assert kill_at(killed, "shutil:rmtree", 2) == [steps[4], steps[6]]  # before the old one is deleted
     train(killed)
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
@@ -105,40 +103,57 @@ def test_a_run_killed_within_epochs_ends_as_if_it_had_not_been(tmp_path):
 def test_twenty_kills(tmp_path, model, processes):
     whole = config(tmp_path / "whole", model=model, epochs=10, save_every=1, resume=True, **FULL)
     killed = replace(whole, output_dir=tmp_path / "killed")
-    run_to_the_end(whole, processes)
-    assert kill_until_done(killed, kills=20, processes=processes) > 10
-    run_to_the_end(killed, processes)
+    train_by_processes(whole, processes)
+    chosen, seen = random.Random(0), set()
+    for _ in range(20):
+        function, calls = chosen.choice([(STEP, 4), ("os:fsync", 30), ("shutil:rmtree", 6)])
+        seen.update(kill_at(killed, function, chosen.randint(1, calls), processes))
+    assert len(seen) > 10
+    train_by_processes(killed, processes)
     assert_same_end(tmp_path / "whole", tmp_path / "killed", processes)
+
+
+def assert_stopped_by_sigterm(settings: TrainConfig, errors: str) -> None:
+    """What a training leaves that has heard SIGTERM within its twelfth step; its continuation is as if it had not."""
+    path, whole = settings.output_dir, settings.output_dir.with_name("whole")
+    assert "SIGTERM came: saved after epoch 1, step 6" in errors
+    assert states(path) == ["epoch-00001-step-0000006"] and not (path / "model").exists()
+    processes = json.loads((path / "config.json").read_text())["launch"]["num_processes"]
+    train_by_processes(settings, processes)
+    train_by_processes(replace(settings, output_dir=whole), processes)
+    assert_same_end(whole, path, processes)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_ends_with_its_own_code(tmp_path, processes):
-    whole = config(tmp_path / "whole", epochs=30, resume=True, **FULL)
-    stopped = replace(whole, output_dir=tmp_path / "stopped")
-    process = launch("train", *flags(stopped), processes=processes)
-    while len(log(tmp_path / "stopped") if (tmp_path / "stopped" / "log.jsonl").exists() else []) < 2:
-        time.sleep(0.01)
-        assert process.poll() is None, process.communicate()[1]
+    stopped = config(tmp_path / "stopped", epochs=4, resume=True, **FULL)
+    at_a_step = held_at(STEP, 12, tmp_path / "reached")
+    process = Launched("train", *flags(stopped), processes=processes, environment=at_a_step)
+    wait_for(tmp_path / "reached", process)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert "SIGTERM came: saved after epoch" in errors
-    assert process.returncode == EXIT_CODE if processes == 1 else process.returncode != 0
-    assert states(tmp_path / "stopped") and not (tmp_path / "stopped" / "model").exists()
+    _, errors = process.communicate()
+    assert process.returncode == EXIT_CODE
+    assert_stopped_by_sigterm(stopped, errors)
 
-    run_to_the_end(stopped, processes)
-    run_to_the_end(whole, processes)
-    assert_same_end(tmp_path / "whole", tmp_path / "stopped", processes)
+
+@pytest.mark.slow
+def test_sigterm_to_a_launcher_saves(tmp_path):
+    stopped = config(tmp_path / "stopped", epochs=4, resume=True, **FULL)
+    at_a_step = held_at(STEP, 12, tmp_path / "reached")
+    process = start_torchrun("train", *flags(stopped), program="held", environment=at_a_step)
+    wait_for(tmp_path / "reached", process)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode
+    assert_stopped_by_sigterm(stopped, errors)
 
 
 def test_a_run_on_one_process_goes_on_with_two(tmp_path):
     whole = config(tmp_path / "whole", epochs=4, objective="at", ema_decay=0.9, **SGD)
     train(whole)
     first = replace(whole, output_dir=tmp_path / "changed", save_every=3, resume=True)
-    kill_until_done(first, kills=1, processes=1)
-    process = launch("train", *flags(first), processes=2)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "goes on with 2 processes, 1 before" in printed
+    kill_at(first, STEP, 5)
+    assert "goes on with 2 processes, 1 before" in train_by_processes(first, 2)
     assert_same_weights(tmp_path / "whole", tmp_path / "changed")
 
 
@@ -193,9 +208,9 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
 def test_a_file_that_may_not_grow_leaves_the_old_state(tmp_path, monkeypatch):
     settings = interrupted(tmp_path / "run", monkeypatch)
     before = states(tmp_path / "run")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # noqa: E731
-    process = launch("train", *flags(settings), preexec_fn=limit)
-    _, errors = process.communicate(timeout=60)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    process = Launched("train", *flags(settings), before=limit)
+    _, errors = process.communicate()
     assert process.returncode == 2
     assert re.search(r"error: \S+state could not be written \(", errors)
     assert states(tmp_path / "run") == before
@@ -274,14 +289,13 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
 
 
 def test_sigterm_to_all_processes_of_the_group_saves_with_workers_too(tmp_path):
-    settings = config(tmp_path / "run", epochs=60, resume=True, workers=2)
-    process = launch("train", *flags(settings), start_new_session=True)
-    while not states(tmp_path / "run"):
-        time.sleep(0.01)
-        assert process.poll() is None, process.communicate()[1]
+    settings = config(tmp_path / "run", resume=True, workers=2)
+    process = Launched("train", *flags(settings), environment=held_at(STEP, 3, tmp_path / "reached"))
+    wait_for(tmp_path / "reached", process)
     os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == EXIT_CODE, errors
+    assert states(tmp_path / "run") == ["epoch-00000-step-0000004"]
 
 
 def test_a_process_killed_while_it_wrote_the_config_is_no_hindrance(tmp_path):
@@ -291,8 +305,8 @@ def test_a_process_killed_while_it_wrote_the_config_is_no_hindrance(tmp_path):
 
 def test_other_precision_is_refused(tmp_path, monkeypatch):
     settings = interrupted(tmp_path / "run", monkeypatch)
-    process = launch("train", *flags(settings), environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
-    _, errors = process.communicate(timeout=60)
+    process = Launched("train", *flags(settings), environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    _, errors = process.communicate()
     assert process.returncode == 2
     assert "with other mixed precision (no before, bf16 now); give what it was begun with" in errors
 

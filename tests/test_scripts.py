@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import config, flags, log
+from launching import STEP, config, flags, held_at, log, wait_for
 
 from drelu_timm.train import train
 
@@ -34,30 +33,49 @@ if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" > "$REQUEUED"; fi
 """
 
 
+# In the place of `accelerate launch`: notes how it was started, then waits for SIGTERM, or fails.
+NOTED = f"""#!{sys.executable}
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with open(os.environ["TASKS"] + ".of-node-" + os.environ["SLURM_NODEID"], "w") as file:
+    file.write(" ".join(sys.argv[1:]))
+while "--fail" not in sys.argv:
+    signal.pause()
+sys.exit(3)
+"""
+# It itself, but that its processes can be held.
+HELD = f"""#!/usr/bin/env bash
+shift
+exec {sys.executable} -m accelerate.commands.launch "${{@/#drelu_timm/held}}"
+"""
+
+
 @pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def slurm(tmp_path):
     """Starts scripts/train.slurm as a job of two nodes with one process each."""
-    for name, script in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
+    folder = tmp_path / "slurm"
+    folder.mkdir()
     environment = {
         **os.environ,
-        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "tests"),
         "SLURM_JOB_NODELIST": "node[0-1]",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_PER_NODE": "h200:1",
         "SLURM_JOB_ID": str(os.getpid()),
         "REQUEUED": str(tmp_path / "requeued"),
         "TASKS": str(tmp_path / "tasks"),
-        "OMP_NUM_THREADS": "1",
     }
 
-    def start(arguments):
+    def start(accelerate: str, arguments: list[str], variables: dict[str, str] | None = None) -> subprocess.Popen:
+        for name, script in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "accelerate": accelerate}.items():
+            (folder / name).write_text(script)
+            (folder / name).chmod(0o755)
         (tmp_path / "tasks").unlink(missing_ok=True)
         return subprocess.Popen(
             ["bash", "scripts/train.slurm", *arguments],
             cwd=ROOT,
-            env=environment,
+            env=environment | (variables or {}),
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -66,24 +84,46 @@ def slurm(tmp_path, monkeypatch):
     return start
 
 
+def test_a_job_of_slurm_starts_a_process_per_node_and_is_put_back_when_it_is_preempted(tmp_path, slurm):
+    job = slurm(NOTED, ["--model", "x y"])
+    nodes = [tmp_path / f"tasks.of-node-{node}" for node in range(2)]
+    for node in nodes:
+        wait_for(node, job)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate()
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n", errors
+    port = 20000 + os.getpid() % 20000
+    for rank, node in enumerate(nodes):
+        assert node.read_text() == (
+            f"launch --config_file scripts/multi_node.yaml --num_machines 2 --num_processes 2 --machine_rank {rank} "
+            f"--main_process_ip 127.0.0.1 --main_process_port {port} -m drelu_timm train --model x y --resume"
+        )
+
+
+def test_a_job_of_slurm_that_fails_is_not_put_back(tmp_path, slurm):
+    job = slurm(NOTED, ["--fail"])
+    job.communicate()
+    assert job.returncode == 3
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.slow
 def test_two_nodes_of_slurm_are_preempted_and_go_on_to_what_one_process_gives(tmp_path, slurm):
-    two = config(tmp_path / "two", objective="trades", epochs=40)
-    process = slurm(flags(two))
-    while not list((tmp_path / "two").glob("state/epoch-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert "SIGTERM came: saved after epoch" in errors
+    two = config(tmp_path / "two", objective="trades", epochs=10)
+    job = slurm(HELD, flags(two), held_at(STEP, 12, tmp_path / "reached"))
+    wait_for(tmp_path / "reached", job)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate()
+    assert "SIGTERM came: saved after epoch 1, step 6" in errors
     assert (tmp_path / "requeued").read_text().startswith("requeue ")
     assert not (tmp_path / "two" / "model").exists()
 
-    process = slurm(flags(two))  # as SLURM starts the job again
-    printed, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors
+    job = slurm(HELD, flags(two))  # as SLURM starts the job again
+    printed, errors = job.communicate()
+    assert job.returncode == 0, errors
     assert printed.count("next: drelu-timm evaluate") == 1
     train(replace(two, output_dir=tmp_path / "one"))
     one, two = (log(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == len(two) == 40
+    assert len(one) == len(two) == 10
     assert two[0]["train"]["loss"] == pytest.approx(one[0]["train"]["loss"], rel=0.01)  # the nodes' config says bf16
     assert two[-1]["held_out"]["clean"] == pytest.approx(one[-1]["held_out"]["clean"], abs=0.05)

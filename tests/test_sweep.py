@@ -30,7 +30,7 @@ from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.launches import Launch
 from drelu_timm.preemption import Preempted
 from drelu_timm.sweep import SweepConfig, main, sweep
-from drelu_timm.sweeps import jobs
+from drelu_timm.sweeps import jobs, progress, scheduler
 from drelu_timm.sweeps.cells import Cell
 from drelu_timm.sweeps.grids import read_grid
 from drelu_timm.sweeps.jobs import CellJob, Here
@@ -88,25 +88,27 @@ def run(cells: list[Cell], jobs: int = 1) -> bool:
     return Scheduler("stubs", cells, Here(jobs, 1), Launch()).run()
 
 
-def stamp(path: Path, name: str, seconds: float = 0) -> str:
-    """A program that notes when it began and when it ended."""
-    note = f"open({str(path)!r}, 'a').write(f'{{time.monotonic()}} {name} %s\\n')"
-    return f"import time; {note % 'begins'}; time.sleep({seconds}); {note % 'ends'}"
+def stamp(path: Path, name: str, until: str = "") -> str:
+    """A program that notes when it begins and when it ends, which is not before a line is there."""
+    note = f"notes.open('a').write('{name} %s\\n')"
+    wait = f"time.sleep(0.1)\nwhile {until!r} not in notes.read_text(): time.sleep(0.01)"
+    return "\n".join(
+        ["import pathlib, time", f"notes = pathlib.Path({str(path)!r})", note % "begins", wait, note % "ends"]
+    )
 
 
 def test_a_cell_waits_for_the_one_that_it_begins_with(tmp_path):
     notes = tmp_path / "notes"
-    programs = {"b": stamp(notes, "b"), "a": stamp(notes, "a", 0.5), "c": stamp(notes, "c")}
+    programs = {"b": stamp(notes, "b"), "a": stamp(notes, "a", "c begins"), "c": stamp(notes, "c")}  # a beside c
     assert not run(stubs(tmp_path / "x", programs, {"b": "a"}), jobs=2)
-    order = [line.split()[1:] for line in notes.read_text().splitlines()]
-    assert order.index(["a", "ends"]) < order.index(["b", "begins"])
-    assert order.index(["c", "begins"]) < order.index(["a", "ends"])  # beside it
+    order = notes.read_text().splitlines()
+    assert order.index("a ends") < order.index("b begins")
 
 
 def test_no_more_cells_at_once_than_jobs(tmp_path):
     notes = tmp_path / "notes"
-    run(stubs(tmp_path / "x", {name: stamp(notes, name, 0.2) for name in "abc"}))
-    assert [line.split()[2] for line in notes.read_text().splitlines()] == ["begins", "ends"] * 3
+    run(stubs(tmp_path / "x", {name: stamp(notes, name) for name in "abc"}))
+    assert [line.split()[1] for line in notes.read_text().splitlines()] == ["begins", "ends"] * 3
 
 
 def test_a_failed_cell_stops_only_those_that_begin_with_it(tmp_path, capsys):
@@ -179,11 +181,10 @@ def test_a_training_never_hears_the_signal_by_which_submitit_ends_a_job(tmp_path
 def test_a_preempted_job_saves_before_it_is_put_back(tmp_path):
     submitit = pytest.importorskip("submitit.helpers")
     program = (
-        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nprint('up', flush=True)"
+        "import os, signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "os.kill(os.getppid(), signal.SIGALRM)\nwhile True: signal.pause()"
     )
-    job = CellJob(
-        [["python", "-c", program + "\ntime.sleep(60)"], ["python", "-c", "print('not this')"]], tmp_path / "log"
-    )
+    job = CellJob([["python", "-c", program], ["python", "-c", "print('not this')"]], tmp_path / "log")
     again = []
 
     def preempt(*_) -> None:
@@ -191,7 +192,6 @@ def test_a_preempted_job_saves_before_it_is_put_back(tmp_path):
 
     before = signal.signal(signal.SIGALRM, preempt)
     try:
-        signal.alarm(2)
         job()
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -222,7 +222,7 @@ def test_every_cell_is_told_to_stop():
     pending = [here.submit("x", job) for job in told]
     threading.Thread(target=here.stop, daemon=True).start()
     try:
-        assert [job.result(5) for job in pending] == [""] * 8
+        assert [job.result(60) for job in pending] == [""] * 8
     finally:
         for job in told:
             job.stop()
@@ -237,7 +237,7 @@ def test_two_sweeps_in_one_folder(tmp_path, grid):
 def test_a_cell_that_a_killed_sweep_has_left_is_not_begun_twice(tmp_path, grid, monkeypatch):
     log_of = tmp_path / "x" / "natural.log"
     log_of.parent.mkdir()
-    program = "import time; print('up', flush=True); time.sleep(60)"
+    program = "import signal; print('up', flush=True); signal.pause()"
     job = CellJob([["python", "-c", program]], log_of)
     killed = multiprocessing.get_context("fork").Process(target=job)
     killed.start()
@@ -406,19 +406,20 @@ def test_what_a_cell_does_is_read_from_its_files(tmp_path):
     assert cell.doing() == "trains: epoch 3 of 5"
 
 
-def test_time_left_is_that_of_the_cells_that_ended():
+def test_time_left_is_that_of_the_cells_that_ended(monkeypatch):
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 100.0))
     cell = cell_of(Path("x"))
-    progress = Progress({"a": cell, "b": cell})
-    assert progress.seconds_left(1) is None
-    progress.ended = {
+    shown = Progress({"a": cell, "b": cell})
+    assert shown.seconds_left(1) is None
+    shown.ended = {
         "c": Ended(cell, "", 10),
         "d": Ended(cell, "", 30),
         "e": Ended(cell, "", None),
         "f": Ended(cell, "no", 1),
     }
-    progress.running = {"g": Running(cell, Future(), time.monotonic() - 5)}
-    assert progress.seconds_left(1) == pytest.approx(2 * 20 + 15, abs=1)
-    assert progress.seconds_left(2) == pytest.approx((2 * 20 + 15) / 2, abs=1)
+    shown.running = {"g": Running(cell, Future(), 95.0)}
+    assert shown.seconds_left(1) == 2 * 20 + 15
+    assert shown.seconds_left(2) == (2 * 20 + 15) / 2
 
 
 class FakeQueue:
@@ -454,14 +455,27 @@ def test_a_job_that_is_still_in_the_queue_is_not_submitted_again(tmp_path, monke
     assert queue().submit("a", job).job == job
 
 
+class Clock:
+    """What the scheduler looks at: time passes only while it sleeps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 @pytest.fixture
 def limited_queue(tmp_path, monkeypatch):
-    """Makes a cluster that takes so many jobs of a user at once; the moments at which each was submitted."""
+    """Makes a cluster that takes so many jobs of 90 s of a user at once; when each was submitted."""
     submitit = pytest.importorskip("submitit")
-    from drelu_timm.sweeps import scheduler
     from drelu_timm.sweeps.cluster import Cluster
 
-    monkeypatch.setattr(scheduler, "_TRIES_EVERY", 0.5)
+    clock = Clock()
+    monkeypatch.setattr(scheduler, "time", clock)
 
     def make(limit: int) -> tuple[Cluster, list[float]]:
         tries: list[float] = []
@@ -469,13 +483,13 @@ def limited_queue(tmp_path, monkeypatch):
 
         class Limited(FakeQueue):
             def submit(self, job: CellJob):
-                tries.append(time.monotonic())
+                tries.append(clock.now)
                 if sum(not job.done() for job in jobs) >= limit:
                     raise submitit.core.utils.FailedJobError(
                         "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed"
                     )
-                ends = time.monotonic() + 0.6
-                done = SimpleNamespace(job_id="1", done=lambda: time.monotonic() > ends, result=lambda: "")
+                ends = clock.now + 90
+                done = SimpleNamespace(job_id="1", done=lambda: clock.now > ends, result=lambda: "")
                 jobs.append(done)
                 return done
 
@@ -493,7 +507,7 @@ def test_a_cell_that_the_cluster_refuses_waits_until_another_one_has_ended(tmp_p
         *("begins a", "waits  b", "done   a", "begins b", "done   b", "begins c", "done   c")
     ]
     assert "waits  b: it was refused (sbatch: error: QOSMaxSubmitJobPerUserLimit sbatch: error: Batch job" in text
-    assert len(tries) <= 9  # not at every look
+    assert tries == pytest.approx([0, 0, 60, 120, 120, 180, 240], abs=1)  # not at every look
 
 
 def test_a_cell_that_the_cluster_refuses_though_nothing_runs_has_failed(tmp_path, limited_queue, capsys):

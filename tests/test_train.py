@@ -3,13 +3,25 @@
 import json
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from launching import SGD, assert_same_weights, config, flags, image_folder, launch, log, weights
+from launching import (
+    SGD,
+    Launched,
+    assert_same_weights,
+    config,
+    image_folder,
+    log,
+    start_torchrun,
+    train_by_processes,
+    train_by_torchrun,
+    weights,
+)
 from torch import nn
 
 from drelu_timm.__main__ import main
@@ -92,9 +104,7 @@ def test_generated_images_are_mixed_in_the_same_way_by_two_processes(tmp_path):
     augmented = {"cutmix": 0.5, "cutout": 3, "ema_decay": 0.9}
     one = config(tmp_path / "one", objective="trades", workers=1, **augmented, **data, **mixed, **SGD)
     train(one)
-    process = launch("train", *flags(replace(one, output_dir=tmp_path / "two", workers=0)), processes=2)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    train_by_processes(replace(one, output_dir=tmp_path / "two", workers=0), 2)
     assert (tmp_path / "part2.stored.npz").exists()
     for folder in ("model", "last"):
         assert_same_weights(tmp_path / "one", tmp_path / "two", folder)
@@ -104,17 +114,19 @@ EVERYTHING = {"schedule": "onecycle", "ema_decay": 0.9, "awp_gamma": 0.01, "grad
 
 
 @pytest.mark.parametrize(
-    ("objective", "settings"),
-    [("natural", {}), ("trades", {}), ("at", EVERYTHING)],
+    ("objective", "settings", "train_together"),
+    [
+        ("natural", {}, train_by_torchrun),
+        ("trades", {}, train_by_processes),
+        ("at", EVERYTHING, train_by_processes),
+    ],
     ids=["natural", "trades", "at with everything"],
 )
-def test_two_processes_train_like_one(tmp_path, objective, settings):
+def test_two_processes_train_like_one(tmp_path, objective, settings, train_together):
     one = config(tmp_path / "one", objective=objective, **settings, **SGD)
     two = replace(one, output_dir=tmp_path / "two")
     train(one)
-    process = launch("train", *flags(two), processes=2)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    train_together(two, 2)
     assert_same_weights(tmp_path / "one", tmp_path / "two")
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a["train"]["loss"] == pytest.approx(b["train"]["loss"], rel=1e-4)
@@ -125,9 +137,7 @@ def test_trades_with_batchnorm_runs_on_two_processes(tmp_path):
     one = config(tmp_path / "one", objective="trades", model="resnet10t_drelu", small_images=True)
     two = replace(one, output_dir=tmp_path / "two")
     train(one)
-    process = launch("train", *flags(two), processes=2)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    train_by_processes(two, 2)
     losses = [log(tmp_path / name)[0]["train"]["loss"] for name in ("one", "two")]
     assert losses[0] != losses[1]  # statistics of 16 images each, not of 32
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
@@ -282,9 +292,12 @@ def test_an_error_of_another_process_alone_is_told_after_the_first_had_its_time(
     assert waited == [10]
 
 
-def test_an_error_that_all_processes_meet_is_told_once():
-    process = launch("train", "--model", "dense_drelu", "--dataset", "minst", processes=2)
-    _, errors = process.communicate(timeout=120)
+@pytest.mark.parametrize(
+    "start", [partial(Launched, processes=2), pytest.param(start_torchrun, marks=pytest.mark.slow)]
+)
+def test_an_error_that_all_processes_meet_is_told_once(start):
+    process = start("train", "--model", "dense_drelu", "--dataset", "minst")
+    _, errors = process.communicate()
     assert process.returncode != 0
     assert errors.count("error: --dataset 'minst' is unknown; did you mean mnist?") == 1
 
@@ -463,9 +476,7 @@ def test_bf16_trains_nearly_as_float32_does(tmp_path):
     settings = config(tmp_path / "float32", objective="at")
     train(settings)
     half = replace(settings, output_dir=tmp_path / "bf16")
-    process = launch("train", *flags(half), environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    train_by_processes(half, environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
     losses = [log(tmp_path / name)[-1]["train"]["loss"] for name in ("float32", "bf16")]
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -5,10 +5,12 @@ gradients sees a flat loss. The attacks here differentiate, or compute, somethin
 while they search, and are judged on the model as it is. What stands in for a layer is said once, in `backward`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial, singledispatch
 from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 from timm.layers.activations import HardSigmoid, Sigmoid, Tanh
@@ -17,9 +19,10 @@ from torch import Tensor, nn
 
 from ..models.drelu import DReLU, SReLU, along_channels
 from ..models.modes import frozen
-from .library import apgd
+from .apgd import APGD
+from .attack import Attack, Batch, Candidates, Kind
 from .losses import LOSSES, Loss, targeted_margin
-from .pgd import Found, drawn, pgd, random_start_pgd
+from .pgd import PGD, pgd, start_of
 from .threat_model import ThreatModel, per_image
 
 Clamp = Callable[[Tensor, float, float | Tensor], Tensor]  # (x, floor, cap) -> what stands in for the clamped x
@@ -152,168 +155,198 @@ def soft(x: Tensor, floor: float, cap: float | Tensor) -> Tensor:
 SUBSTITUTES: dict[str, Clamp] = {"straight-through": straight_through, "leaky": leaky, "soft": soft}
 
 
-def bpda(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    substitute: str,
-    **settings,
-) -> Found:
-    """`random_start_pgd` with the gradient of a substitute for every known layer, the forward pass untouched.
+@dataclass(frozen=True)
+class BPDA(Attack):
+    """`PGD` with the gradient of a substitute for every known layer; the forward pass is unchanged.
 
     Source: Athalye et al. 2018, https://arxiv.org/abs/1802.00420.
 
-    Args:
-        model: Takes [0, 1] images.
-        images: [B, C, H, W] in [0, 1].
-        labels: [B].
-        threat_model: The balls.
-        seeds: One an image.
-        substitute: A name in `SUBSTITUTES`.
-        settings: As of `random_start_pgd`.
-    """
-    with substituted(model, SUBSTITUTES[substitute]):
-        return random_start_pgd(model, images, labels, threat_model, seeds, **settings)
-
-
-def bpda_apgd(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    substitute: str,
-    **settings,
-) -> Found:
-    """`library.apgd` with the gradient of a substitute for every known layer, as in `bpda`."""
-    with substituted(model, SUBSTITUTES[substitute]):
-        return apgd(model, images, labels, threat_model, seeds, **settings)
-
-
-def twin(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    substitute: str,
-    **settings,
-) -> Found:
-    """`random_start_pgd` on the twin of the model that computes the substitutes, to be transferred to the model itself.
-
-    With "straight-through" the twin has no caps at all. The arguments are those of `bpda`.
-    """
-    with replaced(model, SUBSTITUTES[substitute]):
-        return Found(random_start_pgd(model, images, labels, threat_model, seeds, **settings).images)
-
-
-def transfer(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    source: nn.Module,
-    **settings,
-) -> Found:
-    """`random_start_pgd` on another model of the same classes, ``source``, to be transferred to this one."""
-    with frozen(source):
-        return Found(random_start_pgd(source, images, labels, threat_model, seeds, **settings).images)
-
-
-def annealing(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    loss: str,
-    steps: int,
-    start: Tensor | None = None,
-    **settings,
-) -> Found:
-    """PGD on caps that are sigmoids at first and sharpen to the true clamp, until the model itself is fooled.
-
-    Args:
-        model: Takes [0, 1] images.
-        images: [B, C, H, W] in [0, 1].
-        labels: [B].
-        threat_model: The balls.
-        seeds: One an image.
+    Attributes:
         loss: A name in `LOSSES`.
-        steps: Number of gradients a round.
-        start: [B, C, H, W] in the ball; by default a random point of it.
-        settings: ``rounds``, the number of sharpnesses from 0 to 1, after each of which the model is asked, and
-            ``relative_step_size``, the length of a step in units of eps.
-    """
-    start = drawn(threat_model.random_start, images, seeds) if start is None else start
-    searches = _annealing_rounds(
-        model, images, threat_model, start, lambda left: LOSSES[loss](labels[left]), steps=steps, **settings
-    )
-    return _first_success(model, images, labels, searches, steps)
-
-
-def targeted_annealing(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    n_target_classes: int,
-    steps: int,
-    start: Tensor | None = None,
-    **settings,
-) -> Found:
-    """`annealing` towards one other class after the other, the likeliest first, by the margin to it.
-
-    ``n_target_classes`` is at most the number of classes less one; the other arguments are those of `annealing`.
-    """
-    with torch.no_grad():
-        others = model(images).scatter(1, labels.unsqueeze(1), -torch.inf)
-    targets = others.topk(n_target_classes).indices
-    start = drawn(threat_model.random_start, images, seeds) if start is None else start
-    rounds = partial(_annealing_rounds, model, images, threat_model, start, steps=steps, **settings)
-    losses = [lambda left, target=target: targeted_margin(labels[left], target[left]) for target in targets.unbind(1)]
-    searches = chain.from_iterable(map(rounds, losses))
-    return _first_success(model, images, labels, searches, steps)
-
-
-def restarts(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    restarts: int,
-    steps: int,
-    **settings,
-) -> Found:
-    """`random_start_pgd` from several random points of the ball, until the model is fooled: a baseline.
-
-    ``restarts`` is the number of points; the other arguments are those of `random_start_pgd`.
+        substitute: A name in `SUBSTITUTES`.
+        steps: Number of gradients.
+        relative_step_size: Length of a step, in units of eps.
     """
 
-    def search(restart: int, left: Tensor) -> Tensor:
-        own = [seeds[i] + restart for i in left.tolist()]
-        return random_start_pgd(model, images[left], labels[left], threat_model, own, steps=steps, **settings).images
+    kind: ClassVar[Kind] = "adaptive"
+    loss: str = "scaled-ce"
+    substitute: str = "leaky"
+    steps: int = 20
+    relative_step_size: float = 0.2
 
-    return _first_success(model, images, labels, [partial(search, restart) for restart in range(restarts)], steps)
+    @property
+    def attack(self) -> Attack:
+        """The attack that follows the substitute's gradient."""
+        return PGD(self.loss, self.steps, self.relative_step_size)
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        with substituted(model, SUBSTITUTES[self.substitute]):
+            return self.attack.run(model, batch, threat_model)
+
+
+@dataclass(frozen=True)
+class BPDAWithAPGD(Attack):
+    """`APGD` with the gradient of a substitute for every known layer, as in `BPDA`.
+
+    Attributes:
+        loss: "ce" or "dlr".
+        substitute: A name in `SUBSTITUTES`.
+        n_iter: Number of steps.
+        rho: See `APGD`.
+    """
+
+    kind: ClassVar[Kind] = "adaptive"
+    loss: str = "ce"
+    substitute: str = "leaky"
+    n_iter: int = 100
+    rho: float = 0.75
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        with substituted(model, SUBSTITUTES[self.substitute]):
+            return APGD(self.loss, self.n_iter, self.rho).run(model, batch, threat_model)
+
+
+@dataclass(frozen=True)
+class Surrogate(BPDA):
+    """`PGD` on a surrogate that computes the substitutes, whose images are transferred to the model.
+
+    With "straight-through" the surrogate has no caps at all.
+    """
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        with replaced(model, SUBSTITUTES[self.substitute]):
+            return self.attack.run(model, batch, threat_model)
+
+
+@dataclass(frozen=True)
+class Transfer(Attack):
+    """`PGD` on another model of the same classes, whose images are transferred to the attacked model.
+
+    Attributes:
+        source: The other model, which `evaluate --transfer-from` names; None until it is known.
+        attack: Attack on it.
+    """
+
+    kind: ClassVar[Kind] = "transfer"
+    source: nn.Module | None = None
+    attack: PGD = field(default_factory=lambda: PGD(loss="margin"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the attack on the other model."""
+        return self.attack.settings
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        assert self.source is not None
+        with frozen(self.source):
+            return self.attack.run(self.source, batch, threat_model)
+
+
+@dataclass(frozen=True)
+class Annealing(Attack):
+    """PGD on caps that start as sigmoids and sharpen to the true clamp, until the model itself is fooled.
+
+    Attributes:
+        loss: A name in `LOSSES`.
+        rounds: Number of sharpnesses from 0 to 1, after each of which the model itself judges the images.
+        steps: Number of gradients per round.
+        relative_step_size: Length of a step, in units of eps.
+    """
+
+    kind: ClassVar[Kind] = "adaptive"
+    loss: str = "scaled-ce"
+    rounds: int = 10
+    steps: int = 10
+    relative_step_size: float = 0.1
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        start = start_of(batch, threat_model)
+
+        def loss(left: Tensor) -> Loss:
+            return LOSSES[self.loss](batch.labels[left])
+
+        searches = _annealing_rounds(self, model, batch.images, threat_model, start, loss)
+        return _first_success(model, batch, searches, self.steps)
+
+
+@dataclass(frozen=True)
+class TargetedAnnealing(Attack):
+    """`Annealing` towards one other class after the other, the most likely first, by the margin to it.
+
+    Attributes:
+        n_target_classes: Number of classes.
+        rounds: See `Annealing`.
+        steps: Number of gradients per round.
+        relative_step_size: Length of a step, in units of eps.
+    """
+
+    kind: ClassVar[Kind] = "adaptive"
+    n_target_classes: int = 9
+    rounds: int = 5
+    steps: int = 10
+    relative_step_size: float = 0.2
+
+    def for_classes(self, num_classes: int) -> "TargetedAnnealing":
+        """Limit the targets to the other classes."""
+        return replace(self, n_target_classes=min(self.n_target_classes, num_classes - 1))
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        with torch.no_grad():
+            others = model(batch.images).scatter(1, batch.labels.unsqueeze(1), -torch.inf)
+        targets = others.topk(self.n_target_classes).indices
+        start = start_of(batch, threat_model)
+
+        def towards(target: Tensor) -> Iterator[Search]:
+            def loss(left: Tensor) -> Loss:
+                return targeted_margin(batch.labels[left], target[left])
+
+            return _annealing_rounds(self, model, batch.images, threat_model, start, loss)
+
+        searches = chain.from_iterable(map(towards, targets.unbind(1)))
+        return _first_success(model, batch, searches, self.steps)
+
+
+@dataclass(frozen=True)
+class Restarts(Attack):
+    """`PGD` from several random points of the epsilon ball, until the model is fooled: a baseline.
+
+    Attributes:
+        loss: A name in `LOSSES`.
+        restarts: Number of points.
+        steps: Number of gradients from each.
+        relative_step_size: Length of a step, in units of eps.
+    """
+
+    loss: str = "ce"
+    restarts: int = 10
+    steps: int = 20
+    relative_step_size: float = 0.2
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        attack = PGD(self.loss, self.steps, self.relative_step_size)
+
+        def search(restart: int, left: Tensor) -> Tensor:
+            own = [batch.seeds[i] + restart for i in left.tolist()]
+            again = Batch(batch.images[left], batch.labels[left], own)  # restarts ignore the batch's start
+            return attack.run(model, again, threat_model).images
+
+        searches = [partial(search, restart) for restart in range(self.restarts)]
+        return _first_success(model, batch, searches, self.steps)
 
 
 Search = Callable[[Tensor], Tensor]  # positions [b] -> candidates [b, C, H, W] for the images there
 
 
-def _first_success(model: nn.Module, images: Tensor, labels: Tensor, searches: Iterable[Search], steps: int) -> Found:
-    """Every search, of ``steps`` gradients, on what those before it left; the first success on the model is kept."""
+def _first_success(model: nn.Module, batch: Batch, searches: Iterable[Search], steps: int) -> Candidates:
+    """Run every search, of ``steps`` gradients, on what the ones before it left, and keep the first success."""
+    images, labels = batch.images, batch.labels
     found, spent = images.clone(), torch.zeros_like(labels)
     left = torch.arange(len(labels), device=labels.device)
     for search in searches:
@@ -325,28 +358,27 @@ def _first_success(model: nn.Module, images: Tensor, labels: Tensor, searches: I
             left = left[model(found[left]).argmax(dim=1) == labels[left]]
     ended = torch.ones_like(labels, dtype=torch.bool)
     ended[left] = False
-    return Found(found, spent, ended)
+    return Candidates(found, spent, ended)
 
 
 def _annealing_rounds(
+    attack: Annealing | TargetedAnnealing,
     model: nn.Module,
     images: Tensor,
     threat_model: ThreatModel,
     start: Tensor,
     loss: Callable[[Tensor], Loss],
-    *,
-    rounds: int,
-    steps: int,
-    relative_step_size: float,
 ) -> Iterator[Search]:
-    """A search for every sharpness, each from where the one before it ended; ``loss`` is made for positions [b]."""
+    """Yield a search for every sharpness, each from where the one before it ended; ``loss`` takes positions [b]."""
     current = start.clone()
-    step_size = relative_step_size * threat_model.eps
+    step_size = attack.relative_step_size * threat_model.eps
 
     def search(sharpness: float, left: Tensor) -> Tensor:
         own, begin = images[left], current[left]
         with replaced(model, partial(annealed, sharpness=sharpness)):
-            current[left] = pgd(model, own, loss(left), threat_model, start=begin, steps=steps, step_size=step_size)
+            current[left] = pgd(
+                model, own, loss(left), threat_model, start=begin, steps=attack.steps, step_size=step_size
+            )
         return current[left]
 
-    return (partial(search, sharpness) for sharpness in torch.linspace(0, 1, rounds).tolist())
+    return (partial(search, sharpness) for sharpness in torch.linspace(0, 1, attack.rounds).tolist())

@@ -1,11 +1,13 @@
 """Projected gradient descent, which training and evaluation share, and the simplest attacks of an evaluation."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .attack import Attack, Batch, Candidates, Kind
 from .losses import LOSSES, Loss, cross_entropy
 from .threat_model import ThreatModel
 
@@ -20,19 +22,19 @@ def pgd(
     steps: int,
     step_size: float,
 ) -> Tensor:
-    """Projected gradient ascent on ``loss`` (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
+    """Ascend ``loss`` by projected gradient steps (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
 
     Args:
         model: Takes [0, 1] images; used as it is, see `models.modes.frozen`.
-        images: [B, C, H, W] in [0, 1], the centres of the balls.
-        loss: What is raised, from the logits.
-        threat_model: The balls.
-        start: [B, C, H, W], where the ascent begins.
+        images: [B, C, H, W] in [0, 1], the centres of the epsilon balls.
+        loss: Function of the logits that is maximized.
+        threat_model: Norm and eps.
+        start: [B, C, H, W], where the ascent starts.
         steps: Number of gradients.
         step_size: Length of a step, in units of a [0, 1] pixel.
 
     Returns:
-        [B, C, H, W] in the ball and in [0, 1]: the last point, not the best.
+        [B, C, H, W] in the epsilon ball and in [0, 1]: the last point, not the best.
     """
     adversarial = start.detach()
     for _ in range(steps):
@@ -45,75 +47,71 @@ def pgd(
 
 
 def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
-    """A generator on the CPU for each image's own seed."""
+    """Return a CPU generator for each seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def drawn(draw: Callable[[Tensor, torch.Generator], Tensor], images: Tensor, seeds: Sequence[int]) -> Tensor:
-    """What ``draw`` makes of every image [1, C, H, W] with the image's own seed: equal in any batch, on any device."""
+    """Apply ``draw`` to every image [1, C, H, W] with the image's own seed: equal in any batch and on any device."""
     cpu = images.cpu()
     rows = [draw(cpu[i : i + 1], generator) for i, generator in enumerate(generators_of(seeds))]
     return torch.cat(rows).to(images.device)
 
 
-class Found(NamedTuple):
-    """What a search comes back with, to be judged again by the caller: it need not fool the model, nor lie in the ball.
+def start_of(batch: Batch, threat_model: ThreatModel) -> Tensor:
+    """Return the batch's start, or a random point of the epsilon ball around each image [B, C, H, W]."""
+    return drawn(threat_model.random_start, batch.images, batch.seeds) if batch.start is None else batch.start
+
+
+@dataclass(frozen=True)
+class FGSM(Attack):
+    """Fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572); its direction for L2."""
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Take one step of length eps from the image."""
+        loss = cross_entropy(batch.labels)
+        images = batch.images
+        return Candidates(pgd(model, images, loss, threat_model, start=images, steps=1, step_size=threat_model.eps))
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """`pgd` from a random point of the epsilon ball, or from the batch's start.
 
     Attributes:
-        images: [B, C, H, W].
-        steps: [B], gradients or queries until the first success, or all of them without one; None where not known.
-        ended: [B], where a success ended the search; None of searches that always go on to their last step.
-    """
-
-    images: Tensor
-    steps: Tensor | None = None
-    ended: Tensor | None = None
-
-
-# Attacks of the evaluation share one form: (model, images, labels, threat_model, seeds, *, settings) -> Found. The
-# model is used as it is (see `models.modes.frozen`). ``seeds`` holds one number an image, of which alone an image's
-# randomness is made. Those that can begin at a point which a smaller ball gave take it as ``start``.
-
-
-def fgsm(model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int]) -> Found:
-    """The fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572); for L2 its direction."""
-    loss = cross_entropy(labels)
-    return Found(pgd(model, images, loss, threat_model, start=images, steps=1, step_size=threat_model.eps))
-
-
-def random_start_pgd(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    loss: str,
-    steps: int,
-    relative_step_size: float,
-    start: Tensor | None = None,
-) -> Found:
-    """`pgd` from a random point of the ball, or from a given one.
-
-    Args:
-        model: Takes [0, 1] images.
-        images: [B, C, H, W] in [0, 1].
-        labels: [B].
-        threat_model: The balls.
-        seeds: One an image.
         loss: A name in `LOSSES`.
         steps: Number of gradients.
         relative_step_size: Length of a step, in units of eps.
-        start: [B, C, H, W] in the ball.
     """
-    start = drawn(threat_model.random_start, images, seeds) if start is None else start
-    step_size = relative_step_size * threat_model.eps
-    return Found(pgd(model, images, LOSSES[loss](labels), threat_model, start=start, steps=steps, step_size=step_size))
+
+    loss: str = "ce"
+    steps: int = 40
+    relative_step_size: float = 0.1
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        images = pgd(
+            model,
+            batch.images,
+            LOSSES[self.loss](batch.labels),
+            threat_model,
+            start=start_of(batch, threat_model),
+            steps=self.steps,
+            step_size=self.relative_step_size * threat_model.eps,
+        )
+        return Candidates(images)
 
 
-def sign_noise(
-    model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int]
-) -> Found:
-    """One random corner of the Linf ball, or direction of the L2 ball: what every attack has to beat."""
-    direction = drawn(lambda image, generator: torch.randn(image.shape, generator=generator), images, seeds)
-    return Found(threat_model.project(threat_model.ascend(images, direction, threat_model.eps), images))
+@dataclass(frozen=True)
+class SignNoise(Attack):
+    """One random corner of the Linf ball, or one random direction of length eps for L2: a baseline for all attacks."""
+
+    kind: ClassVar[Kind] = "black-box"
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Draw the point; the model is not used."""
+        direction = drawn(
+            lambda image, generator: torch.randn(image.shape, generator=generator), batch.images, batch.seeds
+        )
+        moved = threat_model.ascend(batch.images, direction, threat_model.eps)
+        return Candidates(threat_model.project(moved, batch.images))

@@ -1,79 +1,79 @@
-"""Square, a random search without gradients, in which the fate of an example does not hang on its batch.
+"""Square, a random search without gradients, in which no example depends on its batch.
 
-pyautoattack draws where a square lies once for the whole batch. Here every example draws from its own seed, in the same
-order, so that it gets what pyautoattack gives it in a batch of one. The schedule, the shapes and the rule of acceptance
-are pyautoattack's; the cross-entropy that it computes and does not use is left out.
+pyautoattack draws the position of a square once for the whole batch. Here every example draws from its own seed, in the
+same order, so that it gets what pyautoattack gives it in a batch of one. The schedule, the shapes and the acceptance
+rule are pyautoattack's; the cross-entropy that it computes and does not use is left out.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import ClassVar
 
 import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from .attack import Attack, Batch, Candidates, Kind
 from .losses import margin
-from .pgd import Found, generators_of
+from .pgd import generators_of
 from .threat_model import ThreatModel, per_image
 
 _QUERIES_DRAWN = 500  # at once, so that the memory does not grow with their number
 
 
-@torch.no_grad()
-def square(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    n_queries: int,
-    p_init: float,
-) -> Found:
+@dataclass(frozen=True)
+class Square(Attack):
     """Square on the margin (Andriushchenko et al. 2020, https://arxiv.org/abs/1912.00049).
 
-    Args:
-        model: Takes [0, 1] images.
-        images: [B, C, H, W] in [0, 1].
-        labels: [B].
-        threat_model: The balls.
-        seeds: One an image.
-        n_queries: Number of squares that are tried; the start is one query more.
+    Attributes:
+        n_queries: Number of squares that are tried; the start costs one more query.
         p_init: Share of the pixels that the first squares cover.
-
-    Returns:
-        Of each image the first point that fools the model, or else the one of largest margin; and the queries.
     """
-    published = SquareAttack(
-        model, norm=threat_model.norm, eps=threat_model.eps, p_init=p_init, resc_schedule=False, device=images.device
-    )
-    kind = _LinfSquares if threat_model.norm == "Linf" else _L2Squares
-    squares = kind(published, threat_model.eps, images.shape[1:])
-    generators = generators_of(seeds)
-    numbers = _uniform(generators, squares.start_numbers, images.device)
-    found, steps = images.clone(), torch.full_like(labels, n_queries + 1)
-    ended = torch.zeros_like(labels, dtype=torch.bool)
-    left, best = torch.arange(len(images), device=images.device), squares.start(images, numbers)
-    losses, wrong = _asked(model, best, labels)
-    for query in range(n_queries):
-        if query % _QUERIES_DRAWN == 0:
-            numbers = _uniform(generators, (_QUERIES_DRAWN, squares.step_numbers), images.device)
-        if wrong.any():
-            found[left[wrong]], steps[left[wrong]], ended[left[wrong]] = best[wrong], query + 1, True
-            generators = [generator for generator, gone in zip(generators, wrong.tolist(), strict=True) if not gone]
-            state = (left, images, labels, best, losses, numbers)
-            left, images, labels, best, losses, numbers = (tensor[~wrong] for tensor in state)
-        if not len(left):
-            break
-        candidates = squares.step(best, images, numbers[:, query % _QUERIES_DRAWN], query)
-        tried, wrong = _asked(model, candidates, labels)
-        better = (tried > losses) | (tried >= 0) | wrong
-        best[better] = candidates[better]
-        losses = tried.where(better, losses)
-    found[left] = best
-    return Found(found, steps, ended)
+
+    kind: ClassVar[Kind] = "black-box"
+    n_queries: int = 5000
+    p_init: float = 0.8
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Return for every image the first point that fools the model, otherwise the one with the largest margin."""
+        images, labels = batch.images, batch.labels
+        published = SquareAttack(
+            model,
+            norm=threat_model.norm,
+            eps=threat_model.eps,
+            p_init=self.p_init,
+            resc_schedule=False,
+            device=images.device,
+        )
+        kind = _LinfSquares if threat_model.norm == "Linf" else _L2Squares
+        squares = kind(published, threat_model.eps, images.shape[1:])
+        generators = generators_of(batch.seeds)
+        numbers = _uniform(generators, squares.start_numbers, images.device)
+        found, steps = images.clone(), torch.full_like(labels, self.n_queries + 1)
+        ended = torch.zeros_like(labels, dtype=torch.bool)
+        left, best = torch.arange(len(images), device=images.device), squares.start(images, numbers)
+        losses, wrong = _asked(model, best, labels)
+        for query in range(self.n_queries):
+            if query % _QUERIES_DRAWN == 0:
+                numbers = _uniform(generators, (_QUERIES_DRAWN, squares.step_numbers), images.device)
+            if wrong.any():
+                found[left[wrong]], steps[left[wrong]], ended[left[wrong]] = best[wrong], query + 1, True
+                generators = [generator for generator, gone in zip(generators, wrong.tolist(), strict=True) if not gone]
+                state = (left, images, labels, best, losses, numbers)
+                left, images, labels, best, losses, numbers = (tensor[~wrong] for tensor in state)
+            if not len(left):
+                break
+            candidates = squares.step(best, images, numbers[:, query % _QUERIES_DRAWN], query)
+            tried, wrong = _asked(model, candidates, labels)
+            better = (tried > losses) | (tried >= 0) | wrong
+            best[better] = candidates[better]
+            losses = tried.where(better, losses)
+        found[left] = best
+        return Candidates(found, steps, ended)
 
 
 def _asked(model: nn.Module, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,9 @@ class GeneratedImages:
         labels: Integers [N] of every file, below ``num_classes``.
         num_classes: Number of classes; there must be an image of each.
 
+    Raises:
+        InputError: Labels outside the classes, a class without an image, or pixels of 0 and 1 only.
+
     Attributes:
         digest: sha256 over the number of images of every file and class, and over a sample of the images: what a
             resumed run compares.
@@ -116,6 +119,11 @@ class GeneratedImages:
     def _digest(self) -> str:
         digest = hashlib.sha256()
         images, labels = self.read(np.linspace(0, len(self) - 1, _SAMPLE).astype(np.int64))
+        if images.max() <= 1:
+            raise InputError(
+                f"--generated has pixels from {images.min()} to {images.max()}, as floats in [0, 1] become in uint8. "
+                "They must be from 0 to 255: multiply by 255 before the conversion."
+            )
         for array in (self._firsts, self._counts, images.numpy(), labels.numpy()):
             digest.update(array.tobytes())
         return digest.hexdigest()

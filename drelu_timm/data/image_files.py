@@ -1,26 +1,24 @@
-"""Image files: found in folders, tars and zips with a folder a class, and decoded into one uint8 tensor."""
+"""Image files: found in a tree with a folder per class, and decoded into one uint8 tensor."""
 
 import io
-import tarfile
-import threading
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 from PIL import Image, ImageOps
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError, one_line
+from .trees import Tree
 
 _MODES = {1: "L", 3: "RGB"}
 _CHUNK = 256  # images a task: enough that the tasks' own cost does not show
@@ -35,93 +33,140 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files with an image each.
+    """Image files with a label each.
 
     Attributes:
-        path: The folder, tar or zip that holds them.
-        names: [N], inside ``path``.
+        tree: The folder, tar or zip that holds them.
+        names: [N], in the tree.
         labels: [N], below ``len(classes)``.
         classes: Name of every class.
-        read: Gives the bytes of file i; threads may call it.
+        ignored: Number of the other files in the tree, by the reason why they are not read.
     """
 
-    path: Path
+    tree: Tree
     names: Sequence[str]
     labels: Sequence[int]
     classes: tuple[str, ...]
-    read: Callable[[int], bytes]
+    ignored: Counter[str]
+
+    def __str__(self) -> str:
+        """``1,234 images in 10 classes (data/train), 3 files ignored (2 .txt, 1 hidden)``."""
+        found = f"{len(self.names):,} images in {len(self.classes)} classes ({self.tree.path})"
+        number = self.ignored.total()
+        files = "file" if number == 1 else "files"
+        return found + (f", {number:,} {files} ignored ({listed(self.ignored)})" if number else "")
 
     def open(self, index: int) -> Image.Image:
-        """Decode an image.
+        """Decode an image with 8 bits per channel, turned upright as its EXIF orientation says.
+
+        Of several frames or pages the first is decoded.
 
         Raises:
-            InputError: The file is no image, or not a whole one.
+            InputError: The file is not an image, is cut short, or has pixels whose range is not known.
         """
+        what = f"--data-dir: {self.names[index]} in {self.tree.path}"
         try:
-            image = Image.open(io.BytesIO(self.read(index)))
+            image = Image.open(io.BytesIO(self.tree.read(self.names[index])))
             image.load()
+            ImageOps.exif_transpose(image, in_place=True)
         # Pillow, tarfile and zipfile raise some ten unrelated classes at a broken file.
         except Exception as error:
-            what = f"{self.names[index]} in {self.path} is no whole image ({one_line(error)})"
-            raise InputError(f"--data-dir: {what}; replace it") from error
-        return image
+            raise InputError(f"{what} is not a whole image ({one_line(error)}); replace it") from error
+        if image.mode in _EIGHT_BIT:
+            # Pillow converts LAB to RGB only.
+            return image.convert("RGB") if image.mode == "LAB" else image
+        maximum = _maximum(image)
+        if maximum is None:
+            raise InputError(
+                f"{what} has pixels of Pillow's mode {image.mode!r} in a file of format {image.format}, whose range is "
+                "not known. Save it with 8 bits per channel, or as PNG with 16."
+            )
+        return Image.fromarray(np.rint(np.asarray(image) * (255 / maximum)).astype(np.uint8))
 
 
-def read_folder(path: Path) -> ImageFiles:
-    """What timm's readers find in a folder or tar with a folder a class, ordered by class.
+def listed(counts: Counter[str]) -> str:
+    """Format counts for the middle of a line: the five highest, as in ``2 .txt, 1 hidden``."""
+    return ", ".join(f"{n:,} {what}" for what, n in counts.most_common(5)) + (", ..." if len(counts) > 5 else "")
+
+
+# Alpha is dropped by the conversion to RGB or grey, which keeps the colours under transparent pixels, as timm and
+# torchvision do. All but these are either 16-bit grey or refused: `Image.convert` would clip them at 255.
+_EIGHT_BIT = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"))
+
+
+def _maximum(image: Any) -> int | None:
+    """Return the value of white in a 16-bit grey image; None where its mode and format do not determine it."""
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        return 2 ** image.tag_v2[258][0] - 1  # BitsPerSample: 12 bits are stored in 16 without being scaled
+    # Pillow scales JPEG 2000 of less than 16 bits, and PGM of any maximum, to 16 bits. "I" are PNG in older versions,
+    # and PGM; in a TIFF it may be 32-bit or signed.
+    known = {"PNG": ("I", "I;16", "I;16B"), "PPM": ("I",), "JPEG2000": ("I;16",)}
+    return 2**16 - 1 if image.mode in known.get(image.format, ()) else None
+
+
+def natural(name: str) -> tuple[Any, str]:
+    """Key of timm's natural order, in which 2 comes before 10; names that differ in case only keep one order, too."""
+    return natural_key(name), name
+
+
+@cache
+def formats() -> dict[str, str]:
+    """Pillow's format of every file extension that it decodes, such as ``".jpg": "JPEG"``; all lower case."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    # Those that Pillow only identifies would stop everything where a video or an array lies next to the images.
+    return {suffix: name for suffix, name in known if name in Image.OPEN and name not in _IDENTIFIED_ONLY}
+
+
+_IDENTIFIED_ONLY = ("BUFR", "GRIB", "HDF5", "MPEG")
+
+
+def why_ignored(name: str) -> str | None:
+    """Return why a file is not read: ``hidden``, or its extension; None for an image."""
+    if name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name:
+        return "hidden"
+    suffix = posixpath.splitext(name)[1].lower()
+    return None if suffix in formats() else suffix or "without extension"
+
+
+def images_by_class(tree: Tree) -> ImageFiles:
+    """Find the images of a tree, labelled by the top folder that holds them, as by torchvision's `ImageFolder`.
+
+    Images are in the order of ``tree.names``, classes in timm's natural order. Read are the extensions that Pillow
+    decodes. Files and folders that are hidden (their name starts with "." or is ``__MACOSX``), other files, and images
+    in no folder are ignored and counted.
 
     Raises:
-        InputError: No images, or a tar that is none or is cut short.
+        InputError: No images in folders, or a folder without one.
     """
-    try:
-        if path.is_file():
-            # Left to itself, timm unpickles a file that it finds beside a large tar.
-            reader = ReaderImageInTar(str(path), cache_tarinfo=False)
-            classes, labels = reader.class_name_to_idx, reader.targets.tolist()
-            lock = threading.Lock()  # the files of a tar share one position
+    found: dict[str, int] = {}  # number of images by class
+    ignored: Counter[str] = Counter()
+    names = []
+    for name in tree.names:
+        top, slash, _ = name.partition("/")
+        why = why_ignored(name)
+        if slash and why != "hidden":
+            found.setdefault(top, 0)
+        if name.endswith("/"):
+            continue
+        if why is None and slash:
+            found[top] += 1
+            names.append(name)
         else:
-            reader = ReaderImageFolder(str(path))
-            classes, labels = reader.class_to_idx, [label for _, label in reader.samples]
-            lock = nullcontext()
-    except (OSError, RuntimeError, ValueError, AssertionError, tarfile.TarError) as error:
-        what = f"{path} holds no readable images ({one_line(error)})"
-        raise InputError(f"--data-dir: {what}; put a folder of images a class there") from error
-
-    def read(index: int) -> bytes:
-        with lock, reader[index][0] as file:  # pyright: ignore[reportOptionalContextManager]
-            return file.read()
-
-    names = [str(name) for name in reader.filenames()]
-    return ImageFiles(path, names, labels, tuple(classes or ()), read)
-
-
-class Tree(NamedTuple):
-    """The files under a folder or in a zip: their names in it, and how to read one (threads may)."""
-
-    path: Path
-    names: list[str]
-    read: Callable[[str], bytes]
-
-
-@contextmanager
-def open_tree(path: Path) -> Iterator[Tree]:
-    """A folder, or the one folder in a zip, which is not unpacked.
-
-    Raises:
-        InputError: A zip that is none, is empty, or is cut short.
-    """
-    if path.is_dir():
-        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*"))
-        yield Tree(path, names, lambda name: (path / name).read_bytes())
-        return
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"--data-dir {path} is no whole zip ({one_line(error)}); download it again") from error
-    with archive:
-        top = "".join(archive.namelist()[:1]).partition("/")[0] + "/"
-        names = [name.removeprefix(top) for name in archive.namelist()]
-        yield Tree(path, names, lambda name: archive.read(top + name))
+            ignored[why or "outside the class folders"] += 1
+    if not names:
+        raise InputError(
+            f"--data-dir: {tree.path} has no readable images in folders (ignored files: {listed(ignored) or 'none'}). "
+            "Put a folder of images per class there."
+        )
+    if empty := sorted((name for name, count in found.items() if not count), key=natural):
+        raise InputError(
+            f"--data-dir: {tree.path} has folders without a readable image ({', '.join(empty[:5])}; "
+            f"ignored files: {listed(ignored) or 'none'}). Remove these folders or put images there."
+        )
+    classes = tuple(sorted(found, key=natural))
+    label_of = {name: label for label, name in enumerate(classes)}
+    return ImageFiles(tree, names, [label_of[name.partition("/")[0]] for name in names], classes, ignored)
 
 
 def decode(open_image: Callable[[int], Image.Image], places: np.ndarray, size: Size, *, threads: int = 1) -> Tensor:

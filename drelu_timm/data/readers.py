@@ -1,9 +1,11 @@
 """Datasets read from their files: each once, into uint8 tensors."""
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+import posixpath
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,13 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from PIL import Image
+from tqdm import tqdm
 
 from ..errors import InputError, one_line, unknown
 from ..files import locked
+from ..launches import is_first_process
 from ..randomness import permutation
 from .datasets import DATASETS, Dataset
-from .image_files import ImageFiles, Size, Tree, decode, open_tree, read_folder
+from .image_files import ImageFiles, Size, decode, formats, images_by_class, natural, why_ignored
 from .images import Images, hold_out
+from .trees import Tree, below, open_tree
 
 
 def load_images(
@@ -30,18 +35,22 @@ def load_images(
 ) -> Images:
     """Read a split of a dataset and decode it into memory.
 
-    What is published class by class comes in a fixed shuffled order, the rest in the order of its publication.
+    Of image files, one line on stderr says first how many there are, in how many classes, and how many files are not
+    read. What is published class by class comes in a fixed shuffled order, the rest in the order of its publication.
 
     Args:
         dataset: A name in `DATASETS`.
-        data_dir: Where the files lie or, for MNIST and CIFAR, are downloaded to; digits need none.
+        data_dir: Where the files lie or, for MNIST and CIFAR, are downloaded to; digits need none. For image files:
+            train and test or val, each a folder or a .tar file. Classes are the folders at its top, or in a folder at
+            its top that holds all the rest and is named as the split, as in the tar of ``tar cf train.tar train``.
         split: "train" or "test".
         img_size: Height and width to crop and resize to; by default the dataset's own.
         in_chans: 1 for grey, 3 for RGB; by default the dataset's own.
 
     Raises:
-        InputError: Names or values that are not allowed; files that are missing, of another layout, cut short, or too
-            large for the memory; labels outside the classes.
+        InputError: Names or values that are not allowed; files that are missing, of another layout, cut short, of a
+            pixel range that is not known, or too large for the memory; labels outside the classes; classes that are
+            not those of the other split.
     """
     if dataset not in DATASETS:
         raise unknown("--dataset", dataset, DATASETS)
@@ -145,62 +154,108 @@ def _cifar(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
     """CIFAR from torchvision's files or, where there are such, from image files in folders or tars of classes."""
     if not any(_split_path(data_dir, each) for each in _SPLITS):
         return _torchvision(dataset, data_dir, split, size)
-    files = _cifar_files(dataset, data_dir, split)
-    jpeg = all(PurePath(name).suffix.lower() in (".jpg", ".jpeg") for name in files.names)
-    return _from_files(files, f"{dataset.title} ({'JPEG copy' if jpeg else 'image files'})", size, shuffle=True)
-
-
-def _cifar_files(dataset: Dataset, data_dir: Path, split: str) -> ImageFiles:
-    """CIFAR's image files, once they are known to have its classes."""
-    files = _read_split(data_dir, split)
-    # torchvision's order of the classes is the alphabet's, in CIFAR-100 too.
-    expected = _CIFAR10_CLASSES if dataset.name == "cifar10" else files.classes
-    if files.classes != expected or len(files.classes) != dataset.num_classes:
-        raise InputError(
-            f"--data-dir: {files.path} has {len(files.classes)} classes ({', '.join(files.classes[:10])}); "
-            f"{dataset.title} has {dataset.num_classes}: make a folder for each, named as torchvision names it"
-        )
-    return files
+    with _open_split(data_dir, split) as files:
+        _check_classes(dataset, files)
+        if dataset.name == "cifar100":  # the names of whose classes are not known here
+            _check_other_split(files, data_dir, split)
+        jpeg = all(formats()[PurePath(name).suffix.lower()] == "JPEG" for name in files.names)
+        return _from_files(files, f"{dataset.title} ({'JPEG copy' if jpeg else 'image files'})", split, size)
 
 
 def _folder(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
-    """Any images in folders or tars of classes; the training set says which classes there are."""
-    files, train = _read_split(data_dir, split), _read_split(data_dir, "train")
-    if strange := sorted(set(files.classes) - set(train.classes)):
+    """Any images in folders or tars of classes."""
+    with _open_split(data_dir, split) as files:
+        _check_classes(dataset, files)
+        _check_other_split(files, data_dir, split)
+        return _from_files(files, data_dir.resolve().name, split, size, threads=os.cpu_count() or 1)
+
+
+def _check_classes(dataset: Dataset, files: ImageFiles) -> None:
+    """Raise unless image files have classes that the dataset can have."""
+    if dataset.num_classes is None and len(files.classes) < 2:
         raise InputError(
-            f"--data-dir: {files.path} has classes that {train.path} has not ({', '.join(strange[:5])}); "
-            "rename or remove their folders"
+            f"--data-dir: {files.tree.path} has one class ({', '.join(files.classes)}); "
+            "give a folder for each of 2 or more"
         )
-    if len(train.classes) < 2:
+    # torchvision's order of the classes is the alphabet's, in CIFAR-100 too.
+    expected = _CIFAR10_CLASSES if dataset.name == "cifar10" else files.classes
+    if files.classes != expected or len(files.classes) != (dataset.num_classes or len(files.classes)):
         raise InputError(
-            f"--data-dir: {train.path} has one class ({', '.join(train.classes)}); give a folder for each of 2 or more"
+            f"--data-dir: {files.tree.path} has {len(files.classes)} classes ({', '.join(files.classes[:10])}); "
+            f"{dataset.title} has {dataset.num_classes}: make a folder for each, named as torchvision names it"
         )
-    labels = [train.classes.index(files.classes[label]) for label in files.labels]
-    files = replace(files, labels=labels, classes=train.classes)
-    return _from_files(files, data_dir.resolve().name, size, shuffle=True, threads=os.cpu_count() or 1)
 
 
 _SPLITS = {"train": ("train",), "test": ("test", "val")}  # split: names of its folder or tar
 
 
 def _split_path(data_dir: Path, split: str) -> Path | None:
-    """The folder or tar of a split, if there is one."""
-    paths = (data_dir / f"{name}{suffix}" for name in _SPLITS[split] for suffix in ("", ".tar"))
-    return next((path for path in paths if path.exists()), None)
+    """The folder or tar of a split, if there is one.
+
+    Raises:
+        InputError: The folder may not be looked into.
+    """
+    try:
+        for name in _SPLITS[split]:
+            if (folder := data_dir / name).is_dir():
+                return folder
+            if (tar := data_dir / f"{name}.tar").is_file():
+                return tar
+    except OSError as error:
+        raise InputError(f"--data-dir {data_dir} cannot be read ({one_line(error)}). Make it readable.") from error
+    return None
 
 
-def _read_split(data_dir: Path, split: str) -> ImageFiles:
+@contextmanager
+def _open_split(data_dir: Path, split: str) -> Iterator[ImageFiles]:
+    """The image files of a split, in timm's natural order of their paths."""
     path = _split_path(data_dir, split)
     if path is None:
         raise InputError(
             f"--data-dir {data_dir} has no {' or '.join(_SPLITS[split])}; it must hold train (or train.tar) and test "
             "or val (or test.tar or val.tar), each with a folder of images a class"
         )
-    return read_folder(path)
+    with open_tree(path) as tree:
+        tree = below(tree, _wrapping_folder(tree, split))
+        yield images_by_class(tree._replace(names=sorted(tree.names, key=natural)))
 
 
-def _from_files(files: ImageFiles, title: str, size: Size, *, shuffle: bool, threads: int = 1) -> Images:
-    """Decode image files, in their order or shuffled in a way that depends on their number only."""
+def _wrapping_folder(tree: Tree, split: str) -> str:
+    """The folder named as the split that holds all the rest, as in a tar made by `tar cf train.tar train`; or ""."""
+    folders = {name.rpartition("/")[0] for name in tree.names if name[-1] != "/" and why_ignored(name) != "hidden"}
+    shared = posixpath.commonpath(folders).split("/") if folders else []
+    depth = next((depth for depth, name in enumerate(shared, 1) if name in _SPLITS[split]), 0)
+    return "".join(f"{name}/" for name in shared[:depth])
+
+
+def _check_other_split(files: ImageFiles, data_dir: Path, split: str) -> None:
+    """Raise unless the other split has the same classes; a training needs no test set."""
+    other = "test" if split == "train" else "train"
+    if other == "train" or _split_path(data_dir, other):
+        with _open_split(data_dir, other) as others:
+            _check_same_classes(files, others.classes, str(others.tree.path))
+
+
+def _check_same_classes(files: ImageFiles, expected: Sequence[str], where: str) -> None:
+    """Raise unless image files have the classes that are expected, no fewer and no more."""
+    only = {
+        str(files.tree.path): sorted(set(files.classes) - set(expected)),
+        where: sorted(set(expected) - set(files.classes)),
+    }
+    if any(only.values()):
+        differing = [f"only {path} has {', '.join(names[:5])}" for path, names in only.items() if names]
+        raise InputError(
+            f"--data-dir: the classes of {' and '.join(only)} differ ({'; '.join(differing)}). Rename, add or remove "
+            "folders until they are the same."
+        )
+
+
+def _from_files(
+    files: ImageFiles, title: str, split: str, size: Size, *, shuffle: bool = True, threads: int = 1
+) -> Images:
+    """Print what was found and decode it, in order or shuffled in a way that depends on the number of images only."""
+    if is_first_process():
+        tqdm.write(f"{split}: {files}", file=sys.stderr)
     places = permutation(len(files.names), 0) if shuffle else np.arange(len(files.names))
     labels = torch.empty(len(files.names), dtype=torch.int64)
     labels[places] = torch.as_tensor(files.labels, dtype=torch.int64)
@@ -211,7 +266,7 @@ def _tiny_imagenet(dataset: Dataset, data_dir: Path, split: str, size: Size) -> 
     """TinyImageNet from its zip, without unpacking it, or from its folder; ``val`` is the test set."""
     with open_tree(_tiny_imagenet_path(data_dir)) as tree:
         # The training set is published class by class, the validation set in random order.
-        return _from_files(_tiny_imagenet_files(tree, split), dataset.title, size, shuffle=split == "train")
+        return _from_files(_tiny_imagenet_files(tree, split), dataset.title, split, size, shuffle=split == "train")
 
 
 def _tiny_imagenet_path(data_dir: Path) -> Path:
@@ -228,25 +283,52 @@ def _tiny_imagenet_path(data_dir: Path) -> Path:
 
 
 def _tiny_imagenet_files(tree: Tree, split: str) -> ImageFiles:
-    """The images of train/<class>/images, or those that val/val_annotations.txt names."""
+    """The images of train/<class>/images, or those that val/val_annotations.txt names.
+
+    Raises:
+        InputError: Another layout, images that are named and missing, or other classes than those of wnids.txt.
+    """
+    roots = [name.removesuffix("wnids.txt") for name in tree.names if PurePath(name).name == "wnids.txt"]
+    tree = below(tree, min(roots, key=len, default=""))  # all is in a folder of the official zip
+    classes = _tiny_imagenet_table(tree, "wnids.txt")
+    # The order of the zip and, in a folder, of sorted paths, is kept.
+    files = images_by_class(below(tree, "train/")) if split == "train" else _tiny_imagenet_val(tree)
+    _check_same_classes(files, [line[0] for line in classes], "wnids.txt")
+    return files
+
+
+def _tiny_imagenet_val(tree: Tree) -> ImageFiles:
+    """The images that val/val_annotations.txt names, in its order."""
+    table = _tiny_imagenet_table(tree, _ANNOTATIONS, columns=2)
+    class_of = {f"val/images/{name}": class_name for name, class_name, *_ in table}
+    present = {name for name in tree.names if name.startswith("val/") and name[-1] != "/"} - {_ANNOTATIONS}
+    if missing := [name for name in class_of if name not in present]:
+        raise InputError(
+            f"--data-dir: {tree.path} lacks {len(missing)} of the images that {_ANNOTATIONS} "
+            f"names ({', '.join(missing[:3])}). Give the official tiny-imagenet-200.zip, or the folder in it."
+        )
+    ignored = Counter(why_ignored(name) or "not in val_annotations.txt" for name in present - class_of.keys())
+    classes = tuple(sorted(set(class_of.values()), key=natural))
+    labels = [classes.index(class_name) for class_name in class_of.values()]
+    return ImageFiles(tree, list(class_of), labels, classes, ignored)
+
+
+_ANNOTATIONS = "val/val_annotations.txt"
+
+
+def _tiny_imagenet_table(tree: Tree, name: str, *, columns: int = 1) -> list[list[str]]:
+    """The lines of a text file of TinyImageNet, each with at least so many columns."""
     try:
-        classes = tuple(sorted(tree.read("wnids.txt").decode().split()))
-        if split == "train":
-            names = [name for name in tree.names if name.startswith("train/") and name.endswith(".JPEG")]
-            class_names = [name.split("/")[1] for name in names]
-        else:
-            lines = [line.split("\t") for line in tree.read("val/val_annotations.txt").decode().splitlines()]
-            names = [f"val/images/{line[0]}" for line in lines]
-            class_names = [line[1] for line in lines]
-        label_of = {name: label for label, name in enumerate(classes)}
-        labels = [label_of[name] for name in class_names]
-    # A missing member of a zip is a KeyError, as is a class that wnids.txt does not name.
-    except (OSError, LookupError, ValueError) as error:
+        table = [line.split() for line in tree.read(name).decode().splitlines() if line.strip()]
+        if any(len(line) < columns for line in table):
+            raise ValueError(f"a line of {name} has fewer than {columns} columns")
+    # KeyError: a missing member of a zip.
+    except (OSError, KeyError, ValueError) as error:
         raise InputError(
             f"--data-dir: {tree.path} is not laid out as TinyImageNet ({one_line(error)}); "
             "give the official tiny-imagenet-200.zip, or the folder in it"
         ) from error
-    return ImageFiles(tree.path, names, labels, classes, lambda index: tree.read(names[index]))
+    return table
 
 
 _READERS: dict[str, Callable[[Dataset, Path, str, Size], Images]] = {
@@ -269,14 +351,15 @@ def holds(dataset: str, folder: Path) -> bool:
         folder: What would be its ``data_dir``.
     """
     entry = DATASETS[dataset]
-    has_split = [_split_path(folder, split) is not None for split in _SPLITS]
     try:
+        has_split = [_split_path(folder, split) is not None for split in _SPLITS]
         if dataset == "tiny_imagenet":
             _tiny_imagenet_path(folder)
-        elif dataset == "folder":
-            return all(has_split) and len(_read_split(folder, "test").classes) > 1
-        elif dataset in ("cifar10", "cifar100") and any(has_split):
-            return all(has_split) and bool(_cifar_files(entry, folder, "test"))
+        elif dataset == "folder" or (dataset in ("cifar10", "cifar100") and any(has_split)):
+            if not all(has_split):
+                return False
+            with _open_split(folder, "test") as files:
+                _check_classes(entry, files)
         elif dataset != "digits":
             _open_torchvision(entry, folder, "test", download=False)
     except InputError:

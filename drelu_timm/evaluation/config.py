@@ -41,7 +41,8 @@ class EvaluateConfig:
     dataset: str | None = None
     """Dataset whose test set is attacked; by default the run's."""
     data_dir: Path | None = None
-    """Where the dataset lies; by default where it lay for the run."""
+    """Where the dataset lies; by default where it lay for the run. For --dataset folder: DIR/train and DIR/val (or
+    test), folders or .tar files with a folder per class at the top and its images at any depth below."""
 
 
 def check_flags(config: EvaluateConfig) -> None:

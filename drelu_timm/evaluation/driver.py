@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..attacks.pgd import Found
-from ..attacks.suites import Attack
+from ..attacks.adaptive import Transfer
+from ..attacks.attack import Attack, Batch, Candidates
 from ..attacks.threat_model import ThreatModel, per_image
 from ..data.images import as_float
 from ..models.modes import device_of
@@ -34,28 +34,6 @@ class Measurement:
 
     columns: Columns
     images: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some of the examples, on the model's device.
-
-    Attributes:
-        examples: [B], their positions among all; on the CPU.
-        images: [B, C, H, W] float32 in [0, 1].
-        labels: [B].
-        seeds: One an example.
-    """
-
-    examples: Tensor
-    images: Tensor
-    labels: Tensor
-    seeds: list[int]
-
-    def __getitem__(self, kept: Tensor) -> "Batch":
-        """The examples that are marked in [B]."""
-        seeds = [seed for seed, keep in zip(self.seeds, kept.tolist(), strict=True) if keep]
-        return Batch(self.examples[kept.cpu()], self.images[kept], self.labels[kept], seeds)
 
 
 @dataclass(frozen=True)
@@ -113,7 +91,7 @@ class Driver:
         self,
         stage: str,
         examples: Tensor,
-        measurement: Callable[[Batch], Measurement],
+        measurement: Callable[[Tensor, Batch], Measurement],
         *,
         so_far: Callable[[], str] | None = None,
     ) -> None:
@@ -125,7 +103,7 @@ class Driver:
         Args:
             stage: Name of what is measured.
             examples: [N].
-            measurement: Of a batch.
+            measurement: Of a batch: the positions [B] of its examples, on the CPU, and the batch.
             so_far: What to say behind the progress bar.
         """
         known = set(self.rows.stages[stage])
@@ -137,32 +115,31 @@ class Driver:
             leave=False,
             disable=None if self.processes.index == 0 else True,
         ) as progress:
-            for batch, is_mine in self.processes.claimed(stage, self._split(examples)):
-                missing = set(batch.tolist()) - known
+            for positions, is_mine in self.processes.claimed(stage, self._split(examples)):
+                missing = set(positions.tolist()) - known
                 if is_mine and missing:
-                    measured = measurement(self._load(stage, batch))
-                    rows = _by_example(batch, measured.columns)
+                    measured = measurement(positions, self._load(stage, positions))
+                    rows = _by_example(positions, measured.columns)
                     self.rows.append(stage, _only(missing, rows), _only(missing, measured.images))
                     mine |= missing
                 if so_far is not None:
                     progress.set_postfix_str(so_far(), refresh=False)
-                progress.update(len(batch))
+                progress.update(len(positions))
         self.rows.merge(stage, self.processes.gather(_only(mine, self.rows.stages[stage])))
 
     def column(self, stage: str, name: str) -> Tensor:
         """A field of a stage, float64 [N]; NaN where it was not measured."""
         return self.rows.column(stage, name, len(self.labels))
 
-    def attack(self, attack: Attack, limit: Tensor, *, stage: str | None = None, keep: Tensor | None = None) -> Outcome:
-        """Attack every example in the threat models before ``limit`` [N], from the smallest, until it breaks.
+    def attack(self, stage: str, attack: Attack, limit: Tensor, *, keep: Tensor | None = None) -> Outcome:
+        """Attack every example in the threat models before ``limit`` [N], from the smallest, until it is misclassified.
 
         Args:
-            attack: What searches.
+            stage: Name of the attack in this evaluation; it keys the randomness.
+            attack: The attack.
             limit: [N], positions of threat models.
-            stage: Its name, if not the attack's.
             keep: [N], of which examples the image that breaks them is kept, see `Rows.images`; by default of none.
         """
-        stage = stage or attack.name
         keep = torch.zeros_like(limit, dtype=torch.bool) if keep is None else keep
         count = len(self.threat_models)
         weakest = sum(threat_model.eps == 0 for threat_model in self.threat_models)  # there is nothing to search
@@ -172,11 +149,11 @@ class Driver:
             left = torch.minimum(limit, self.column(stage, "broken_at").nan_to_num(count).long())
             return f"robust accuracy so far {100 * float((left == count).double().mean()):.1f} %"
 
-        def search(batch: Batch) -> Measurement:
-            columns, images = (self._nearest if attack.minimum_norm else self._grow)(attack, limit, batch)
-            kept = keep[batch.examples] & (columns["broken_at"].cpu() < count)
+        def search(examples: Tensor, batch: Batch) -> Measurement:
+            columns, images = (self._nearest if attack.minimum_norm else self._grow)(attack, limit[examples], batch)
+            kept = keep[examples] & (columns["broken_at"].cpu() < count)
             found = images[kept.to(images.device)].cpu()
-            return Measurement(columns, dict(zip(batch.examples[kept].tolist(), found, strict=True)))
+            return Measurement(columns, dict(zip(examples[kept].tolist(), found, strict=True)))
 
         self.measure(stage, limit > weakest, search, so_far=so_far)
         return Outcome(
@@ -198,11 +175,11 @@ class Driver:
     def _load(self, stage: str, examples: Tensor) -> Batch:
         images = as_float(self.images[examples.to(self.images.device)].to(self.device))
         seeds = [example_seed(self.seed, stage, example) for example in examples.tolist()]
-        return Batch(examples, images.contiguous(), self.labels[examples].to(self.device), seeds)
+        return Batch(images.contiguous(), self.labels[examples].to(self.device), seeds)
 
     def _grow(self, attack: Attack, limit: Tensor, batch: Batch) -> tuple[Columns, Tensor]:
-        """Attack in one threat model after the other, each beginning where the last one ended, and the last images."""
-        limits = limit[batch.examples].to(self.device)
+        """Attack in one threat model after the other, each from where the last one ended; return the last images."""
+        limits = limit.to(self.device)
         broken_at = torch.full_like(batch.labels, len(self.threat_models))
         steps, margins = (torch.full(limits.shape, torch.nan, device=self.device) for _ in range(2))
         start: Tensor | None = None
@@ -210,40 +187,36 @@ class Driver:
             left = (broken_at == len(self.threat_models)) & (position < limits)
             if threat_model.eps == 0 or not left.any():
                 continue
-            begin = None if start is None else start[left]
-            images, steps[left], margins[left] = self._search(attack, batch[left], threat_model, begin)
+            images, steps[left], margins[left] = self._search(attack, replace(batch, start=start)[left], threat_model)
             broken_at[left] = broken_at[left].where(margins[left] > 0, position)
             start = batch.images.clone() if start is None else start
             start[left] = images
         columns = {"broken_at": broken_at, "steps": steps, "margin": margins}
         return columns, batch.images if start is None else start
 
-    def _search(
-        self, attack: Attack, batch: Batch, threat_model: ThreatModel, start: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _search(self, attack: Attack, batch: Batch, threat_model: ThreatModel) -> tuple[Tensor, Tensor, Tensor]:
         """Images in the ball, the steps [B] they took, and their margins [B] on the model itself."""
         seen = Attacked(self.model, self.search_dtype)
         search = attack
-        if attack.source is not None:
+        if isinstance(attack, Transfer) and attack.source is not None:
             search = replace(attack, source=Attacked(attack.source, self.search_dtype))
-        found = search(seen, batch.images, batch.labels, threat_model, batch.seeds, start)
+        found = search.run(seen, batch, threat_model)
         images = _admitted(found.images.detach(), batch.images, threat_model)
         steps = _steps(found, batch)
         margins = self._margin(images, batch.labels)
         if self.search_dtype != torch.float32:
             with torch.no_grad():
                 seemed = seen(images).argmax(dim=1) != batch.labels
-            if found.ended is not None:  # a success in another batch may be none in this one, at that precision
-                seemed |= found.ended
+            if found.succeeded is not None:  # a success in another batch may be none in this one, at that precision
+                seemed |= found.succeeded
             if (again := seemed & (margins > 0)).any():  # rounding made a success of it: search there in float32
                 careful = replace(self, search_dtype=torch.float32)
-                begin = None if start is None else start[again]
-                images[again], steps[again], margins[again] = careful._search(attack, batch[again], threat_model, begin)
+                images[again], steps[again], margins[again] = careful._search(attack, batch[again], threat_model)
         return images, steps, margins
 
     def _nearest(self, attack: Attack, limit: Tensor, batch: Batch) -> tuple[Columns, Tensor]:
         """Search once, whatever the radius, and see in which threat models what was found lies; the images too."""
-        found = attack(Attacked(self.model), batch.images, batch.labels, self.threat_models[-1], batch.seeds)
+        found = attack.run(Attacked(self.model), batch, self.threat_models[-1])
         images = _finite(found.images.detach(), batch.images)
         margins = self._margin(images, batch.labels)
         broken_at = torch.full_like(batch.labels, len(self.threat_models))
@@ -274,7 +247,7 @@ def _finite(adversarial: Tensor, images: Tensor) -> Tensor:
     return torch.where(per_image(adversarial.flatten(1).isfinite().all(1), images), adversarial, images)
 
 
-def _steps(found: Found, batch: Batch) -> Tensor:
+def _steps(found: Candidates, batch: Batch) -> Tensor:
     """[B]; NaN where they are not known."""
     unknown = torch.full(batch.labels.shape, torch.nan, device=batch.labels.device)
     return unknown if found.steps is None else found.steps.to(unknown)

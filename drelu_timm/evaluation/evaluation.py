@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks.adaptive import substitutable_layers
-from ..attacks.suites import ATTACKS, Suite, find_suite
+from ..attacks.adaptive import Transfer, substitutable_layers
+from ..attacks.suites import Suite, find_suite, single_attacks
 from ..attacks.threat_model import ThreatModel, threat_models
 from ..digests import digest, model_digest
 from ..errors import InputError
@@ -227,7 +227,7 @@ def evaluate_sweep(
         columns = find_suite(suite, num_classes, adaptive=bool(substitutable_layers(model)))
         if transfer_from is not None:
             _check_source(transfer_from, images, labels, num_classes)
-            columns["transfer"] = (replace(ATTACKS["transfer"], source=transfer_from),)
+            columns["transfer"] = {"transfer": Transfer(transfer_from)}
         driver = Driver(model, images, labels, balls, seed, batch_size, search_dtype, processes=processes)
         driver = replace(driver, rows=Rows(state, _identity(driver, suite, columns), processes.index))
         clean = run_clean(driver)
@@ -335,13 +335,11 @@ def _adversarial(driver: Driver, broken: Broken) -> Adversarial | None:
 
 
 def _settings(columns: Suite) -> dict[str, dict[str, Any]]:
-    attacks = [attack for stages in columns.values() for attack in stages]
-    settings = {attack.name: attack.settings for attack in attacks}
-    for attack in attacks:
-        if attack.source is not None:
-            settings[attack.name] = {**attack.settings, "source_digest": model_digest(attack.source)}
-    sequences = {column: stages for column, stages in columns.items() if len(stages) > 1}
-    return settings | {column: {"stages": [attack.name for attack in stages]} for column, stages in sequences.items()}
+    settings = {name: attack.settings for name, attack in single_attacks(columns).items()}
+    for name, attack in single_attacks(columns).items():
+        if isinstance(attack, Transfer) and attack.source is not None:
+            settings[name] |= {"source_digest": model_digest(attack.source)}
+    return settings | {column: {"stages": [*attacks]} for column, attacks in columns.items() if len(attacks) > 1}
 
 
 def _carlini_wagner(l2: Tensor, correct: Tensor, threat_model: ThreatModel, pixels: int) -> CarliniWagner:

@@ -6,19 +6,19 @@ is masked; so is one that these cannot even break with a radius at which nothing
 are the same whatever suite a model is evaluated under, and know of no particular trick.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks.adaptive import annealing, restarts, substitutable_layers
+from ..attacks.adaptive import Annealing, Restarts, substitutable_layers
+from ..attacks.attack import Attack, Batch, Candidates, Kind
 from ..attacks.losses import LOSSES, cross_entropy, margin
-from ..attacks.pgd import Found, drawn, random_start_pgd, sign_noise
-from ..attacks.square import square
-from ..attacks.suites import Attack
+from ..attacks.pgd import PGD, SignNoise, drawn
+from ..attacks.square import Square
 from ..attacks.threat_model import ThreatModel, per_image
 
 SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")  # what `signals` measures
@@ -56,8 +56,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Probe:
-    """An attack that tells of masking, and the ball that it searches."""
+    """An attack that reveals masking, its name, and the threat model that it searches in."""
 
+    name: str
     attack: Attack
     threat_model: ThreatModel
 
@@ -73,11 +74,12 @@ def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Pro
         threat_model: The one whose robust accuracies are in question.
         pixels: Numbers in an image, C * H * W.
     """
-    adaptive = [_ADAPTIVE] if substitutable_layers(model) else []
+    skipped = () if substitutable_layers(model) else (_ADAPTIVE,)
+    far = farthest(threat_model, pixels)
     return [
-        *(Probe(attack, threat_model) for attack in _WHITE_BOX),
-        Probe(_FAR, farthest(threat_model, pixels)),
-        *(Probe(attack, threat_model) for attack in (*_OTHERS, *adaptive)),
+        Probe(name, attack, far if name == _FAR else threat_model)
+        for name, attack in PROBES.items()
+        if name not in skipped
     ]
 
 
@@ -123,77 +125,70 @@ def _zero(gradient: Tensor) -> Tensor:
     return ~gradient.flatten(1).any(dim=1)
 
 
-def from_image(
-    model: nn.Module, images: Tensor, labels: Tensor, threat_model: ThreatModel, seeds: Sequence[int], **settings
-) -> Found:
-    """`random_start_pgd` from the image itself: in a ball this large a random point alone can break the model."""
-    return random_start_pgd(model, images, labels, threat_model, seeds, start=images, **settings)
+@dataclass(frozen=True)
+class PGDFromImage(PGD):
+    """`PGD` from the image itself: with an eps this large, a random point alone can fool the model."""
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        return super().run(model, replace(batch, start=batch.images), threat_model)
 
 
-def averaged(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    seeds: Sequence[int],
-    *,
-    loss: str,
-    steps: int,
-    relative_step_size: float,
-    samples: int,
-) -> Found:
-    """PGD along gradients averaged over noise around each point and over the model's own noise.
+@dataclass(frozen=True)
+class AveragedPGD(Attack):
+    """PGD on gradients averaged over noise around each point and over the model's own noise.
 
-    It sees past gradients that are shattered, or zero here and not there, and is the expectation over transformation
-    of Athalye et al. 2018 for models that draw numbers.
+    It overcomes gradients that are shattered, or zero in one place and not in another, and is the expectation over
+    transformation of Athalye et al. 2018 for randomized models.
 
-    Args:
-        model: Takes [0, 1] images.
-        images: [B, C, H, W] in [0, 1].
-        labels: [B].
-        threat_model: The balls.
-        seeds: One an image.
+    Attributes:
         loss: A name in `LOSSES`.
+        samples: Gradients per step.
         steps: Number of steps.
         relative_step_size: Length of a step, in units of eps.
-        samples: Gradients a step.
     """
-    adversarial = drawn(threat_model.random_start, images, seeds)
-    found, standing = images, torch.ones_like(labels, dtype=torch.bool)
-    wide = replace(threat_model, eps=2 * threat_model.eps)
-    for step in range(steps):
-        gradient = torch.zeros_like(images)
-        for sample in range(samples):
-            own = [seed + step * samples + sample + 1 for seed in seeds]
-            point = drawn(wide.random_start, adversarial, own).requires_grad_()
-            gradient += torch.autograd.grad(LOSSES[loss](labels)(model(point)).sum(), point)[0]
-        step_size = relative_step_size * threat_model.eps
-        adversarial = threat_model.project(threat_model.ascend(adversarial, gradient, step_size), images)
-        with torch.no_grad():
-            fooled = standing & (model(adversarial).argmax(dim=1) != labels)
-        found = torch.where(per_image(fooled, images), adversarial, found)
-        standing &= ~fooled
-    return Found(found)
+
+    kind: ClassVar[Kind] = "adaptive"
+    loss: str = "scaled-ce"
+    samples: int = 4
+    steps: int = 10
+    relative_step_size: float = 0.25
+
+    def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
+        """Search for adversarial images; see `Attack.run`."""
+        images, labels = batch.images, batch.labels
+        adversarial = drawn(threat_model.random_start, images, batch.seeds)
+        found, standing = images, torch.ones_like(labels, dtype=torch.bool)
+        wide = replace(threat_model, eps=2 * threat_model.eps)
+        for step in range(self.steps):
+            gradient = torch.zeros_like(images)
+            for sample in range(self.samples):
+                own = [seed + step * self.samples + sample + 1 for seed in batch.seeds]
+                point = drawn(wide.random_start, adversarial, own).requires_grad_()
+                gradient += torch.autograd.grad(LOSSES[self.loss](labels)(model(point)).sum(), point)[0]
+            step_size = self.relative_step_size * threat_model.eps
+            adversarial = threat_model.project(threat_model.ascend(adversarial, gradient, step_size), images)
+            with torch.no_grad():
+                fooled = standing & (model(adversarial).argmax(dim=1) != labels)
+            found = torch.where(per_image(fooled, images), adversarial, found)
+            standing &= ~fooled
+        return Candidates(found)
 
 
-_LONG = {"steps": 50, "relative_step_size": 0.1}
-_BRIEF = {"steps": 10, "relative_step_size": 0.25}
-_WHITE_BOX = (
-    Attack("pgd", "white-box", random_start_pgd, {"loss": "ce", **_LONG}),
-    # The same loss where logits spread over less than 20: what it breaks beyond luck, a saturated softmax hid.
-    Attack("rescaled", "white-box", random_start_pgd, {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.25}),
-    Attack("margin", "white-box", random_start_pgd, {"loss": "margin", **_LONG}),
-    Attack("restarts", "white-box", restarts, {"loss": "scaled-ce", "restarts": 5, **_BRIEF}),
-)
-_FAR = Attack("far", "white-box", from_image, {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.5})
-_OTHERS = (
-    Attack("noise", "black-box", sign_noise),
-    Attack("averaged", "adaptive", averaged, {"loss": "scaled-ce", "samples": 4, **_BRIEF}),
-    Attack("square", "black-box", square, {"n_queries": 500, "p_init": 0.8}),
-)
-_ADAPTIVE = Attack(
-    "annealing", "adaptive", annealing, {"loss": "scaled-ce", "rounds": 5, "steps": 5, "relative_step_size": 0.2}
-)
+_FAR, _ADAPTIVE = "far", "annealing"
+PROBES: dict[str, Attack] = {
+    "pgd": PGD(steps=50),
+    # The same loss with logits that spread over less than 20: what it breaks beyond luck, a saturated softmax hid.
+    "rescaled": PGD("scaled-ce", steps=20, relative_step_size=0.25),
+    "margin": PGD("margin", steps=50),
+    "restarts": Restarts("scaled-ce", restarts=5, steps=10, relative_step_size=0.25),
+    _FAR: PGDFromImage("scaled-ce", steps=20, relative_step_size=0.5),
+    "noise": SignNoise(),
+    "averaged": AveragedPGD(),
+    "square": Square(n_queries=500),
+    _ADAPTIVE: Annealing(rounds=5, steps=5, relative_step_size=0.2),
+}
+_WHITE_BOX = [name for name, attack in PROBES.items() if attack.kind == "white-box" and name != _FAR]
 
 # Shares of examples where an attack fails and another succeeds that scales the logits, that begins at more points, or
 # that does not follow the gradient at the point alone.
@@ -222,7 +217,7 @@ def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Te
     if not len(labels):
         return Verdict("undecided", ("No example is classified right, so there is nothing to break.",), {"examples": 0})
     white_box = _any(broken, _WHITE_BOX)
-    others = hidden | _any(broken, [attack for attack in (*_OTHERS, _ADAPTIVE) if attack.name in broken])
+    others = hidden | _any(broken, broken.keys() - {*_WHITE_BOX, _FAR})
     shares = {
         **flags,
         **{f"broken_by_{name}": flag for name, flag in broken.items()},
@@ -230,7 +225,7 @@ def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Te
         "withstand_white_box": ~white_box,
         "withstand_all": ~white_box & ~others,
         "hidden": ~white_box & others,
-        "stuck": ~white_box & ~broken["far"],
+        "stuck": ~white_box & ~broken[_FAR],
     }
     numbers = {"examples": len(labels), "chance": int(labels.bincount().max()) / len(labels)}
     numbers |= {name: float(flag.double().mean()) for name, flag in shares.items()}
@@ -239,8 +234,8 @@ def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Te
     return Verdict(_conclusion(numbers), tuple(_evidence(numbers)), numbers)
 
 
-def _any(broken: Mapping[str, Tensor], attacks: Sequence[Attack]) -> Tensor:
-    return torch.stack([broken[attack.name] for attack in attacks]).any(dim=0)
+def _any(broken: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    return torch.stack([broken[name] for name in names]).any(dim=0)
 
 
 def _conclusion(numbers: Mapping[str, float]) -> Word:

@@ -7,11 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..attacks.suites import Suite
+from ..attacks.attack import Batch
+from ..attacks.suites import Suite, single_attacks
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError
 from .attacked import Attacked, label_margin
-from .driver import Batch, Driver, Measurement, Outcome
+from .driver import Driver, Measurement, Outcome
 from .masking import PROBED, SIGNALS, Probe, Verdict, probes, signals, verdict
 
 CLEAN = "clean"  # the stage of the clean images
@@ -68,7 +69,7 @@ def run_clean(driver: Driver) -> CleanPass:
     return CleanPass(predictions, margins, correct, flags)
 
 
-def _measure_clean(model: nn.Module, batch: Batch) -> Measurement:
+def _measure_clean(model: nn.Module, examples: Tensor, batch: Batch) -> Measurement:
     with torch.no_grad():
         logits = model(batch.images)
     columns = {"prediction": logits.argmax(dim=1), "margin": label_margin(logits, batch.labels)}
@@ -78,16 +79,16 @@ def _measure_clean(model: nn.Module, batch: Batch) -> Measurement:
 def run_suite(driver: Driver, columns: Suite, correct: Tensor) -> SuiteRun:
     """Every column of a suite on the correctly classified examples [N], single attacks before sequences of them."""
     run = SuiteRun({}, {}, {})
-    for column, stages in sorted(columns.items(), key=lambda item: len(item[1])):
+    for column, attacks in sorted(columns.items(), key=lambda item: len(item[1])):
         left = torch.where(correct, len(driver.threat_models), 0)
         after: dict[str, Tensor] = {}
-        for attack in stages:
-            if attack.name not in run.outcomes:  # what it does to all examples, it does to those that are left
+        for name, attack in attacks.items():
+            if name not in run.outcomes:  # what it does to all examples, it does to those that are left
                 keep = _first_images(driver, correct, run.outcomes.values())
-                run.outcomes[attack.name] = driver.attack(attack, left, keep=keep)
-            after[attack.name] = left = torch.minimum(left, run.outcomes[attack.name].broken_at)
+                run.outcomes[name] = driver.attack(name, attack, left, keep=keep)
+            after[name] = left = torch.minimum(left, run.outcomes[name].broken_at)
         run.broken_at[column] = left
-        if len(stages) > 1:
+        if len(attacks) > 1:
             run.sequences[column] = after
     return run
 
@@ -104,9 +105,9 @@ def run_probes(driver: Driver, position: int, columns: Suite, clean: CleanPass, 
         within = replace(driver, threat_models=[probe.threat_model])
         counts = probe.threat_model == threat_model
         keep = _first_images(driver, clean.correct, [*suite_run.outcomes.values(), *outcomes.values()])
-        outcome = within.attack(probe.attack, standing.long(), stage=_stage(probe), keep=keep if counts else None)
-        broken[probe.attack.name] = standing & (outcome.broken_at == 0)
-        left[probe.threat_model] = standing & ~broken[probe.attack.name]
+        outcome = within.attack(_stage(probe), probe.attack, standing.long(), keep=keep if counts else None)
+        broken[probe.name] = standing & (outcome.broken_at == 0)
+        left[probe.threat_model] = standing & ~broken[probe.name]
         if counts:
             outcomes[_stage(probe)] = outcome
     flags = {name: flag[examples] for name, flag in clean.signals.items()}
@@ -116,7 +117,7 @@ def run_probes(driver: Driver, position: int, columns: Suite, clean: CleanPass, 
 
 
 def _stage(probe: Probe) -> str:
-    return f"probe {probe.attack.name} at {probe.threat_model.written}"
+    return f"probe {probe.name} at {probe.threat_model.written}"
 
 
 def _first_images(driver: Driver, correct: Tensor, outcomes: Iterable[Outcome]) -> Tensor:
@@ -131,8 +132,8 @@ def _first_images(driver: Driver, correct: Tensor, outcomes: Iterable[Outcome]) 
 def _hidden(columns: Suite, suite_run: SuiteRun, position: int) -> Tensor:
     """Which examples [N] no white-box attack of a suite broke, but another of its attacks did."""
     white_box = others = torch.zeros_like(next(iter(suite_run.broken_at.values())), dtype=torch.bool)
-    for attack in {attack.name: attack for stages in columns.values() for attack in stages}.values():
-        broken = suite_run.outcomes[attack.name].broken_at <= position
+    for name, attack in single_attacks(columns).items():
+        broken = suite_run.outcomes[name].broken_at <= position
         if attack.kind == "white-box":
             white_box = white_box | broken
         else:

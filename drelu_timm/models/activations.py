@@ -27,6 +27,9 @@ class PReLU(nn.PReLU):
         return F.prelu(input.movedim(channel_dim, 1), self.weight.to(input.dtype)).movedim(1, channel_dim)
 
 
+torch.fx.wrap("where_channels_lie")  # it asks for the rank of the input, which is not known in a traced graph
+
+
 class PSSiLU(nn.Module):
     """``x * (sigmoid(|alpha| * x) - |beta|) / (1 - |beta|)`` with learnable ``alpha`` and ``beta``, from SiLU on.
 

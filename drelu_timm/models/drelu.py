@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class DReLU(nn.Module):
@@ -35,8 +36,7 @@ class DReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Cap ``x`` from below at 0 and from above at the unit's own cap."""
-        # In x's dtype, or a float32 cap would promote bf16 activations to float32 under autocast.
-        return _Capped.apply(x, along_channels(self.cap, x, self.channel_dim).to(x.dtype))
+        return capped(x, self.cap, self.channel_dim)
 
     def extra_repr(self) -> str:
         """Number of caps and, where it is not the default, their dimension."""
@@ -44,10 +44,32 @@ class DReLU(nn.Module):
         return f"{self.cap.numel()}{channel_dim}"
 
 
+def capped(x: Tensor, cap: Tensor, channel_dim: int | None) -> Tensor:
+    """Return ``max(0, min(cap, x))`` with the gradients of `DReLU`.
+
+    Args:
+        x: Pre-activations of any shape.
+        cap: Caps [C], or [1] for one cap of all units.
+        channel_dim: See `DReLU`.
+    """
+    # In x's dtype, or a float32 cap would promote bf16 activations to float32 under autocast.
+    cap = along_channels(cap, x, channel_dim).to(x.dtype)
+    # TorchScript cannot save `_Capped`, and torch.compile cannot trace it. The last two lines have its values and
+    # gradients, but take ten times as long on a CPU unless a compiler fuses them. `clamp` and `minimum` are no
+    # alternative: where x is at the cap they share the gradient out, in ways that differ between versions of torch.
+    if not torch.jit.is_scripting() and not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        return _Capped.apply(x, cap)
+    cap = cap - cap.clamp(max=0).detach()  # value of cap.clamp(min=0), gradient of cap
+    return torch.where(x > cap, cap, x.relu())
+
+
+torch.fx.wrap("capped")  # one node in a traced graph, as the rank of x is not known there
+
+
 class _Capped(torch.autograd.Function):
     """``max(0, min(cap, x))``; keeps ``x`` and the caps for its backward pass, where autograd would keep copies.
 
-    Differentiates twice, and under vmap and torch.func; forward-mode differentiation raises torch's own error.
+    Differentiates twice, in forward mode, and under vmap and torch.func.
     """
 
     generate_vmap_rule = True
@@ -59,6 +81,13 @@ class _Capped(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        x, cap = ctx.saved_tensors
+        of_x, of_cap = tangents
+        return torch.where(x > cap.clamp(min=0), of_cap, torch.where(x > 0, of_x, 0))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -67,13 +96,20 @@ class _Capped(torch.autograd.Function):
         # threshold_backward is, in one pass, the gradient where its second argument is above its third, else 0. The
         # cap gets what lies above max(cap, 0), not nothing where it is negative: this is what brings it back.
         above = x - cap.clamp(min=0)
-        # One buffer for every step, as fresh memory costs more than their arithmetic; but not to differentiate them.
-        buffer = {} if torch.is_grad_enabled() else {"grad_input": above}
+        # One buffer for every step, as fresh memory costs more than their arithmetic.
+        buffer = {"grad_input": above} if _may_overwrite(gradient) else {}
         above = torch.ops.aten.threshold_backward(gradient, above, 0, **buffer)
         # A copy, as a sum over nothing is the buffer itself.
         to_cap = above.sum_to_size(cap.shape).clone() if ctx.needs_input_grad[1] else None
         below = torch.sub(gradient, above, out=buffer.get("grad_input"))
         return torch.ops.aten.threshold_backward(below, x, 0, **buffer), to_cap
+
+
+def _may_overwrite(gradient: Tensor) -> bool:
+    """Whether a backward pass may write into a buffer: not to differentiate it again, nor for a batch of gradients."""
+    # A batch of gradients (is_grads_batched, vmap) has no rule for `out`, and torch has no public test for it.
+    batched = functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+    return not (batched or torch.is_grad_enabled())
 
 
 class SReLU(nn.Module):

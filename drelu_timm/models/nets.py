@@ -61,6 +61,10 @@ class Classifier(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits [B, K]; ``pre_logits`` stops before the output layer."""
+        return self.classify(x, pre_logits)
+
+    def classify(self, x: Tensor, pre_logits: bool) -> Tensor:
+        """The last hidden layer [B, hidden_size] to logits [B, K], or to itself with dropout."""
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
@@ -164,7 +168,7 @@ class ShallowCNN(Classifier):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature maps to logits [B, K]; ``pre_logits`` stops at the hidden layer [B, hidden_size]."""
-        return super().forward_head(self.act3(self.fc1(x.flatten(1))), pre_logits)
+        return self.classify(self.act3(self.fc1(x.flatten(1))), pre_logits)
 
 
 def _cfg(first_conv: str | None) -> dict[str, Any]:

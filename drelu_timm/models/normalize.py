@@ -27,9 +27,16 @@ class Normalize(nn.Module):
         Raises:
             InputError: Images with another number of channels, which would broadcast without a word.
         """
-        if images.shape[1] != self.mean.shape[1]:
-            raise InputError(f"images have {images.shape[1]} channels, the model takes {self.mean.shape[1]}")
-        return (images - self.mean) / self.std
+        return _normalize(images, self.mean, self.std)
+
+
+def _normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    if images.shape[1] != mean.shape[1]:
+        raise InputError(f"images have {images.shape[1]} channels, the model takes {mean.shape[1]}")
+    return (images - mean) / std
+
+
+torch.fx.wrap("_normalize")  # one node in a traced graph, where the shape of images is not known
 
 
 def normalized(

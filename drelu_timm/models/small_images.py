@@ -1,13 +1,15 @@
 """ImageNet models on images of some 32 pixels: a first convolution that keeps their size, or upsampling."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import DReLUWarning
+from ..errors import DReLUWarning, InputError
 from .surgery import TimmModel, blank_image, mix_in, probing, replace
 
 PROBE_SIDE = 32  # pixels: what a small-image stem has to cope with
@@ -93,45 +95,60 @@ class Upsampled:
 
     upsample: nn.Upsample
 
-    def _enlarge(self, x: Tensor) -> Tensor:
-        return x if tuple(x.shape[-2:]) == self.upsample.size else self.upsample(x)
+    def __init_subclass__(cls):
+        if Upsampled in cls.__bases__:  # not with another mixin on top, whose base upsamples already
+            for name in ("forward", "forward_features", "forward_intermediates"):
+                if hasattr(cls, name):
+                    setattr(cls, name, _upsampling(getattr(cls, name)))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward on upsampled images [B, C, H, W]."""
-        return super().forward(self._enlarge(x), *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward_features on upsampled images [B, C, H, W]."""
-        return super().forward_features(self._enlarge(x), *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward_intermediates on upsampled images [B, C, H, W]."""
-        return super().forward_intermediates(self._enlarge(x), *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+    def __prepare_scriptable__(self) -> Any:
+        raise InputError(
+            f"torch.jit.script cannot compile {type(self).__name__} with upsampling in front; "
+            "use torch.jit.trace or torch.export.export"
+        )
 
 
-def warn_of_small_images(model: TimmModel, first_convs: Sequence[str], image_size: Sequence[int]) -> None:
-    """Let a model made for large images warn, once, when it meets some of at most 64 pixels a side.
+def _upsampling(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's method, which takes images [B, C, H, W] of any size."""
+
+    @wraps(method)  # torch.fx goes by the arguments of the model's own
+    def upsampling(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, _upsample(x, self.upsample.size), *args, **kwargs)
+
+    return upsampling
+
+
+def _upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if tuple(x.shape[-2:]) == size else F.interpolate(x, size, mode="bilinear")
+
+
+torch.fx.wrap("_upsample")  # one node in a traced graph, where the shape of x is not known
+
+
+def warn_of_small_images(
+    model: TimmModel, first_convs: Sequence[str], made_for: Sequence[int], image_size: Sequence[int], stride: int = 1
+) -> None:
+    """Warn where a model for large images is to get some of at most 64 pixels a side.
 
     Args:
         model: A timm model.
         first_convs: Paths of its first convolutions.
-        image_size: (H, W) that it is made for.
+        made_for: (H, W) that its architecture is made for.
+        image_size: (H, W) of the images.
+        stride: Largest stride of a first convolution that suits the images.
     """
-    convs = [module for module in map(model.get_submodule, first_convs) if isinstance(module, nn.Conv2d)]
-    if min(image_size) > SMALL_SIDE and any(conv.stride[0] > 1 for conv in convs):
-        model.register_forward_pre_hook(_warn_once)
-
-
-def _warn_once(model: TimmModel, args: tuple[Tensor, ...]) -> None:
-    if torch.compiler.is_compiling() or getattr(model, "_warned_of_small_images", False):
-        return
-    height, width = args[0].shape[-2:]
-    if max(height, width) <= SMALL_SIDE:
-        model._warned_of_small_images = True
-        architecture = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    if max(image_size) <= SMALL_SIDE < min(made_for) and _stride(model, first_convs) > stride:
+        height, width = image_size
         warnings.warn(
-            f"{architecture} begins with an ImageNet stem, which leaves little of {height}x{width} images; "
-            "create it with small_images=True",
+            f"{model.pretrained_cfg['architecture']} starts with an ImageNet stem, which leaves little of "
+            f"{height}x{width} images; create it with small_images=True",
             DReLUWarning,
             stacklevel=2,
         )
+
+
+def _stride(model: TimmModel, first_convs: Sequence[str]) -> int:
+    """The largest stride of the first convolutions, and of those behind the ones that placement "stem" adds."""
+    blocks = [model.get_submodule(name.removesuffix(".conv")) for name in first_convs]
+    convs = [module for block in blocks for module in block.modules() if isinstance(module, nn.Conv2d)]
+    return max((conv.stride[0] for conv in convs), default=1)

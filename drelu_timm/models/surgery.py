@@ -1,8 +1,9 @@
 """Changes to a built timm model: a convolution with D-ReLU behind the input, D-ReLU for every activation."""
 
-from collections.abc import Iterator, Sequence
+import copyreg
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from posixpath import commonpath
 from typing import Any
 
@@ -39,9 +40,34 @@ def mix_in(model: TimmModel, mixin: type) -> None:
     model.__class__ = _mixed(mixin, type(model))
 
 
+class _Mixed(type):
+    """Class of the classes that `mix_in` makes. They have the name of the base's class, by which pickle finds that."""
+
+
 @cache
 def _mixed(mixin: type, cls: type) -> type:
-    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return _Mixed(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+copyreg.pickle(_Mixed, lambda cls: (_mixed, cls.__bases__))  # so they are pickled as the call that makes them
+
+
+class OverridesInstances:
+    """Decorator for a method of a mixin that calls ``super()``, which ``torch.jit.script`` cannot compile.
+
+    Looked up on the class, where TorchScript looks, the method is the base's; on an instance it is the decorated one.
+    """
+
+    def __init__(self, method: Callable[..., Any]):
+        self.method = method
+
+    def __set_name__(self, owner: type, name: str):
+        self.owner, self.name = owner, name
+
+    def __get__(self, instance: Any, cls: type) -> Callable[..., Any]:
+        if instance is None:
+            return getattr(super(self.owner, cls), self.name)
+        return partial(self.method, instance)  # not MethodType, which torch.compile cannot trace
 
 
 @contextmanager
@@ -121,6 +147,8 @@ def replace_activations(model: TimmModel, input_size: Sequence[int], activation:
         seen = channels[module]
         num_features, channel_dim = seen.pop() if len(seen) == 1 else (1, None)
         new = make_activation(activation, num_features, cap, channel_dim)
+        new._forward_hooks = module._forward_hooks  # those of timm's `features_only`
+        new._forward_pre_hooks = module._forward_pre_hooks
         parameter = next(model.parameters())
         replace(model, name, new.to(parameter.device, parameter.dtype))
     return len(found)

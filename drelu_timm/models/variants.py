@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, unknown
 from .activations import ACTIVATIONS
-from .head import add_head, classifier_names
+from .head import add_head, classifier_names, is_unpooled
 from .nets import height_and_width
 from .small_images import adapt_to_small_images, warn_of_small_images
 from .surgery import TimmModel, add_stem, paths, replace_activations
@@ -176,6 +176,11 @@ class Variant:
         """Whether the output is to be the D-ReLU's, with no output layer behind it."""
         return self.kwargs.get("num_classes", self.cfg.num_classes) == 0
 
+    @property
+    def unpooled(self) -> bool:
+        """Whether the output is to be the base's unpooled features, with no head behind them."""
+        return self.without_classes and is_unpooled(0, self.kwargs.get("global_pool"))
+
     def build(self, *, pretrained_base: bool) -> TimmModel:
         """The base, built by timm, then changed in place; its cfg and its arguments say so."""
         model = self._build_base(pretrained=pretrained_base)
@@ -183,14 +188,22 @@ class Variant:
         if self.options.small_images:
             channels = self.options.width if self.options.placement == "stem" else self.in_chans
             adapt_to_small_images(model, first_convs, (channels, *self.image_size))
-        else:
-            warn_of_small_images(model, first_convs, self.image_size)
         changes = self._place(model, first_convs)
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": self.name, **changes}
+        if not self.options.small_images:
+            self._warn_of_small_images(model, first_convs)
         model.default_cfg = model.pretrained_cfg
         model_args = {**self.kwargs, **asdict(self.options)}
         model._model_args = {key: value for key, value in model_args.items() if key not in RUNTIME_ARGUMENTS}
         return model
+
+    def _warn_of_small_images(self, model: TimmModel, first_convs: Sequence[str]) -> None:
+        if "img_size" in self.kwargs:  # divided into patches of a size that may suit it
+            size = self.image_size
+            stride = min(size) // 8
+        else:
+            size, stride = self.cfg.input_size[1:], 1
+        warn_of_small_images(model, first_convs, self.registered.input_size[1:], size, stride)
 
     def _build_base(self, *, pretrained: bool) -> TimmModel:
         registered = self.registered
@@ -198,7 +211,7 @@ class Variant:
             self.cfg, architecture=self.base, first_conv=registered.first_conv, classifier=registered.classifier
         )
         kwargs = dict(self.kwargs)
-        if self.options.placement == "head" and self.without_classes and not self.features_only:
+        if self.options.placement == "head" and self.without_classes and not (self.features_only or self.unpooled):
             kwargs["num_classes"] = 1  # or there is no classifier to replace; `_place` goes back to 0
         if self.options.placement == "stem":
             kwargs["in_chans"] = self.options.width
@@ -220,11 +233,13 @@ class Variant:
         if self.features_only:
             _logger.info("%s: features_only has no classifier, so there is no D-ReLU head", self.name)
             return {}
-        names = classifier_names(model, self.registered.classifier)
-        if not names:
+        names = (
+            paths(self.registered.classifier) if self.unpooled else classifier_names(model, self.registered.classifier)
+        )
+        if not names and not self.unpooled:
             raise self._refusal("it classifies nothing, there is no classifier layer to put the head at", "classifier")
-        outputs = add_head(model, names, options.width, options.activation, options.cap)
-        if self.without_classes:
+        outputs = add_head(model, names, options.width, options.activation, options.cap, unpooled=self.unpooled)
+        if self.without_classes and not self.unpooled:
             model.reset_classifier(0)
         return {"classifier": _one_or_all(outputs)}
 
@@ -265,19 +280,25 @@ def _one_or_all(names: Sequence[str]) -> str | tuple[str, ...]:
 
 def _in_features_net(model: TimmModel, names: Sequence[str]) -> list[str]:
     """The paths that modules of a timm model have in its `features_only` net, or in itself."""
-    there = {_plain(name): name for name, _ in model.named_modules()}
+    there = {_plain(name, model): name for name, _ in model.named_modules()}
     return [there[_plain(name)] for name in names]
 
 
-def _plain(name: str) -> str:
-    """A path without what timm's `features_only` nets add: a prefix, and "_" where they flatten."""
-    return name.replace("_", ".").removeprefix("model.")
+def _plain(name: str, net: TimmModel | None = None) -> str:
+    """A path without what timm's `features_only` nets add: a module that holds the base, "_" where they flatten."""
+    children = list(net._modules) if net is not None else []
+    if children in (["model"], ["body"], ["graph_module"]):
+        name = name.removeprefix(f"{children[0]}.")
+    return name.replace("_", ".")
 
 
 def _checked(state_dict: dict[str, Tensor], model: TimmModel) -> dict[str, Tensor]:
     """The weights, if all of a classifier's are there and no others: where timm adapts, it is no longer strict."""
     adapted = {f"{name}.{kind}" for name in paths(model.pretrained_cfg["classifier"]) for kind in ("weight", "bias")}
     different = (state_dict.keys() ^ model.state_dict().keys()) - adapted
+    if model.num_classes == 0:  # an unpooled model has no head to load
+        heads = tuple(f"{name}." for name in getattr(model, "drelu_heads", ()))
+        different = {name for name in different if name in model.state_dict() or not name.startswith(heads)}
     if different:
         raise _unfit(model, f"{len(different)} names differ, among them {', '.join(sorted(different)[:3])}")
     return state_dict
@@ -286,10 +307,10 @@ def _checked(state_dict: dict[str, Tensor], model: TimmModel) -> dict[str, Tenso
 def _checked_features(state_dict: dict[str, Tensor], net: TimmModel) -> dict[str, Tensor]:
     """The weights of a classifier under the names that they have in its `features_only` net."""
     given = {_plain(name): tensor for name, tensor in state_dict.items()}
-    missing = [name for name in net.state_dict() if _plain(name) not in given]
+    missing = [name for name in net.state_dict() if _plain(name, net) not in given]
     if missing:
         raise _unfit(net, f"{len(missing)} are missing, among them {', '.join(missing[:3])}")
-    return {name: given[_plain(name)] for name in net.state_dict()}
+    return {name: given[_plain(name, net)] for name in net.state_dict()}
 
 
 def _unfit(model: TimmModel, reason: str) -> InputError:

@@ -114,7 +114,7 @@ def autoattack_log(results: dict[str, Any]) -> str:
 
 
 def _log(results: dict[str, Any]) -> Iterator[str]:
-    stages = [attack.name for attack in SUITES["autoattack"][AUTOATTACK]]
+    stages = SUITES["autoattack"][AUTOATTACK]
     yield f"AutoAttack standard including {', '.join(stages)}; {results['norm']}, eps {results['eps']}"
     yield f"{results['n_examples']} test images of {results['dataset_title']}, seed {results['seed']}"
     yield f"{made_with(results)}; attacks search in {results['precision']}, and are judged in float32"

@@ -8,14 +8,17 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from ..attacks.adaptive import substitutable_layers
-from ..attacks.suites import Attack, find_suite
+from ..attacks.attack import Attack
+from ..attacks.suites import find_suite, single_attacks
 from ..data.datasets import DATASETS
 from ..data.images import Images, to_float
 from ..data.readers import load_images
@@ -73,10 +76,13 @@ def training(config: TrainConfig) -> int:
 
 
 def _training_images(config: TrainConfig) -> int:
-    known = _TRAINING_IMAGES.get(config.dataset)
-    if known is None:
-        known = len(load_images(config.dataset, config.data_dir, "train", img_size=config.img_size))
+    known = _TRAINING_IMAGES.get(config.dataset) or _decoded_images(config.dataset, config.data_dir, config.img_size)
     return min(known, config.n_train or known)
+
+
+@cache  # or every cell of a grid would decode the same folder, and print what is in it
+def _decoded_images(dataset: str, data_dir: Path, img_size: int | None) -> int:
+    return len(load_images(dataset, data_dir, "train", img_size=img_size))
 
 
 def _of_an_image(config: TrainConfig) -> int:
@@ -108,14 +114,12 @@ def evaluation(train: TrainConfig, config: EvaluateConfig, model: nn.Module) -> 
     """Forward passes of an evaluation of a training's net."""
     trained, dataset = resolve(train).threat_model, DATASETS[train.dataset]
     side = train.img_size or dataset.img_size or 0
-    suite = find_suite(
-        config.suite, dataset.num_classes or _CLASSES, adaptive=bool(substitutable_layers(model))
-    ).values()
-    attacks = {attack.name: attack for column in suite for attack in column}  # one in several columns runs once
+    suite = find_suite(config.suite, dataset.num_classes or _CLASSES, adaptive=bool(substitutable_layers(model)))
+    attacks = single_attacks(suite).values()  # one in several columns runs once
     balls = attacked_in(config, trained)
     probing = [probe.attack for probe in probes(model, balls[-1], dataset.in_chans * side * side)]
     clean = 1 + 2 * GRADIENT
-    of_radius = config.n_examples * _of_attacks([*attacks.values()])
+    of_radius = config.n_examples * _of_attacks([*attacks])
     of_radius += min(config.n_examples, PROBED) * _of_attacks(probing)
     return config.n_examples * clean + len(balls) * of_radius
 

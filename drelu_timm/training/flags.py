@@ -13,7 +13,8 @@ class Task:
     dataset: str
     """digits, mnist, cifar10, cifar100, tiny_imagenet, or folder for any folder of images."""
     data_dir: Path = Path("data")
-    """Where the dataset lies, or is downloaded to."""
+    """Where the dataset lies, or is downloaded to. For folder: DIR/train and DIR/val (or test), folders or .tar files
+    with a folder per class at the top and its images at any depth below."""
     img_size: int | None = None
     """Side of an image, in pixels; by default the dataset's own, and needed for folder."""
     n_train: int | None = None

@@ -10,6 +10,8 @@ from ..data.images import Images
 from ..errors import InputError, one_line
 from ..models.normalize import normalized
 from ..models.saved import load_folder
+from ..models.small_images import warn_of_small_images
+from ..models.surgery import paths
 from ..models.weights import check_weights
 from ..runs import Run
 from .config import TrainConfig, model_options
@@ -46,6 +48,9 @@ def create_model(config: TrainConfig, data: Images) -> nn.Module:
         raise InputError(
             f"--pretrained: there are no weights of {config.model} to be had ({one_line(error)})"
         ) from error
+    if "img_size" not in arguments and not config.small_images:
+        first_convs = paths(model.pretrained_cfg["first_conv"])
+        warn_of_small_images(model, first_convs, model.pretrained_cfg["input_size"][1:], size)
     model._model_args = getattr(model, "_model_args", arguments)  # timm 1.0.9 does not record a plain model's
     dataset = DATASETS[config.dataset]
     mean, std = (dataset.mean, dataset.std) if dataset.mean else data.mean_std()
