@@ -1,40 +1,32 @@
-"""D-ReLU variants of every timm classifier: ``import drelu_timm``, then ``timm.create_model("resnet50_drelu")``."""
+"""D-ReLU variants of every timm classifier, and an evaluation that tells whether a model's robustness is real.
 
-import sys
-import warnings
+    import drelu_timm, timm
+
+    model = timm.create_model("resnet50_drelu", num_classes=10)  # or any nn.Module
+    model = drelu_timm.normalized(model).eval()  # from images in [0, 1] to logits
+    result = drelu_timm.evaluate_model(model, images, labels, norm="Linf", eps="8/255")
+    print(result.clean, result.worst, result.verdict)
+
+The models are registered as soon as timm is imported, before or after this package. What is listed in ``__all__`` is
+imported when it is first used.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from wrapt import when_imported
 
 from .errors import DReLUWarning, InputError
 
-
-def _is_doctor() -> bool:
-    """Whether this is `drelu-timm doctor` or `python -m drelu_timm doctor`, told by the command as it was given.
-
-    The doctor has to run where torch, torchvision or timm do not import, and this file runs before it.
-    """
-    command = sys.orig_argv[-len(sys.argv) :]  # sys.argv itself has -m in the place of the module, as yet
-    return command[1:2] == ["doctor"] and Path(command[0]).stem in ("drelu-timm", "drelu_timm")
-
-
-if TYPE_CHECKING or not _is_doctor():
-    with warnings.catch_warnings():  # before every command's first line otherwise, and nothing that its user can mend
-        warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
-        import timm  # noqa: F401
-
-    from .models import registration  # noqa: F401  (importing it registers every `<arch>_drelu`)
+if TYPE_CHECKING:
+    from .evaluation.evaluation import evaluate_model, evaluate_sweep
     from .models.caps import cap_penalty
     from .models.drelu import DReLU, SReLU
     from .models.normalize import normalized
     from .models.saved import load_folder, save_folder
-    from .zoo.published import register_published
     from .zoo.robust_models import register_robust_model
-
-    register_published()
-
-if TYPE_CHECKING:
-    from .evaluation.evaluation import evaluate_model, evaluate_sweep
 
 __version__ = version("drelu-timm")
 
@@ -53,11 +45,36 @@ __all__ = [
     "save_folder",
 ]
 
+_HOMES = {
+    "DReLU": "models.drelu",
+    "SReLU": "models.drelu",
+    "cap_penalty": "models.caps",
+    "evaluate_model": "evaluation.evaluation",
+    "evaluate_sweep": "evaluation.evaluation",
+    "load_folder": "models.saved",
+    "normalized": "models.normalize",
+    "register_robust_model": "zoo.robust_models",
+    "save_folder": "models.saved",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """What evaluates, imported when it is asked for: the attack libraries belong to an extra."""
-    if name in ("evaluate_model", "evaluate_sweep"):
-        from .evaluation import evaluation
+    """Import a public name from its module when it is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
 
-        return getattr(evaluation, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__
+
+
+# Not on timm.models: registering needs timm.list_models, which timm has only after that. `import timm.models` imports
+# the whole of timm first.
+@when_imported("timm")
+def _register(_: ModuleType) -> None:
+    """Register the models with timm: at once where timm is imported already, else when its import ends."""
+    import_module(".models.registration", __name__)
+    import_module(".zoo.published", __name__).register_published()

@@ -2,10 +2,12 @@
 
 import os
 import sys
-import time
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
+from . import __version__
 from .errors import InputError, unknown
 from .preemption import EXIT_CODE, Preempted
 
@@ -16,7 +18,7 @@ VERBS = {
     "export": "a run as a RobustBench entry, a timm / Hugging Face folder and a model card",
     "sweep": "a grid of trainings and evaluations, the paper's or your own, here or on a cluster",
     "report": "tables, statistics and figures of evaluated runs, beside the paper's",
-    "doctor": "what is installed here, what of it clashes, and the commands that mend it",
+    "doctor": "versions of what is installed, what of it clashes, and the one command that fixes it",
 }
 
 HOW_TO_GO_ON = {
@@ -26,10 +28,8 @@ HOW_TO_GO_ON = {
     "sweep": "; the same command goes on with what is not done",
 }
 
-_FIRST_PROCESS_ENDS = 10  # seconds, within which it has met the error that all processes meet
-
 HELP = "usage: drelu-timm VERB [options]\n\n" + "\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items())
-HELP += "\n\n`drelu-timm VERB --help` lists a verb's options."
+HELP += "\n\n`drelu-timm VERB --help` lists a verb's options, `drelu-timm --version` prints the version."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(HELP)
         return 0
+    if verb == "--version":
+        print(f"drelu-timm {__version__}")
+        return 0
+    # Raised when timm is imported, and nothing that the user can fix.
+    warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
     try:
-        if verb not in VERBS:
-            raise unknown("VERB", verb, VERBS)
-        return _module(verb).main(rest) or 0
+        return _run(verb, rest)
     except InputError as error:
-        _say(error)
+        print(f"{_process()}error: {error}", file=sys.stderr)
         return 2
     except Preempted as stopped:
         print(f"{stopped}{HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
@@ -58,28 +61,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _say(error: InputError) -> None:
-    """Print an error, but only once where every process of a launch meets the same.
-
-    The first process says it, and when that has ended the launcher ends the others: one that is still there by then
-    has met an error of its own.
-    """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
-        return
-    time.sleep(_FIRST_PROCESS_ENDS)
-    print(f"process {os.environ.get('RANK', '?')}: error: {error}", file=sys.stderr)
+def _run(verb: str, argv: Sequence[str]) -> int:
+    """Read a verb's flags, then import what does the work: a help or a mistyped flag needs neither torch nor timm."""
+    if verb not in VERBS:
+        raise unknown("VERB" if not verb.startswith("-") else "flag", verb, [*VERBS, "--help", "--version"])
+    if verb == "doctor":  # runs in the light base, where there is no tyro to read flags
+        return _import("doctor", verb).main(argv)
+    config = _import("flags", verb).read(verb, argv)
+    return _import(verb, verb).main(config) or 0
 
 
-def _module(verb: str):
+def _import(module: str, verb: str) -> ModuleType:
     try:
-        return import_module(f"drelu_timm.{verb}")
+        return import_module(f"drelu_timm.{module}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("drelu_timm"):
             raise
         raise InputError(
             f"{verb} needs the package {error.name!r}, which is not installed; pip install 'drelu-timm[all]'"
         ) from error
+
+
+def _process() -> str:
+    """Name the process of a launch that is not the first one on its machine."""
+    return "" if os.environ.get("LOCAL_RANK", "0") == "0" else f"process {os.environ.get('RANK', '?')}: "
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from .errors import unknown
+
 Config = TypeVar("Config")
 
 # What an unset flag does its text says; "(default: None)" behind it would say less.
@@ -22,7 +24,11 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
         verb: Name of the verb, for the help.
         argv: The flags.
         default: Values of flags that are not given, where they are not those of the dataclass.
+
+    Raises:
+        InputError: An unknown flag. What else is wrong tyro prints, and exits.
     """
+    _check_names(config, argv)
     groups = [base for base in reversed(config.__mro__) if is_dataclass(base) and base is not config]
     parts = [_hinted(part) for part in groups or [config]]
     shown = _together(config, parts) if groups else parts[0]
@@ -39,6 +45,14 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
     )
     read = vars(flags).values() if groups else [flags]
     return config(**{name: value for part in read for name, value in vars(part).items()})
+
+
+def _check_names(config: type, argv: Sequence[str]) -> None:
+    """Refuse a flag that the dataclass has no field for."""
+    allowed = ["--help", *(flag(each.name) for each in fields(config))]
+    for name in (word.partition("=")[0] for word in argv):
+        if name.startswith("--") and name.replace("_", "-") not in allowed:
+            raise unknown("flag", name, allowed)
 
 
 def flag(name: str) -> str:

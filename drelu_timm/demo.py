@@ -3,8 +3,6 @@
 Three nets that differ in one thing each: a ReLU net, the same net with D-ReLU, and that with TRADES.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from .command_line import read_flags
 from .evaluate import evaluate
 from .evaluation.config import EvaluateConfig
 from .evaluation.pictures import CLEAN, POINTS, WORST_CASE, accuracy_axes, save_figure
 from .evaluation.results import VERDICT_COLOURS
-from .export import ExportConfig, export
+from .export import export
 from .files import read_json
+from .flags import DemoConfig, ExportConfig
 from .train import train
 from .training.config import TrainConfig
 
@@ -37,17 +35,9 @@ FOLDERS = dict(zip(NETS, ("relu", "drelu", "drelu-trades"), strict=True))
 COLUMNS = {"clean": "clean", "pgd": "PGD", "autoattack": "AutoAttack", "bpda": "BPDA", "worst": "worst"}
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """Train, attack and export three nets on scikit-learn's digits, in under two minutes on two cores."""
-
-    output_dir: Path = Path("runs/demo")
-    """Folder for the runs, the picture and the exported model; a demo that was stopped goes on where it was."""
-
-
-def main(argv: Sequence[str]) -> None:
-    """Read the flags and show the way."""
-    demo(read_flags(DemoConfig, "demo", argv))
+def main(config: DemoConfig) -> None:
+    """Run the demo."""
+    demo(config)
 
 
 def demo(config: DemoConfig) -> Path:

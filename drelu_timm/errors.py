@@ -21,7 +21,8 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> InputError:
         allowed: Every name that would have worked.
     """
     allowed = sorted(allowed)
-    near = get_close_matches(value, allowed, n=3)
+    names = {name.lstrip("-"): name for name in allowed}  # any two flags are alike in their dashes
+    near = [names[name] for name in get_close_matches(value.lstrip("-"), names, n=3)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed[:20])}"
     return InputError(f"{what} {value!r} is unknown; {hint}")
 

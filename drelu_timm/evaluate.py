@@ -18,18 +18,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from .attacks.suites import SUITES
 from .attacks.threat_model import ThreatModel
-from .command_line import read_flags
 from .data.datasets import DATASETS, Dataset
 from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .evaluation.adversarial import ADVERSARIAL
-from .evaluation.config import PRECISIONS, EvaluateConfig, attacked_in, check_flags, result_path
+from .evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
 from .evaluation.curves import draw_curve
 from .evaluation.evaluation import Evaluation, evaluate_sweep
 from .evaluation.pictures import require_matplotlib
@@ -41,9 +41,8 @@ from .files import read_json, write_json, write_text
 from .runs import environment
 
 
-def main(argv: Sequence[str]) -> None:
-    """Read the flags, evaluate, and say what to do next."""
-    config = read_flags(EvaluateConfig, "evaluate", argv)
+def main(config: EvaluateConfig) -> None:
+    """Evaluate, and print the result's files and what to do next."""
     path = evaluate(config)
     if launched().is_main_process:
         files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ADVERSARIAL, ".png")]
@@ -167,7 +166,7 @@ def _measured(task: _Task) -> dict[str, Any]:
         suite=config.suite,
         seed=config.seed,
         batch_size=config.batch_size,
-        search_dtype=PRECISIONS[config.precision],
+        search_dtype=getattr(torch, config.precision),
         transfer_from=source[0] if source else None,
         state=state,
         processes=processes,

@@ -17,20 +17,17 @@ The folder appears only after the model was loaded from it and predicted what th
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from .attacks.threat_model import ThreatModel
-from .command_line import read_flags
 from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .evaluation.result_files import ResultFile
 from .files import read_json, write_text
+from .flags import ExportConfig
 from .publishing.cards import model_card
 from .publishing.entries import card_record, check_entry, model_info
 from .publishing.folder import whole_or_not_at_all, write_model, write_submission
@@ -49,52 +46,8 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 
-@dataclass(frozen=True)
-class ExportConfig:
-    """Turn an evaluated run into RobustBench's entry, a timm / Hugging Face folder, a model card and a recipe."""
-
-    run: tyro.conf.Positional[Path]
-    """Run directory, evaluated by a suite that holds AutoAttack (--suite standard)."""
-    key: str
-    """RobustBench's name of the model: authors, year, first word of the title, and what tells its models apart."""
-    dataset: str | None = None
-    """RobustBench's name of the dataset, for a run on a folder of its images: imagenet."""
-    norm: str | None = None
-    """Norm of the entry, Linf or L2; by default the training's."""
-    eps: str | None = None
-    """Radius of the entry, such as 8/255; by default the training's."""
-    results: str | None = None
-    """Name of the evaluation; by default the one with AutoAttack, then most examples and attacks, at that norm, eps."""
-    n_examples: int | None = None
-    """Refuse an evaluation of fewer test images than this."""
-    seeds: tuple[Path, ...] = ()
-    """Runs that differ by their seed only, evaluated likewise; the card tells the spread."""
-    output_dir: Path | None = None
-    """Folder to write, which must not be there yet; by default RUN/export/KEY."""
-    data_dir: Path | None = None
-    """Where the dataset lies; by default where training found it."""
-    benchmark_examples: int = 32
-    """Test images on which RobustBench's own benchmark is run for comparison; 0 for none."""
-    as_masked: bool = False
-    """Export a model whose gradients are masked: as unreliable, ranked by its worst case."""
-    push: str | None = None
-    """Upload hub/ to this repository of the Hugging Face Hub, ORG/NAME; without a token only say what would be."""
-
-    paper: Path | None = None
-    """TOML file with title, authors, link and venue, in the place of the four flags below; flags win."""
-    title: str | None = None
-    """Title of the paper about the model."""
-    authors: str | None = None
-    """Its authors, separated by commas."""
-    link: str | None = None
-    """Where to read it."""
-    venue: str | None = None
-    """Where it was published, such as "ICLR 2026", "arXiv, Mar 2026" or "N/A"."""
-
-
-def main(argv: Sequence[str]) -> None:
-    """Read the flags, export, push if asked to, and say where the files are."""
-    config = read_flags(ExportConfig, "export", argv)
+def main(config: ExportConfig) -> None:
+    """Export a run, upload it if asked to, and print where the files are."""
     if config.push is not None:
         _check_repository(config.push)
     output_dir = _output_dir(config)

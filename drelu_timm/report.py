@@ -16,19 +16,18 @@ The same result files give the same files here, byte for byte.
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .command_line import read_flags
 from .errors import InputError
 from .files import write_json, write_text
+from .flags import ReportConfig
 from .reports.averages import Lines, lines_of
 from .reports.comparisons import papers_statistics, statistics
 from .reports.folder import replaced
@@ -41,25 +40,12 @@ from .reports.sections import attacks, figures, opening, origin, over_eps, train
 from .reports.tables import NONE, Table, against_paper, all_rows, paper_table, seed_count, square_tables
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    """Tables with worst case and masking verdict, statistics and figures of evaluated runs, from result files only."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, or folders that hold them at any depth. Runs that differ in their seed only are averaged."""
-    output_dir: Path | None = None
-    """Where the report goes; by default report/ in the first of RUNS. An earlier report there is replaced."""
-    against_paper: bool = False
-    """Set every number beside the one that the D-ReLU paper prints, with the difference."""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Read the flags, report, and say where to look.
+def main(config: ReportConfig) -> int:
+    """Write the report and print where it is.
 
     Returns:
         1 where a file was broken and left out, else 0.
     """
-    config = read_flags(ReportConfig, "report", argv)
     outcomes = report(config)
     folder = _output_dir(config)
     print(f"report in {folder}: look at {folder / 'report.html'} first")

@@ -12,16 +12,15 @@ the same command again ends what was stopped, in whatever way.
 
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-import tyro
 
-from .command_line import duration, read_flags
+from .command_line import duration
 from .errors import InputError, one_line, unknown
 from .files import locked
+from .flags import SweepConfig
 from .launches import Launch
 from .sweeps.cells import Cell
 from .sweeps.grids import Grid, read_grid
@@ -34,40 +33,9 @@ _HOURS = 24.0
 _PLACEHOLDER = Path("FILE.npz")  # of generated images, for a plan without them
 
 
-@dataclass(frozen=True)
-class SweepConfig:
-    """Train and evaluate every cell of a grid: the paper's tables and figures, or your own."""
-
-    grid: tyro.conf.Positional[str]
-    """A TOML file, or the name of a grid that comes with the package:
-    paper-mnist, paper-cifar10, paper-cifar100, paper-tiny-imagenet,
-    paper-edm-cifar10, paper-edm-cifar100, paper-edm-tiny-imagenet, paper-placement, paper-eps, activations.
-    With -smoke behind it, a version that ends in minutes on two cores."""
-    output_dir: Path | None = None
-    """Folder for the run directories; by default runs/ and the grid's name."""
-    data_dir: Path = Path("data")
-    """Where the datasets lie, or are downloaded to."""
-    generated: tuple[Path, ...] = ()
-    """Generated images, for grids that mix some in: .npz files, as of train."""
-    jobs: int | None = None
-    """Cells at once, on this machine; by default 1."""
-    dry_run: bool = False
-    """Print the cells, what they cost, and their commands; write nothing."""
-    num_processes: int = 1
-    """Processes a cell, a GPU each; several are started by accelerate launch."""
-    mixed_precision: str = "no"
-    """no or bf16, of accelerate launch."""
-    cluster: str = ""
-    """slurm for a job a cell, through submitit; local for trying that here; by default neither."""
-    partition: str = ""
-    """SLURM: the partition; what else is needed sbatch takes from the environment (SBATCH_ACCOUNT, ...)."""
-    hours: float | None = None
-    """With --cluster: limit of a job, after which it goes on in another one; by default 24."""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Read the flags and run the grid; 1 if a cell failed."""
-    return sweep(read_flags(SweepConfig, "sweep", argv))
+def main(config: SweepConfig) -> int:
+    """Run the grid; return 1 if a cell failed, else 0."""
+    return sweep(config)
 
 
 def sweep(config: SweepConfig) -> int:

@@ -7,7 +7,6 @@ Devices and precision belong to `accelerate launch`. All randomness is keyed by 
 of processes or by what ran before, so that a resumed run repeats the uninterrupted one.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from .command_line import flag, read_flags
+from .command_line import flag
 from .data.generated import GeneratedImages
 from .data.images import Images
 from .data.readers import load_images
@@ -23,7 +22,7 @@ from .errors import InputError, one_line, unknown
 from .files import write_json
 from .launches import PATIENCE, is_first_process, launched_on_cpu
 from .runs import Run, environment
-from .training.config import TrainConfig, preset_in, resolve, saved
+from .training.config import TrainConfig, resolve, saved
 from .training.model import check_pretrained, create_model
 from .training.presets import PRESETS
 from .training.sharding import check_sharding, sharding
@@ -32,9 +31,8 @@ from .training.state import read_progress
 from .training.trainer import Trainer
 
 
-def main(argv: Sequence[str]) -> None:
-    """Read the flags over the preset that they name, train, and say what to do next."""
-    config = read_flags(TrainConfig, "train", argv, preset_in(argv))
+def main(config: TrainConfig) -> None:
+    """Train, and print what was written and what to do next."""
     if config.preset is not None and is_first_process():
         _show_preset(config.preset)
     run = train(config)

@@ -1,15 +1,18 @@
 """Threat models: how far an adversary may move an image."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..errors import InputError, unknown
 from ..spelling import written
+
+if TYPE_CHECKING:  # the command line reads norms and radii without torch
+    import torch
+    from torch import Tensor
 
 Norm = Literal["Linf", "L2"]
 
@@ -29,7 +32,7 @@ class ThreatModel:
     written: str
 
     @classmethod
-    def parse(cls, norm: str, eps: str | float) -> "ThreatModel":
+    def parse(cls, norm: str, eps: str | float) -> ThreatModel:
         """Read a norm and a radius such as "8/255", "0.1" or 0.1.
 
         Raises:
@@ -71,6 +74,8 @@ class ThreatModel:
 
     def noise(self, shape: torch.Size, generator: torch.Generator | None = None) -> Tensor:
         """Points of the ball around 0 (uniform for Linf; uniform direction and radius for L2), [B, C, H, W]."""
+        import torch
+
         device = generator.device if generator else None
         if self.norm == "Linf":
             return self.eps * (2 * torch.rand(shape, generator=generator, device=device) - 1)

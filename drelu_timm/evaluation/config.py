@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
-from ..attacks.suites import SUITES
 from ..attacks.threat_model import ThreatModel, norm_and_radius, threat_models
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "bfloat16")  # names of torch's dtypes
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ def check_flags(config: EvaluateConfig) -> None:
     Raises:
         InputError: The first flag with a value that is not possible.
     """
+    from ..attacks.suites import SUITES  # attacks need torch, which the flags and their help do without
+
     for flag, value, allowed in (
         ("--suite", config.suite, SUITES),
         ("--precision", config.precision, PRECISIONS),

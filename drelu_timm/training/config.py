@@ -4,24 +4,21 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import tyro
 
 from ..attacks.threat_model import ThreatModel, norm_and_radius
 from ..command_line import flag
-from ..data.augment import Augmentation
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 from ..files import read_json
 from ..kinds import OBJECT, check_fields
-from ..models.caps import CAP_PENALTIES
-from ..models.registration import check_tag
-from ..models.variants import Options
 from . import flags
-from .objectives import make_objective
 from .presets import PRESETS
+
+if TYPE_CHECKING:
+    from ..data.augment import Augmentation
 
 SCHEDULES = ("constant", "cosine", "onecycle", "plateau")
 MONITORS = ("loss", "pgd")
@@ -55,8 +52,10 @@ class TrainConfig(
         return ThreatModel.parse(self.norm, self.eps)
 
     @property
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> "Augmentation":
         """What is done to training images."""
+        from ..data.augment import Augmentation
+
         dataset = DATASETS[self.dataset]
         return Augmentation(dataset.crop_padding, dataset.flip, self.cutout, self.cutmix, self.rand_augment)
 
@@ -112,6 +111,14 @@ def _threat_model(config: TrainConfig) -> ThreatModel:
 
 
 def _check_names(config: TrainConfig) -> None:
+    # Here and not above, as flags and their help do without torch and timm.
+    import timm
+
+    from ..models.caps import CAP_PENALTIES
+    from ..models.registration import check_tag
+    from ..models.variants import Options
+    from .objectives import make_objective
+
     if config.dataset not in DATASETS:
         raise unknown("--dataset", config.dataset, DATASETS)
     if not timm.is_model(config.model):

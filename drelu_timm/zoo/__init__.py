@@ -1,1 +1,3 @@
 """Trained models under the names that timm and RobustBench look for, and where they come from."""
+
+import timm  # noqa: F401  (before any module here, as in `models`)
