@@ -11,6 +11,7 @@ The models are registered as soon as timm is imported, before or after this pack
 imported when it is first used.
 """
 
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
@@ -69,6 +70,10 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """Return the public names."""
     return __all__
+
+
+# Raised by the import of timm, and nothing that a user can fix.
+warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
 
 
 # Not on timm.models: registering needs timm.list_models, which timm has only after that. `import timm.models` imports

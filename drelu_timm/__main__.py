@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
@@ -46,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb == "--version":
         print(f"drelu-timm {__version__}")
         return 0
-    # Raised when timm is imported, and nothing that the user can fix.
-    warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
     try:
         return _run(verb, rest)
     except InputError as error:

@@ -27,8 +27,9 @@ from scipy.stats import f, ttest_ind
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.pictures import save_figure
 from drelu_timm.files import read_json, write_json, write_text
+from drelu_timm.flags import ReportConfig
 from drelu_timm.publishing.records import without_paths
-from drelu_timm.report import ReportConfig, report
+from drelu_timm.report import report
 from drelu_timm.reports.averages import Average, lines_of
 from drelu_timm.reports.outcomes import Outcome
 from drelu_timm.reports.paper import beside_pgd, paper_scores, read_paper

@@ -21,7 +21,7 @@ from drelu_timm.data.readers import load_images
 from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.export import ExportConfig
+from drelu_timm.flags import ExportConfig
 from drelu_timm.publishing.cards import MEANINGS, SHIPPED, licences, model_card
 from drelu_timm.publishing.entries import card_record, check_entry, model_info
 from drelu_timm.publishing.measured import AUTOATTACK, Paper, from_record

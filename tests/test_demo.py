@@ -11,10 +11,10 @@ from rich.console import Console
 from synthetic_runs import write_run
 
 from drelu_timm import demo as demonstration
-from drelu_timm.demo import DemoConfig, demo, draw, table
+from drelu_timm.demo import demo, draw, table
 from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.export import ExportConfig
 from drelu_timm.files import write_json
+from drelu_timm.flags import DemoConfig, ExportConfig
 from drelu_timm.runs import Run
 
 

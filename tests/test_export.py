@@ -21,7 +21,8 @@ from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
 from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
-from drelu_timm.export import ExportConfig, export, main, push_exported
+from drelu_timm.export import export, main, push_exported
+from drelu_timm.flags import ExportConfig, read
 from drelu_timm.publishing.records import _differing, choose_results, further_evaluations, with_further
 from drelu_timm.publishing.verification import read_evaluated
 from drelu_timm.runs import Run
@@ -536,11 +537,11 @@ def no_token(monkeypatch, tmp_path):
 def test_the_command_says_where_the_files_are_and_what_a_push_would_do(run, capsys, no_token):
     flags = [str(run), "--key", KEY, "--output_dir", str(run / "here"), "--benchmark-examples", "0"]
     flags += [word for name, text in PAPER.items() for word in (f"--{name}", text)]
-    main(flags)
+    main(read("export", flags))
     said = capsys.readouterr().out
     assert f"{run / 'here' / 'model_info' / 'digits' / 'Linf' / KEY}.json" in said
     assert "next: the same command with --push ORG/NAME uploads" in said
-    main([*flags, "--push", "tester/dense"])
+    main(read("export", [*flags, "--push", "tester/dense"]))
     assert "Dry run, as there is no token: 4 files would go to https://" in capsys.readouterr().out
     for file in ("hub/README.md", "submission/new-model.md"):  # it is not there, so nothing names it
         assert "tester/dense" not in (run / "here" / file).read_text()
@@ -548,10 +549,10 @@ def test_the_command_says_where_the_files_are_and_what_a_push_would_do(run, caps
 
 def test_a_push_of_what_is_none_is_refused_before_any_work(run, no_token):
     with pytest.raises(InputError, match=r"--push 'dense' names no repository; give ORG/NAME"):
-        main([str(run), "--key", KEY, "--push", "dense"])
+        main(read("export", [str(run), "--key", KEY, "--push", "dense"]))
     (run / "here").mkdir()
     with pytest.raises(InputError, match=r"--output-dir .*here is no exported folder; give another one or remove it"):
-        main([str(run), "--key", KEY, "--output-dir", str(run / "here"), "--push", "tester/dense"])
+        main(read("export", [str(run), "--key", KEY, "--output-dir", str(run / "here"), "--push", "tester/dense"]))
 
 
 def test_a_folder_that_the_command_would_not_make_now_is_not_pushed(run, no_token):

@@ -13,24 +13,11 @@ import torch
 from launching import Launched
 
 import drelu_timm
-from drelu_timm.command_line import read_flags
-from drelu_timm.demo import DemoConfig
-from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.export import ExportConfig
-from drelu_timm.report import ReportConfig
-from drelu_timm.sweep import SweepConfig
+from drelu_timm.flags import CONFIGS, read
 from drelu_timm.sweeps.grids import read_grid
-from drelu_timm.training.config import TrainConfig, preset_in, resolve
+from drelu_timm.training.config import resolve
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-CONFIGS = {
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "export": ExportConfig,
-    "sweep": SweepConfig,
-    "report": ReportConfig,
-    "demo": DemoConfig,
-}
 # What the README's commands need that a test lacks: other data, a GPU, a network, time; all else runs as it stands.
 ON_DIGITS = {
     "--num_processes 4": "--num_processes 1 --cpu",
@@ -90,7 +77,7 @@ def test_commands_shown_are_understood(command, tmp_path, monkeypatch):
     arguments = shlex.split(command)
     verb = next(argument for argument in arguments if argument in CONFIGS)
     flags = arguments[arguments.index(verb) + 1 :]
-    config = read_flags(CONFIGS[verb], verb, flags, preset_in(flags) if verb == "train" else None)
+    config = read(verb, flags)
     if verb == "train":
         assert resolve(config).output_dir
     if verb == "sweep":

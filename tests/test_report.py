@@ -10,7 +10,8 @@ import tyro
 from synthetic_runs import ATTACKS, RELU, point, write_json, write_result, write_rows, write_run, write_sweep
 
 from drelu_timm.errors import InputError
-from drelu_timm.report import ReportConfig, main, report
+from drelu_timm.flags import ReportConfig, read
+from drelu_timm.report import main, report
 
 REPORT = {"files.json", "numbers.json", "report.html", "report.md"}
 
@@ -115,7 +116,7 @@ def test_every_number_follows_from_the_files_that_it_names(made, runs):
 def test_the_same_files_give_the_same_report_anywhere(made, runs, tmp_path, monkeypatch):
     shutil.copytree(runs, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
-    assert main(["copy", "--against-paper"]) == 0
+    assert main(read("report", ["copy", "--against-paper"])) == 0
     again = tmp_path / "copy" / "report"
     assert written(again) == written(made)
     assert all((again / name).read_bytes() == (made / name).read_bytes() for name in written(made))
@@ -134,7 +135,7 @@ def test_notes_name_no_folder_that_runs_lie_in(small, tmp_path, monkeypatch):
 
 def test_terminal(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert main([str(runs), "--output-dir", str(tmp_path / "r")]) == 0
+    assert main(read("report", [str(runs), "--output-dir", str(tmp_path / "r")])) == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.startswith(" Dense")]
     assert rows[-1] == ["Dense", "D-ReLU-0.1", "95.00", "88.00", "–", "10.00", "masked", "2"]
@@ -328,7 +329,7 @@ def test_pairs_that_are_not_tested_are_named(small, tmp_path):
 def test_broken_files_are_named_and_the_exit_code_is_1(small, tmp_path, capsys):
     broken = write_result(write_run(small / "y", seed=1))
     broken.write_text("{")
-    assert main([str(small), "--output-dir", str(tmp_path / "r")]) == 1
+    assert main(read("report", [str(small), "--output-dir", str(tmp_path / "r")])) == 1
     assert f"broken, left out: {broken} cannot be read as JSON" in capsys.readouterr().out
     assert (
         "## Broken files, left out\n\ny/results/paper-Linf-0.1.json cannot be"
@@ -386,7 +387,7 @@ def test_a_missing_matplotlib_is_said_and_the_tables_are_made(runs, tmp_path, mo
 
 def test_help(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(read("report", ["--help"]))
     out = capsys.readouterr().out
     assert "--against-paper" in out and "RUNS" in out
     assert tyro.cli(ReportConfig, args=["a", "b"]).runs[1].name == "b"

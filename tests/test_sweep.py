@@ -27,9 +27,10 @@ from drelu_timm import __main__
 from drelu_timm import sweep as sweeping
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
+from drelu_timm.flags import SweepConfig, read
 from drelu_timm.launches import Launch
 from drelu_timm.preemption import Preempted
-from drelu_timm.sweep import SweepConfig, main, sweep
+from drelu_timm.sweep import main, sweep
 from drelu_timm.sweeps import jobs, progress, scheduler
 from drelu_timm.sweeps.cells import Cell
 from drelu_timm.sweeps.grids import read_grid
@@ -284,7 +285,7 @@ def test_flags_that_cannot_be_used(tmp_path, grid, flags, message):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, grid, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main([str(grid), "--dry-run", "--jobs", "2"]) == 0
+    assert main(read("sweep", [str(grid), "--dry-run", "--jobs", "2"])) == 0
     text = capsys.readouterr().out
     assert "g: three small nets\na test\n" in text
     assert re.search(r"^drelu: about .+ s for [\d,]+ forward passes to train, [\d,]+ to evaluate$", text, re.MULTILINE)
@@ -297,10 +298,10 @@ def test_a_dry_run_needs_no_generated_images(tmp_path, grid, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     grid.write_text(GRID.replace("cap_weight = 0.1", "cap_weight = 0.1\ngenerated_fraction = 0.7"))
     said = "FILE.npz stands for the generated images, which --generated has to name before it can run"
-    assert main([str(grid), "--dry-run"]) == 0
+    assert main(read("sweep", [str(grid), "--dry-run"])) == 0
     text = capsys.readouterr().out
     assert text.count("--generated FILE.npz") == 1 and text.endswith(f"{said}\n")
-    assert main([str(grid), "--dry-run", "--generated", "edm.npz"]) == 0
+    assert main(read("sweep", [str(grid), "--dry-run", "--generated", "edm.npz"])) == 0
     text = capsys.readouterr().out
     assert "--generated edm.npz" in text and said not in text
     with pytest.raises(InputError, match=r"--generated-fraction 0\.7 needs --generated"):
@@ -542,8 +543,7 @@ def test_a_machine_without_slurm(tmp_path, grid, monkeypatch):
 
 
 def swept(grid: Path, output_dir: Path, *flags: str) -> subprocess.Popen:
-    program = "import sys; from drelu_timm.sweep import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, str(grid), "--output-dir", str(output_dir), *flags]
+    command = [sys.executable, "-m", "drelu_timm", "sweep", str(grid), "--output-dir", str(output_dir), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -561,7 +561,7 @@ def result(run: Path) -> tuple[dict, str]:
 @pytest.mark.slow
 def test_a_training_and_its_evaluation_by_their_processes(tmp_path, grid, capsys):
     grid.write_text(GRID[: GRID.index('[[method]]\nname = "at"')])
-    assert main([str(grid), "--output-dir", str(tmp_path / "x")]) == 0
+    assert main(read("sweep", [str(grid), "--output-dir", str(tmp_path / "x")])) == 0
     text = capsys.readouterr().out
     assert re.search(r"begins natural\ndone   natural in \d+ s: clean \d.+ %, worst case .+ % at eps 0.1, \w+\n", text)
     assert text.endswith(f"next: drelu-timm report {tmp_path / 'x'}\n")
@@ -600,7 +600,8 @@ def test_a_sweep_that_is_killed_ends_as_one_left_alone(tmp_path, grid):
 def test_the_same_through_submitit(tmp_path, grid, capsys):
     pytest.importorskip("submitit")
     grid.write_text(GRID.replace("cap_weight = 0.1", "cap_weight = 0.1\nbatch_size = 10000"))  # one fails
-    assert main([str(grid), "--output-dir", str(tmp_path / "x"), "--cluster", "local", "--hours", "0.5"]) == 1
+    flags = [str(grid), "--output-dir", str(tmp_path / "x"), "--cluster", "local", "--hours", "0.5"]
+    assert main(read("sweep", flags)) == 1
     text = capsys.readouterr().out
     assert re.search("done   natural in", text) and re.search("done   at in", text)
     assert re.search(r"failed drelu in \d+ s: .*10000", text)

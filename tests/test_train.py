@@ -281,25 +281,25 @@ def test_the_command_line_prints_errors_in_one_line(capsys):
     assert "usage: drelu-timm VERB" in capsys.readouterr().out
 
 
-def test_an_error_of_another_process_alone_is_told_after_the_first_had_its_time(capsys, monkeypatch):
-    waited = []
-    monkeypatch.setattr("drelu_timm.__main__.time.sleep", waited.append)
+def test_an_error_names_its_process_in_all_but_the_first_on_a_machine(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "5")
     for local_rank, prefix in ("0", ""), ("1", "process 5: "):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert main(["trian"]) == 2
         assert capsys.readouterr().err.startswith(f"{prefix}error: VERB 'trian' is unknown")
-    assert waited == [10]
 
 
 @pytest.mark.parametrize(
     "start", [partial(Launched, processes=2), pytest.param(start_torchrun, marks=pytest.mark.slow)]
 )
-def test_an_error_that_all_processes_meet_is_told_once(start):
+def test_an_error_that_all_processes_meet_is_told_once_by_each(start):
     process = start("train", "--model", "dense_drelu", "--dataset", "minst")
     _, errors = process.communicate()
     assert process.returncode != 0
-    assert errors.count("error: --dataset 'minst' is unknown; did you mean mnist?") == 1
+    told = [line for line in errors.splitlines() if "'minst'" in line]
+    message = "error: --dataset 'minst' is unknown; did you mean mnist?"
+    assert told and set(told) <= {message, f"process 1: {message}"}  # a launcher ends the others after the first error
+    assert len(set(told)) == len(told)
 
 
 # Recipes
