@@ -25,8 +25,8 @@ from torch import Tensor
 from .data.datasets import DATASETS
 from .data.images import to_float
 from .data.readers import load_images
+from .doctor import ROBUSTBENCH, broken_robustbench, pip, robustbench_clashes
 from .errors import InputError
-from .installation import ROBUSTBENCH, broken_robustbench, pip, robustbench_problems
 from .zoo.robust_models import registered_cfg
 
 
@@ -61,9 +61,9 @@ def adapt() -> ModuleType:
 
 
 def _check_installation() -> None:
-    """Raise what would otherwise be a riddle, each with the command that mends it."""
-    for problem in robustbench_problems():
-        raise InputError(str(problem))
+    """Raise what would otherwise be a riddle, each with the command that fixes it."""
+    for clash in robustbench_clashes():
+        raise InputError(str(clash))
 
 
 def _stand_in_for_autoattack() -> None:

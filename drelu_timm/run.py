@@ -15,7 +15,7 @@ from .errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a script as ``python SCRIPT ARGUMENTS`` does; importing this package has registered the models.
+    """Run a script as ``python SCRIPT ARGUMENTS`` does; the models are registered when it imports timm.
 
     Raises:
         InputError: No script is named, or it is not a file; and what the models raise in it.

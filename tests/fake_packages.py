@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from drelu_timm.installation import record_hash
+from drelu_timm.doctor import record_hash
 
 
 def install(
@@ -13,16 +13,17 @@ def install(
     *,
     requires: Iterable[str] = (),
     files: dict[str, bytes] | None = None,
+    about: str = "",
 ) -> None:
-    """Put a package there: its files, its name, what it requires, and a RECORD of the files' hashes."""
-    about = folder / f"{package.replace('-', '_')}-{version}.dist-info"
-    about.mkdir()
+    """Put a package there: its files, its name, what it requires, more metadata, a RECORD of the files' hashes."""
+    place = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+    place.mkdir()
     lines = [f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}"]
     lines += [f"Requires-Dist: {requirement}" for requirement in requires]
-    (about / "METADATA").write_text("\n".join(lines) + "\n")
+    (place / "METADATA").write_text("\n".join(lines) + f"\n{about}")
     files = files or {}
     rows = [f"{name},sha256={record_hash(content)},{len(content)}\n" for name, content in files.items()]
-    (about / "RECORD").write_text("".join(rows))
+    (place / "RECORD").write_text("".join(rows))
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
