@@ -66,7 +66,9 @@ def main(argv: Sequence[str]) -> int:
         InputError: A flag; doctor has none.
     """
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: drelu-timm doctor\n\n{__doc__}")
+        print(
+            "usage: drelu-timm doctor\n\nPrint versions, what clashes, what that breaks, and the command that fixes it."
+        )
         return 0
     if argv:
         raise unknown("flag", argv[0], ["--help"])
@@ -149,7 +151,7 @@ def robustbench_clashes() -> Iterator[Clash]:
     elif installed_version("robustbench") is None:
         yield Clash("robustbench", "robustbench is not installed", BREAKS["robustbench"], (ROBUSTBENCH,))
     if find_spec("pkg_resources") is None:
-        what = f"pkg_resources is missing (setuptools {installed_version('setuptools') or 'is not installed'})"
+        what = f"pkg_resources is not found (setuptools {installed_version('setuptools') or 'is missing'})"
         yield Clash("setuptools", what, BREAKS["setuptools"], ("setuptools<81",))
 
 

@@ -63,7 +63,7 @@ def test_setuptools_84_and_huggingface_hub_2_are_named_and_fixed_by_one_command(
 def test_robustbench_without_setuptools_clashes(environment):
     environment(setuptools=None)
     (clash,) = clashes()
-    assert "setuptools is not installed" in clash.what and clash.install == ("setuptools<81",)
+    assert "setuptools is missing" in clash.what and clash.install == ("setuptools<81",)
 
 
 @pytest.mark.parametrize(

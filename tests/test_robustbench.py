@@ -198,7 +198,8 @@ def test_the_stale_copy_out_of_torchattacks_is_named(monkeypatch, tmp_path, fres
     monkeypatch.syspath_prepend(str(tmp_path))
 
     with pytest.raises(
-        InputError, match=r"has put its stale copy .* pip uninstall .*torchattacks robustbench && .*pip"
+        InputError,
+        match=r"torchattacks has overwritten robustbench .* pip uninstall .*torchattacks robustbench && .*pip",
     ):
         adapt()
 
@@ -222,7 +223,7 @@ def test_missing_pkg_resources_names_the_version_of_setuptools(monkeypatch, tmp_
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "pkg_resources", raising=False)
     with pytest.raises(
-        InputError, match=r"pkg_resources is not there \(setuptools is missing\); .*pip install .*setuptools"
+        InputError, match=r"pkg_resources is not found \(setuptools is missing\); .*pip install .*setuptools"
     ):
         adapt()
 

@@ -114,7 +114,6 @@ ORDERS = (
     "import drelu_timm.models.variants, timm",
     "import drelu_timm.models.registration, timm",
     "import drelu_timm.zoo.published, timm",
-    "import drelu_timm.attacks.adaptive, timm",
 )
 FORKS = """
 import os, sys, torch, torchvision  # for all
