@@ -263,8 +263,8 @@ def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> 
         pairs = zip_longest(subject.classes, images.classes, fillvalue="nothing")
         index, (trained, found) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         raise InputError(
-            f"--data-dir {data_dir}: class {index} is {found}, but RUN {subject.run} was trained with {trained} as class "
-            f"{index}. Give images in folders of the same names."
+            f"--data-dir {data_dir}: class {index} is {found}, but RUN {subject.run} was trained with {trained} there. "
+            "Give images in folders of the same names."
         )
     return images
 
