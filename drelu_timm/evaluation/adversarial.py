@@ -1,7 +1,6 @@
 """The adversarial images of an evaluation: kept while they are found, one an example, and saved together."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..digests import sha256_of
-from ..errors import InputError
 from ..files import written_whole
 
 ADVERSARIAL = ".adversarial.safetensors"  # the suffix of the file with the images, beside a result's .json
@@ -44,43 +42,3 @@ class Adversarial:
             tensors = {"index": self.index, "images": self.images}
             save_file(tensors, beside, metadata={"identity": json.dumps(dict(identity))})
             return sha256_of(beside)
-
-
-def write_images(path: Path, images: Mapping[int, Tensor]) -> None:
-    """Keep an image an example in a file; on disk before this returns.
-
-    Example i lies at i times the size of an image and nothing is written between, so the file is sparse, and what a
-    killed process wrote of an example is written over when the example is measured again.
-
-    Args:
-        path: Of the file; what it holds of other examples stays.
-        images: By example, float32 [C, H, W] on the CPU.
-    """
-    path.touch()
-    with path.open("r+b") as file:
-        for example, image in images.items():
-            values = image.contiguous().numpy()
-            file.seek(example * values.nbytes)
-            file.write(values.data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_images(path: Path, images: Mapping[int, Tensor]) -> None:
-    """Fill tensors with what `write_images` kept.
-
-    Args:
-        path: Of the file.
-        images: What to fill by example, float32 [C, H, W].
-
-    Raises:
-        InputError: A file that is not there, or is cut.
-    """
-    try:
-        with path.open("rb") as file:
-            for example, image in images.items():
-                file.seek(example * image.nbytes)
-                if file.readinto(image.numpy().data) < image.nbytes:
-                    raise EOFError("it is cut")
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete {path.parent} to evaluate anew") from error

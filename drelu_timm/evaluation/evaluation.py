@@ -23,11 +23,11 @@ from ..attacks.threat_model import ThreatModel, threat_models
 from ..digests import digest
 from ..errors import DReLUWarning, InputError
 from .adversarial import Adversarial
+from .checkpoint import Checkpoint
 from .checks import channels_hint, check_labels, checked
-from .driver import Driver, Outcome, example_seed
+from .driver import AttackOutcome, Driver, example_seed
 from .masking import Verdict
 from .processes import Processes
-from .rows import Rows
 from .stages import CLEAN, CleanPass, ProbeRun, SuiteRun, run_clean, run_probes, run_suite
 from .torch_state import Defaults, evaluation_state
 from .user_model import AnyModel, UserModel, opened
@@ -237,8 +237,10 @@ def evaluate_sweep(
         if transfer_from is not None:
             source = stack.enter_context(opened(transfer_from, images, called="--transfer-from", **how))
         columns = _columns(suite, user_model, source)
-        driver = Driver(user_model, images, labels, balls, seed, batch_size, search_dtype, processes=processes)
-        driver = replace(driver, rows=Rows(state, _identity(driver, user_model, suite, columns), processes.index))
+        nothing = Checkpoint(len(labels))
+        driver = Driver(user_model, images, labels, balls, seed, batch_size, nothing, search_dtype, processes)
+        identity = _identity(driver, user_model, suite, columns)
+        driver = replace(driver, checkpoint=Checkpoint(len(labels), state, identity))
         evaluations = _measured(driver, suite, columns)
     seconds, dtype = time.monotonic() - started, str(user_model.dtype).removeprefix("torch.")
     notes = (*user_model.notes, *(f"The model of --transfer-from: {note}" for note in (source.notes if source else ())))
@@ -277,7 +279,7 @@ def _noted(verdict: Verdict, notes: Sequence[str]) -> Verdict:
 
 
 def _identity(driver: Driver, model: UserModel, suite: str, columns: Suite) -> dict[str, Any]:
-    """Everything that decides what rows say."""
+    """Return everything that decides what is measured."""
     return {
         "model": model.digest,
         "images": digest([driver.images, driver.labels]),
@@ -339,7 +341,7 @@ def _broken(driver: Driver, clean: CleanPass, suite_run: SuiteRun, probed: Seque
     return Broken(by, steps, margins, seeds)
 
 
-def _breaks(suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Iterator[tuple[str, Outcome, Tensor]]:
+def _breaks(suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Iterator[tuple[str, AttackOutcome, Tensor]]:
     """By stage, in the order in which they ran: what it did, and which examples [N] it broke in the last ball probed.
 
     What breaks an example in a smaller ball breaks it in this one.
@@ -357,7 +359,7 @@ def _adversarial(driver: Driver, broken: Broken) -> Adversarial | None:
     if len(driver.threat_models) > 1 or driver.processes.index:
         return None
     stages = {example: by for example, by in enumerate(broken.by) if by not in ("", CLEAN)}
-    images = driver.rows.images(stages, driver.images.shape[1:])
+    images = driver.checkpoint.images(stages, driver.images.shape[1:])
     return Adversarial(torch.tensor(list(stages), dtype=torch.int64), images)
 
 
