@@ -21,11 +21,11 @@ from drelu_timm.__main__ import main
 from drelu_timm.attacks.suites import ATTACKS, SUITES
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import adversarial
-from drelu_timm.evaluation.adversarial import Adversarial
 from drelu_timm.evaluation.attacked import label_margin
 from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
 from drelu_timm.models.saved import save_folder
+from drelu_timm.results import examples
+from drelu_timm.results.examples import Adversarial
 from drelu_timm.zoo.robust_models import register_robust_model
 
 
@@ -566,7 +566,7 @@ def test_a_full_disk_at_the_end_is_named_and_loses_nothing(run, capsys, monkeypa
     def full(*_, **__):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(adversarial, "save_file", full)
+    monkeypatch.setattr(examples, "save_file", full)
     assert main(arguments) == 2
     assert f"error: {path} and the files beside it cannot be written (No space left" in capsys.readouterr().err
     assert not path.exists()

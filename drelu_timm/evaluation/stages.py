@@ -11,10 +11,11 @@ from ..attacks.attack import Batch
 from ..attacks.suites import Suite, single_attacks
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError
+from ..results.result import Verdict
 from .attacked import Attacked, label_margin
 from .checkpoint import Measurement
 from .driver import AttackOutcome, Driver
-from .masking import PROBED, SIGNALS, Probe, Verdict, probes, signals, verdict
+from .masking import PROBED, SIGNALS, Probe, probes, signals, verdict
 
 CLEAN = "clean"  # the stage of the clean images
 

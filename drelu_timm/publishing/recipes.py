@@ -1,13 +1,13 @@
 """The commands that make an evaluated run again, as a shell script and for its card."""
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict
 from textwrap import wrap
 from typing import Any
 
 from ..command_line import duration, flag, written_flags
 from ..launches import Launch
+from ..results.result import EpsResult, Further, Result
 from ..training.config import flag_defaults
 from .measured import Measured, percent
 
@@ -45,23 +45,23 @@ def _program(config: dict[str, Any]) -> str:
 
 def recipe(measured: Measured) -> str:
     """A shell script with the commands that make the model, its evaluations and its card again."""
-    results, config = measured.results, measured.config
+    results, point, config = measured.results, measured.point, measured.config
     run, seed = f"runs/{measured.key}", config["train"]["seed"]
     seeds = [one.seed for one in measured.seeds] or [seed]
     facts = [
-        f"Clean {percent(results['clean'])} %, AutoAttack {percent(measured.autoattack)} %, worst case over all "
-        f"attacks {percent(results['worst'])} %, gradient masking: {measured.verdict}. {measured.sample}",
+        f"Clean {percent(point.clean)} %, AutoAttack {percent(measured.autoattack)} %, worst case over all "
+        f"attacks {percent(point.worst)} %, gradient masking: {measured.verdict}. {measured.sample}",
         f"{len(seeds)} run{'s' if len(seeds) > 1 else ''}, seed {', '.join(map(str, seeds))}; the figures are those "
         f"of seed {seed}.",
         *measured.images_needed,
         f"Training: {training_time(measured)}; {made_with(config)}.",
-        f"Evaluation: {evaluation_time(results)}; {made_with(results)}.",
+        f"Evaluation: {evaluation_time(point)}; {made_with(results.environment)}.",
     ]
     last = "/last" if measured.training["weights"] == "last" else ""
     each = [*training_commands(config, f"{run}/seed{_SEED}", _SEED), _evaluation(measured, f"{run}/seed{_SEED}{last}")]
     script = [
         "#!/usr/bin/env bash",
-        f"# {measured.key}: {OBJECTIVES[config['train']['objective']]} on {results['dataset_title']}, evaluated for "
+        f"# {measured.key}: {OBJECTIVES[config['train']['objective']]} on {results.dataset_title}, evaluated for "
         f"{measured.threat_model}.",
         "#",
         *(f"# {line}" for fact in facts for line in wrap(fact, 118)),
@@ -85,34 +85,32 @@ def _evaluation(measured: Measured, run: str) -> str:
 def _further(measured: Measured, run: str) -> list[str]:
     """The commands of the other evaluations in the worst case, but for that of the curve."""
     norm, curve = measured.norm, measured.curve
-    commands = [_at_radii(run, norm, one["eps"], one) for one in measured.further]
-    return [command for command in commands if curve is None or command != _at_radii(run, norm, curve["eps"], curve)]
+    commands = [_at_radii(run, norm, one) for one in measured.results.further]
+    return [command for command in commands if curve is None or command != _at_radii(run, norm, curve)]
 
 
 def _sweep(measured: Measured, run: str) -> list[str]:
     curve = measured.curve
-    return [] if curve is None else [_at_radii(run, curve["norm"], curve["eps"], curve)]
+    return [] if curve is None else [_at_radii(run, curve.norm, curve)]
 
 
-def _at_radii(run: str, norm: str, eps: str | list[str], results: dict[str, Any]) -> str:
-    radii = eps if isinstance(eps, str) else ",".join(eps)
+def _at_radii(run: str, norm: str, results: Result | Further) -> str:
+    radii = results.eps if isinstance(results.eps, str) else ",".join(results.eps)
     return shlex.join(["drelu-timm", "evaluate", run, "--norm", norm, "--eps", radii, *_attacked(results)])
 
 
 def _threat_model(measured: Measured) -> list[str]:
     """The flags for norm and eps, where they are not those of the training."""
-    train, results = measured.config["train"], measured.results
-    if (train["norm"], train["eps"]) == (results["norm"], results["eps"]):
-        return []
-    return ["--norm", results["norm"], "--eps", results["eps"]]
+    train, norm, eps = measured.config["train"], measured.norm, measured.point.eps
+    return [] if (train["norm"], train["eps"]) == (norm, eps) else ["--norm", norm, "--eps", eps]
 
 
-def _attacked(results: dict[str, Any]) -> list[str]:
+def _attacked(results: Result | Further) -> list[str]:
     """The flags of an evaluation beside run, norm and eps, less those at their defaults."""
-    words = ["--suite", results["suite"], "--n-examples", str(results["n_examples"])]
+    words = ["--suite", results.suite, "--n-examples", str(results.n_examples)]
     for name, default in {"precision": "float32", "transfer_from": None, "seed": 0}.items():
-        if results.get(name, default) != default:
-            words += [flag(name), str(results[name])]
+        if (value := getattr(results, name)) != default:
+            words += [flag(name), str(value)]
     return words
 
 
@@ -136,11 +134,11 @@ def made_with(environment: dict[str, Any]) -> str:
     return f"{versions}" + (f", this repository at {revision}" if revision else "") + f" on {environment['hardware']}"
 
 
-def evaluation_time(results: Mapping[str, Any]) -> str:
-    """How long it took; where it was stopped and went on, its last part alone."""
-    one_by_one = {*results["settings"]} - {*results["sequences"]}  # a sequence's time is that of its attacks
-    last_part = " for its last part, as it was stopped and went on" if one_by_one - {*results["attack_seconds"]} else ""
-    return duration(results["seconds"]) + last_part
+def evaluation_time(point: EpsResult) -> str:
+    """How long it took; where it was stopped and resumed, its last part alone."""
+    one_by_one = {*point.settings} - {*point.sequences}  # a sequence's time is that of its attacks
+    last_part = " for its last part, as it was stopped and went on" if one_by_one - {*point.attack_seconds} else ""
+    return duration(point.seconds) + last_part
 
 
 def training_time(measured: Measured) -> str:

@@ -44,7 +44,7 @@ from typing import Any, get_args, get_type_hints
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
 from ..evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
-from ..evaluation.pictures import require_matplotlib
+from ..results.plotting import require_matplotlib
 from ..training.config import TrainConfig, resolve
 from .cells import Cell
 
