@@ -30,7 +30,7 @@ from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .evaluation.config import PRECISIONS, EvaluateConfig, attacked_in, check_flags, result_path
-from .evaluation.evaluation import Evaluation, evaluate_sweep
+from .evaluation.evaluation import Evaluation, evaluate_under
 from .evaluation.processes import Processes, launched
 from .evaluation.subjects import Subject, find_subject
 from .evaluation.user_model import check_classes
@@ -161,12 +161,11 @@ def _measured(task: _Task) -> Result:
     config, state = task.config, task.path.with_suffix(".state")
     processes = Processes(state)
     model, *source = _on_device(task)
-    evaluations = evaluate_sweep(
+    evaluations = evaluate_under(
+        task.balls,
         model,
         task.images.images,
         task.images.labels,
-        eps=[ball.written for ball in task.balls],
-        norm=task.balls[0].norm,
         suite=config.suite,
         seed=config.seed,
         batch_size=config.batch_size,

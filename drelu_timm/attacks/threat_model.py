@@ -131,7 +131,7 @@ def norm_and_radius(norm: str | None, eps: str | None, default: ThreatModel) -> 
     return norm or default.norm, eps or default.written
 
 
-def threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:
+def parse_threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:
     """One for each radius, from the smallest.
 
     Raises:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..attacks.adaptive import Transfer, substitutable_layers
 from ..attacks.attack import Attack
 from ..attacks.suites import Suite, find_suite, single_attacks
-from ..attacks.threat_model import ThreatModel, threat_models
+from ..attacks.threat_model import ThreatModel, parse_threat_models
 from ..digests import digest
 from ..errors import DReLUWarning, InputError
 from ..results.examples import Adversarial, Broken, Rows, share
@@ -116,12 +116,11 @@ def evaluate_model(
     Raises:
         InputError: Images, labels, a model or options that cannot be used, or a state of something else.
     """
-    (evaluation,) = evaluate_sweep(
+    (evaluation,) = evaluate_under(
+        parse_threat_models(norm, [eps]),
         model,
         images,
         labels,
-        eps=[eps],
-        norm=norm,
         suite=suite,
         seed=seed,
         batch_size=batch_size,
@@ -145,34 +144,66 @@ def evaluate_sweep(
     search_dtype: torch.dtype = torch.float32,
     transfer_from: AnyModel | None = None,
     state: Path | None = None,
-    processes: Processes | None = None,
 ) -> list[Evaluation]:
-    """`evaluate_model` for several radii at once; accuracies can only fall from one to the next.
+    """Evaluate a model as `evaluate_model` does at several radii at once.
 
-    What breaks an example in a ball breaks it in every larger one, and is not searched again; attacks that begin at a
-    point begin a larger ball where they ended in the smaller one.
+    An image that fools the model at one eps counts at every larger eps and is not attacked again, so that accuracies
+    can only fall. Attacks with a starting point start where they ended at the eps before.
 
     Args:
-        model: As of `evaluate_model`, which says what the rest is.
+        model: See `evaluate_model`, as for all other arguments.
         images: [N, C, H, W].
         labels: [N].
         eps: Radii, in any order.
         norm: "Linf" or "L2".
         suite: Name of the suite.
         seed: Keys all randomness.
-        batch_size: Images a pass, at most.
-        search_dtype: What attacks compute in.
+        batch_size: Images per pass, at most.
+        search_dtype: dtype of the search.
         transfer_from: A second model.
-        state: Folder for what is measured.
-        processes: Who shares the work; each of them makes the same call.
+        state: Folder of the checkpoint.
 
     Returns:
-        An evaluation a radius, from the smallest.
+        One evaluation per radius, from the smallest.
+
+    Raises:
+        InputError: See `evaluate_model`.
+    """
+    return evaluate_under(
+        parse_threat_models(norm, eps),
+        model,
+        images,
+        labels,
+        suite=suite,
+        seed=seed,
+        batch_size=batch_size,
+        search_dtype=search_dtype,
+        transfer_from=transfer_from,
+        state=state,
+    )
+
+
+def evaluate_under(
+    threat_models: Sequence[ThreatModel],
+    model: AnyModel,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    suite: str,
+    seed: int,
+    batch_size: int,
+    search_dtype: torch.dtype,
+    transfer_from: AnyModel | None,
+    state: Path | None,
+    processes: Processes | None = None,
+) -> list[Evaluation]:
+    """Evaluate a model under parsed threat models of one norm, from the smallest eps; see `evaluate_sweep`.
+
+    ``processes`` share the work: each of them makes the same call.
     """
     started = time.monotonic()
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more")
-    balls = threat_models(norm, eps)
     caller, processes = Defaults.current(), processes or Processes()
     with evaluation_state(), ExitStack() as stack:
         images, labels = checked(images, labels)
@@ -186,7 +217,7 @@ def evaluate_sweep(
             source = stack.enter_context(opened(transfer_from, images, called="--transfer-from", **how))
         columns = _columns(suite, user_model, source)
         nothing = Checkpoint(len(labels))
-        driver = Driver(user_model, images, labels, balls, seed, batch_size, nothing, search_dtype, processes)
+        driver = Driver(user_model, images, labels, threat_models, seed, batch_size, nothing, search_dtype, processes)
         identity = _identity(driver, user_model, suite, columns)
         driver = replace(driver, checkpoint=Checkpoint(len(labels), state, identity))
         evaluations = _measured(driver, suite, columns)
