@@ -16,7 +16,6 @@ The folder appears only after the model was loaded from it and predicted what th
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,9 +27,9 @@ from .attacks.threat_model import ThreatModel
 from .command_line import read_flags
 from .data.images import Images
 from .data.readers import load_images
-from .errors import InputError, one_line, unknown
+from .errors import InputError, unknown
 from .evaluation.result_files import ResultFile
-from .files import read_json, write_text
+from .files import read_json, read_toml, write_text
 from .publishing.cards import model_card
 from .publishing.entries import card_record, check_entry, model_info
 from .publishing.folder import whole_or_not_at_all, write_model, write_submission
@@ -42,11 +41,6 @@ from .robustbench import adapt
 from .runs import Run
 from .zoo.published import published_sha256
 from .zoo.robust_models import check_name_is_free, register_robust_model, robust_model_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 
 @dataclass(frozen=True)
@@ -289,10 +283,7 @@ def _paper(config: ExportConfig, results: dict[str, Any]) -> Paper:
 
 def _read_paper(path: Path) -> dict[str, str]:
     names = [field.name for field in fields(Paper)]
-    try:
-        paper = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--paper {path} cannot be read as TOML ({one_line(error)}); mend it") from error
+    paper = read_toml(path, "--paper")
     for name, value in paper.items():
         if name not in names:
             raise unknown(f"--paper {path}:", name, names)
