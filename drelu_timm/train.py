@@ -25,7 +25,7 @@ from .files import write_json
 from .launches import PATIENCE, is_first_process, launched_on_cpu
 from .runs import Run, environment
 from .training.config import TrainConfig, resolve, run_directory, saved
-from .training.model import create_model
+from .training.model import check_pretrained, create_model
 from .training.presets import PRESETS
 from .training.sharding import check_sharding, sharding
 from .training.start import check_start, recorded_start
@@ -78,6 +78,7 @@ def train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
     if (config.output_dir / "model").is_dir():
         return config.output_dir
+    check_pretrained(config)
     with accelerator.main_process_first():  # which may have to download
         data = load_images(config.dataset, config.data_dir, "train", img_size=config.img_size)[: config.n_train]
         generated = _open_generated(config, data)

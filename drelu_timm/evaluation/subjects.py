@@ -16,6 +16,7 @@ from ..data.datasets import DATASETS
 from ..errors import InputError, one_line
 from ..models.normalize import normalized
 from ..models.registration import check_tag
+from ..models.weights import check_weights
 from ..robustbench import adapt
 from ..runs import Run
 from ..zoo.robust_models import robust_model_name
@@ -106,6 +107,9 @@ def _timm_subject(flag: str, name: str) -> Subject:
 
 def _load_timm(flag: str, name: str) -> nn.Module:
     try:
+        cfg = timm.get_pretrained_cfg(name)
+        if cfg is not None:  # a registered robust model has none, and looks for its files itself
+            check_weights(name.partition(".")[0], cfg, called=f"{flag} {name}")
         model = timm.create_model(name, pretrained=True).eval()
     except (OSError, RuntimeError) as error:
         raise InputError(f"{flag} {name!r} is a timm model whose weights cannot be read ({one_line(error)})") from error
