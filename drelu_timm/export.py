@@ -9,7 +9,7 @@
     weights/                                      <key>.safetensors, <key>.pt (RobustBench's state dict), SHA256SUMS
     model_info/<dataset>/<threat>/<key>.json      RobustBench's entry
     model_cards/<dataset>/<threat>/<key>.*        the card as this project keeps it, with what it is made from
-    scripts/<dataset>/<threat>/<key>.sh           the commands that make all of it again
+    scripts/<dataset>/<threat>/<key>.toml         the recipe that makes all of it again, for train --config
     submission/                                   RobustBench's issue forms, AutoAttack's log, adversarial images
 
 The folder appears only after the model was loaded from it and predicted what the evaluation had written down.
