@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from safetensors import SafetensorError
@@ -55,8 +56,8 @@ def main(argv: Sequence[str]) -> None:
 def _next(config: EvaluateConfig) -> str:
     """What to do with a run whose evaluation is there: `export` asks for AutoAttack."""
     if "autoattack" in SUITES[config.suite]:
-        return f"drelu-timm export {config.run} --key Author2026Title_ARCH"
-    return f"drelu-timm evaluate {config.run} --suite standard (AutoAttack, which an export needs)"
+        return f"drelu-timm export {quote(config.run)} --key Author2026Title_ARCH"
+    return f"drelu-timm evaluate {quote(config.run)} --suite standard (AutoAttack, which an export needs)"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import tyro
@@ -273,7 +274,7 @@ def _paper(config: ExportConfig, results: dict[str, Any]) -> Paper:
     given |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     missing = [f"--{name}" for name in names if name not in given]
     if AUTOATTACK not in results["accuracy"]:
-        missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {config.run} --suite standard)")
+        missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {quote(str(config.run))} --suite standard)")
     if missing:
         raise InputError(
             f"RobustBench's entry lacks {', '.join(missing)}; --paper FILE.toml may hold title, authors, link and venue"

@@ -2,6 +2,8 @@
 
     drelu-timm train --model dense_drelu --dataset mnist --data-dir data --cap-weight 0.1
     accelerate launch --num_processes 4 -m drelu_timm train --model resnet50_drelu --dataset cifar10 --objective trades
+    drelu-timm train --config recipe.toml --seed 1
+    drelu-timm train --config runs/x/config.json --output-dir runs/x-again
 
 Devices and precision belong to `accelerate launch`. All randomness is keyed by (seed, epoch, step), never by the number
 of processes or by what ran before, so that a resumed run repeats the uninterrupted one.

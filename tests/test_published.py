@@ -139,8 +139,8 @@ def test_a_card_without_weights_says_how_to_get_them(cards, saved):
     assert str(caught.value) == (
         f"{KEY}: its weights do not come with the package ({weights.stat().st_size:,} bytes, sha256 "
         f"{sha256_of(weights)}); make them by drelu-timm train --config "
-        f"scripts/digits/Linf/{KEY}.toml and drelu-timm export, then register_robust_model('{KEY}', 'digits', 'Linf', FOLDER), "
-        "or give the place of these very ones and their sha256"
+        f"scripts/digits/Linf/{KEY}.toml and drelu-timm export, then register_robust_model('{KEY}', 'digits', 'Linf', "
+        "FOLDER), or give the place of these very ones and their sha256"
     )
 
 

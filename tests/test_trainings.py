@@ -123,6 +123,13 @@ def test_numbers_too_large_for_a_float_are_refused_in_one_line(read):
         resolve(*read(f"[train]\n{DIGITS}lr = 1{'0' * 400}"))
 
 
+def test_a_value_that_is_missing_is_reported_with_the_help_of_train(capsys):
+    for name in ("--config", "--preset", "--eps"):
+        with pytest.raises(SystemExit):
+            read_trainings(["--model", "dense_drelu", "--dataset", "digits", name])
+        assert name in capsys.readouterr().err
+
+
 def test_a_config_json_repeats_its_run(tmp_path):
     path = saved_run(tmp_path, preset="paper-trades", objective="trades", cap_weight=0.1, patience=None, seed=5)
     (again,) = read_trainings(["--config", str(path), "--output-dir", str(tmp_path / "again")])
@@ -183,6 +190,10 @@ def test_the_stages_of_a_recipe_are_trained_in_order(tmp_path, capsys):
     assert "next: training 2 of 2" in out and f"next: drelu-timm evaluate '{tmp_path}/a run'\n" in out
     config = read_json(tmp_path / "a run" / "config.json")
     assert config["init_from"]["train"]["objective"] == "natural"
+    second = read_trainings(argv)[1]
+    train(replace(second, output_dir=tmp_path / "alone"))
+    weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("a run", "alone")]
+    assert weights[0] == weights[1]  # as if each training had a command of its own
     main([*argv, "--resume"])  # there is nothing left to do
     with pytest.raises(InputError, match="a run-stage1 is in use; add --resume"):
         main(argv)

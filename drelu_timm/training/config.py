@@ -55,7 +55,7 @@ class TrainConfig:
     init_from: Path | None = None
     """Run whose trained weights to start from."""
     preset: str | None = None
-    """Named settings, printed with their source, over which flags given beside it win:
+    """Named settings, printed with their source; flags and a file (--config) win over them:
     paper-drelu, paper-at, paper-trades, paper-drelu-edm, paper-trades-edm, wang2023, wang2023-tiny-imagenet.
     (From Python: `TrainConfig.from_preset`.)"""
     pretrained: bool = False

@@ -86,11 +86,11 @@ def read_train_tables(path: Path) -> list[Table]:
 
 
 def _early_flags(argv: Sequence[str]) -> Namespace:
-    """Read the flags that say what the others are read over."""
-    parser = ArgumentParser("drelu-timm train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
+    """Read the flags that say what the others are read over; a value that is missing is reported with the others."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, nargs="?")
     for name in ("--preset", "--norm", "--eps"):
-        parser.add_argument(name)
+        parser.add_argument(name, nargs="?")
     return parser.parse_known_args(argv)[0]
 
 
