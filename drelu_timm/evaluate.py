@@ -15,6 +15,7 @@ again goes on from there, whatever stopped it.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -258,7 +259,15 @@ def _threat_models(config: EvaluateConfig, subject: Subject, dataset: Dataset) -
 def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> Images:
     data_dir = config.data_dir or subject.defaults.get("data_dir")
     size = {"img_size": subject.img_size, "in_chans": subject.in_chans}
-    return load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
+    images = load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
+    if subject.classes not in (None, images.classes):
+        pairs = zip_longest(subject.classes, images.classes, fillvalue="nothing")
+        index, (trained, found) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise InputError(
+            f"--data-dir {data_dir}: class {index} is {found}, but RUN {subject.run} was trained with {trained} there. "
+            "Give images in folders of the same names."
+        )
+    return images
 
 
 def _already(task: _Task) -> dict[str, Any]:

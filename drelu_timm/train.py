@@ -19,6 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from .command_line import flag
+from .data.datasets import DATASETS
 from .data.generated import GeneratedImages
 from .data.images import Images
 from .data.readers import load_images
@@ -161,6 +162,8 @@ def _describe(config: TrainConfig, data: Images, generated: GeneratedImages | No
         return
     _, channels, height, _ = data.images.shape
     about = {"dataset_title": data.title, "num_classes": len(data.classes), "in_chans": channels, "img_size": height}
+    if DATASETS[config.dataset].num_classes is None:  # the folders name the classes, and other folders may not
+        about["classes"] = data.classes
     launch = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     about |= {"launch": {**launch, "device": accelerator.device.type}}
     if generated is not None:
