@@ -14,7 +14,8 @@ the one before it:
     output_dir = "runs/x"
 
 A flag wins in every one of them; --output-dir is that of the last, and --init-from the start of the first. The tables
-[[evaluate]] and [export] of a published recipe are read by people, who give them as flags.
+[[evaluate]] and [export] of a published recipe are read by people, who give them as flags. How the processes are
+launched is not part of a training: a run's config.json records it under "launch", a published recipe in its comment.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -43,7 +44,7 @@ class _TrainFlags(TrainConfig):
 
     config: Path | None = field(default=None, metadata=group("file", "Settings from a file; flags win over it."))
     """Recipe in TOML with the settings in a table [train], or in several [[train]] that are trained in order, each from
-    the weights of the one before; or the config.json of a run, to repeat it."""
+    the weights of the one before; or the config.json of a run, to repeat it in another output folder."""
 
 
 def read_trainings(argv: Sequence[str]) -> list[TrainConfig]:
