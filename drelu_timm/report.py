@@ -29,12 +29,10 @@ from rich.text import Text
 from .command_line import read_flags
 from .errors import InputError
 from .files import write_json, write_text
-from .reports.averages import Lines, lines_of
+from .reports.averages import HELD_OUT, WHITE_BOX, Average, Lines, lines_of
 from .reports.comparisons import papers_statistics, statistics
 from .reports.folder import replaced
-from .reports.formats import csv, latex, markdown, markdown_table
-from .reports.means import HELD_OUT, WHITE_BOX, Average
-from .reports.page import Section, write_page
+from .reports.formats import Section, csv, latex, markdown, markdown_table, write_page
 from .reports.paper import SOURCE, net_name
 from .reports.reading import Outcomes, read_outcomes
 from .reports.sections import attacks, figures, opening, origin, over_eps, trainings

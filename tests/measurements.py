@@ -24,3 +24,10 @@ def measured_of(evaluated: Path) -> Measured:
 
 def trained(measured: Measured, **train) -> Measured:
     return replace(measured, config={**measured.config, "train": {**measured.config["train"], **train}})
+
+
+def having(measured: Measured, **changes) -> Measured:
+    """Results with other fields, those at the eps included."""
+    point = replace(measured.point, **{name: value for name, value in changes.items() if hasattr(measured.point, name)})
+    fields = {name: value for name, value in changes.items() if hasattr(measured.results, name)}
+    return replace(measured, results=replace(measured.results, points=(point,), **fields))

@@ -3,12 +3,13 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from measurements import KEY, PUBLISHED, REPOSITORY, measured_of, trained
+from measurements import KEY, PUBLISHED, REPOSITORY, having, measured_of, trained
 from safetensors.torch import load_file
 
 from drelu_timm.attacks.suites import SUITES
@@ -22,6 +23,7 @@ from drelu_timm.publishing.entries import card_record, check_entry, model_info
 from drelu_timm.publishing.measured import AUTOATTACK, from_record
 from drelu_timm.publishing.recipes import recipe
 from drelu_timm.publishing.submission import autoattack_log, is_external, new_evaluation, new_model
+from drelu_timm.results.result import Verdict
 from drelu_timm.zoo.robust_models import robust_model_name
 
 
@@ -30,9 +32,8 @@ def measured(evaluated):
     return measured_of(evaluated)
 
 
-def judged(measured, verdict, **results):
-    verdict = {"verdict": verdict, "evidence": ["BPDA leaves 4.4 %."]}
-    return replace(measured, results={**measured.results, "verdict": verdict, **results})
+def judged(measured, verdict, **changes):
+    return having(measured, verdict=Verdict(verdict, ("BPDA leaves 4.4 %.",), {}), **changes)
 
 
 # The entry
@@ -51,7 +52,7 @@ def test_the_entry_has_all_fields_of_robustbench_in_its_formats(measured):
         "venue": "ICLR 2026",
         "architecture": "dense_drelu",
         "eps": "0.1",
-        "clean_acc": f"{100 * measured.results['clean']:.2f}",
+        "clean_acc": f"{100 * measured.point.clean:.2f}",
         "reported": f"{100 * measured.autoattack:.2f}",
         "autoattack_acc": f"{100 * measured.autoattack:.2f}",
         "footnote": "Preliminary: measured on the first 60 of the 359 test images of Digits. "
@@ -120,8 +121,8 @@ def test_fewer_examples_than_the_board_asks_for_are_called_preliminary_everywher
     measured, dataset, n, test_size, preliminary
 ):
     title = DATASETS[dataset].title if dataset in DATASETS else "a folder"
-    results = {**measured.results, "dataset": dataset, "dataset_title": title, "n_examples": n}
-    measured = replace(measured, results=results, test_size=test_size, curve=None)
+    measured = having(measured, dataset=dataset, dataset_title=title, n_examples=n)
+    measured = replace(measured, test_size=test_size, curve=None)
     for text in (model_card(measured), model_info(measured)["footnote"], recipe(measured), new_model(measured, None)):
         assert ("reliminary" in text) == preliminary
     assert model_card(measured).count("preliminary") == (2 if preliminary else 0)
@@ -137,8 +138,8 @@ def test_fewer_examples_than_the_board_asks_for_are_called_preliminary_everywher
     ],
 )
 def test_the_curve_is_preliminary_by_the_rule_of_the_results(measured, dataset, title, n, preliminary):
-    results = {**measured.results, "dataset": dataset, "dataset_title": title, "n_examples": 10_000}
-    measured = replace(measured, results=results, curve={**measured.curve, "n_examples": n}, test_size=10_000)
+    measured = having(measured, dataset=dataset, dataset_title=title, n_examples=10_000)
+    measured = replace(measured, curve=replace(measured.curve, n_examples=n), test_size=10_000)
     (above,) = [line for line in model_card(measured).splitlines() if f"the first {n:,} test images:" in line]
     assert above.startswith("Preliminary: Linf, suite" if preliminary else "Linf, suite")
 
@@ -147,7 +148,7 @@ def test_the_curve_is_preliminary_by_the_rule_of_the_results(measured, dataset, 
 
 
 def test_card_entry_and_recipe_are_made_from_the_record_alone(measured):
-    read = from_record(json.loads(json.dumps(card_record(measured))))
+    read = from_record(json.loads(json.dumps(card_record(measured))), Path("card.json"))
     for written in (model_card, model_info, recipe):
         assert written(read) == written(measured)
 
@@ -158,28 +159,28 @@ def test_the_hub_reads_the_card(measured):
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     robust = f"Robust accuracy, worst case (Linf, eps 0.1; gradient masking: {measured.verdict}, preliminary)"
     assert values == {
-        "Clean accuracy, preliminary": round(100 * measured.results["clean"], 2),
-        robust: round(100 * measured.results["worst"], 2),
+        "Clean accuracy, preliminary": round(100 * measured.point.clean, 2),
+        robust: round(100 * measured.point.worst, 2),
     }
 
 
 def test_the_card_says_every_number_with_the_verdict_and_its_evidence(measured):
-    card, results = model_card(measured), measured.results
-    for attack, accuracy in results["accuracy"].items():
+    card, results, point = model_card(measured), measured.results, measured.point
+    for attack, accuracy in point.accuracy.items():
         assert f"| {attack} | {100 * accuracy:.2f} |" in card
-    assert f"| **worst case** | {100 * results['worst']:.2f} |" in card
-    assert all(f"- {sentence}" in card for sentence in results["verdict"]["evidence"])
+    assert f"| **worst case** | {100 * point.worst:.2f} |" in card
+    assert all(f"- {sentence}" in card for sentence in point.verdict.evidence)
     assert MEANINGS[measured.verdict] in card
-    assert all(f"| {at['eps']} | " in card for at in measured.curve["curve"])
+    assert all(f"| {at.eps} | " in card for at in measured.curve.points)
     assert f"({KEY}.png)" in card
-    assert results["hardware"] in card and f"torch {results['versions']['torch']}" in card
+    assert results.hardware in card and f"torch {results.versions['torch']}" in card
     assert "Caps: mean " in card and "10.3390/math12223551" in card
 
 
 @pytest.mark.parametrize(("square", "warns"), [(0.9, True), (0.9079, True), (0.9081, False), (0.91, False)])
 def test_the_card_says_what_each_attack_of_autoattack_left_and_when_that_is_a_warning(measured, square, warns):
     left = {"apgd-ce": 0.93, "apgd-t": 0.92, "fab-t": 0.91, "square": square}
-    card = model_card(replace(measured, results={**measured.results, "sequences": {"autoattack": left}}))
+    card = model_card(having(measured, sequences={"autoattack": left}))
     stages = f"apgd-ce 93.00, apgd-t 92.00, fab-t 91.00, square {100 * square:.2f}"
     assert f"AutoAttack, attack by attack, in %: {stages}." in card
     assert ("AutoAttack's own check warns here" in card) == warns
@@ -187,8 +188,7 @@ def test_the_card_says_what_each_attack_of_autoattack_left_and_when_that_is_a_wa
 
 
 def test_an_attack_that_knows_no_ball_is_named_as_such(measured):
-    results = {**measured.results, "accuracy": {"cw-l2": 0.9, "pgd": 0.8}}
-    card = model_card(replace(measured, results=results))
+    card = model_card(having(measured, accuracy={"cw-l2": 0.9, "pgd": 0.8}))
     assert "| cw-l2 (what it finds in the ball) | 90.00 |" in card and "| pgd | 80.00 |" in card
 
 
@@ -223,8 +223,8 @@ def test_the_forms_are_filled_in(measured):
         "- **Architecture**: dense_drelu",
         "- **Threat Model**: Linf",
         "- **eps**: 0.1",
-        f"- **Clean accuracy**: {100 * measured.results['clean']:.2f}",
-        f"- **Robust accuracy**: {100 * measured.results['worst']:.2f}",
+        f"- **Clean accuracy**: {100 * measured.point.clean:.2f}",
+        f"- **Robust accuracy**: {100 * measured.point.worst:.2f}",
         "- **Additional data**: false",
     ):
         assert line in form.splitlines()
@@ -232,22 +232,22 @@ def test_the_forms_are_filled_in(measured):
     assert is_external(measured)
     evaluation = new_evaluation(measured, "images.pt", 0)
     assert f"+ **Model identifier(s):** {KEY}" in evaluation.splitlines()
-    assert "images.pt" in evaluation and f"{100 * measured.results['worst']:.2f} (AutoAttack: " in evaluation
+    assert "images.pt" in evaluation and f"{100 * measured.point.worst:.2f} (AutoAttack: " in evaluation
 
 
 def test_a_copy_of_the_boards_images_is_preliminary_and_no_external_evaluation(measured):
-    results = {**measured.results, "dataset": "cifar10", "dataset_title": "CIFAR-10 (JPEG copy)", "n_examples": 10_000}
-    copy = replace(measured, results=results, test_size=10_000)
+    copy = having(measured, dataset="cifar10", dataset_title="CIFAR-10 (JPEG copy)", n_examples=10_000)
+    copy = replace(copy, test_size=10_000)
     assert copy.preliminary and not is_external(copy)
     assert copy.sample == "Preliminary: measured on all 10,000 test images of CIFAR-10 (JPEG copy)."
     needed = (
         "CIFAR-10 (JPEG copy) is not what a training finds or downloads by itself: give each its folder by --data-dir."
     )
     assert f"# {needed}" in recipe(copy).splitlines() and f"- {needed}" in model_card(copy).splitlines()
-    original = replace(copy, results={**results, "dataset_title": "CIFAR-10"})
+    original = having(copy, dataset_title="CIFAR-10")
     assert "--data-dir" not in recipe(original) + model_card(original)
     assert is_external(original) and not original.preliminary
-    folder = replace(copy, results={**results, "dataset": "imagenet", "dataset_title": "imagenet"})
+    folder = having(copy, dataset="imagenet", dataset_title="imagenet")
     assert folder.preliminary and not is_external(folder)
 
 
@@ -289,18 +289,18 @@ def test_a_plain_model_has_nothing_of_d_relu_on_its_card(measured):
 
 
 def test_the_time_of_an_evaluation_that_went_on_is_said_to_be_of_its_last_part(measured):
-    results = {**measured.results, "seconds": 42.0}
-    resumed = replace(measured, results={**results, "attack_seconds": {**results["attack_seconds"]}})
-    del resumed.results["attack_seconds"]["apgd-ce"]
+    uninterrupted = having(measured, seconds=42.0)
+    times = {name: time for name, time in measured.point.attack_seconds.items() if name != "apgd-ce"}
+    resumed = having(uninterrupted, attack_seconds=times)
     for write in (recipe, model_card):
-        assert re.search(r"42 s[;,]", write(replace(measured, results=results)))
+        assert re.search(r"42 s[;,]", write(uninterrupted))
         assert "42 s for its last part, as it was stopped and went on;" in write(resumed)
 
 
 def test_the_log_tells_what_every_attack_of_autoattack_left(measured):
     lines = autoattack_log(measured.results).splitlines()
-    assert f"initial accuracy: {measured.results['clean']:.2%}" in lines
-    left = measured.results["sequences"][AUTOATTACK]
+    assert f"initial accuracy: {measured.point.clean:.2%}" in lines
+    left = measured.point.sequences[AUTOATTACK]
     assert list(left) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert all(f"robust accuracy after {attack.upper()}: {share:.2%}" in lines for attack, share in left.items())
     assert lines[-1] == f"robust accuracy: {measured.autoattack:.2%}"
@@ -317,39 +317,39 @@ def test_there_are_published_cards():
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_every_number_of_a_published_card_follows_from_its_results(path):
     record = json.loads(path.read_text())
-    measured = from_record(record)
+    measured = from_record(record, path)
     assert record == json.loads(json.dumps(card_record(measured)))
     assert path.relative_to(REPOSITORY / "model_cards").with_suffix("") == measured.place
     assert path.with_suffix(".md").read_text() == model_card(measured)
     assert (REPOSITORY / measured.recipe).read_text() == recipe(measured)
     assert path.with_suffix(".png").exists() == (measured.curve is not None)
     check_entry(model_info(measured))
-    assert measured.results["model_digest"] == measured.weights.sha256
-    assert "dirty" not in f"{measured.config['git_revision']} {measured.results['git_revision']}"
-    results = measured.results
-    assert results["worst"] <= min(results["accuracy"].values()) <= results["clean"]
+    assert measured.results.model_digest == measured.weights.sha256
+    assert "dirty" not in f"{measured.config['git_revision']} {measured.results.git_revision}"
+    point = measured.point
+    assert point.worst <= min(point.accuracy.values()) <= point.clean
     if measured.seeds:
         (own,) = (seed for seed in measured.seeds if seed.seed == measured.config["train"]["seed"])
-        assert (own.clean, own.worst, own.model_digest) == (results["clean"], results["worst"], results["model_digest"])
+        assert (own.clean, own.worst, own.model_digest) == (point.clean, point.worst, measured.weights.sha256)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_published_weights_give_the_clean_accuracy_of_the_card(path, data_folder):
-    measured = from_record(json.loads(path.read_text()))
+    measured = from_record(json.loads(path.read_text()), path)
     if not path.with_suffix(".safetensors").exists():
         pytest.skip(f"{measured.key} is published without its weights")
     folder = {"mnist": "MNIST", "cifar10": "cifar10-jpeg"}[measured.dataset]
     root = data_folder(folder) if measured.dataset == "mnist" else data_folder(folder) / folder
-    test = load_images(measured.dataset, root, "test")[: measured.results["n_examples"]]
+    test = load_images(measured.dataset, root, "test")[: measured.results.n_examples]
     model = timm.create_model(measured.name, pretrained=True)
     with torch.no_grad():
         right = torch.cat([model(to_float(batch)).argmax(1) for batch in test.images.split(500)]) == test.labels
-    assert right.double().mean().item() == pytest.approx(measured.results["clean"], abs=1e-3)
+    assert right.double().mean().item() == pytest.approx(measured.point.clean, abs=1e-3)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_weights_that_are_published_are_those_of_the_card(path):
-    measured = from_record(json.loads(path.read_text()))
+    measured = from_record(json.loads(path.read_text()), path)
     weights = path.with_suffix(".safetensors")
     assert weights.exists() == (measured.weights.bytes <= SHIPPED)
     if weights.exists():

@@ -471,8 +471,8 @@ def test_what_another_evaluation_broke_is_broken(run, results):
     further = further_evaluations(opened, chosen)
     assert sorted(file.path.parent.name for file in further) == ["results", "sweeps"]
     joined = with_further(chosen, further)
-    assert joined["worst"] == pytest.approx(results["worst"] - 1 / N)
-    assert [one["suite"] for one in joined["further"]] == ["adaptive", "quick"]
+    assert joined.point.worst == pytest.approx(results["worst"] - 1 / N)
+    assert [one.suite for one in joined.further] == ["adaptive", "quick"]
     evaluated = read_evaluated(chosen, further, load_images("digits", None, "test"))
     position = evaluated.broken.tolist().index(fallen)
     assert (evaluated.adversarial[position] == 0.25).all()

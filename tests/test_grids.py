@@ -8,9 +8,9 @@ import torch
 
 from drelu_timm.command_line import read_flags
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import pictures
 from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.launches import Launch
+from drelu_timm.results import plotting
 from drelu_timm.sweeps.cost import _net
 from drelu_timm.sweeps.grids import read_grid, shipped
 from drelu_timm.training.config import TrainConfig
@@ -226,7 +226,7 @@ def test_bad_input_is_one_line(grid_of, old, new, message):
 
 
 def test_a_grid_of_several_radii_needs_what_draws_them(grid_of, monkeypatch):
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting, "find_spec", lambda name: None)
     cells_of(grid_of(GRID.replace('eps = "0,0.05,0.1"', 'eps = "0.05"')))
     with pytest.raises(InputError, match="g, cell dense-natural-seed0: matplotlib, which draws the pictures, is missi"):
         cells_of(grid_of(GRID))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from measurements import KEY, PUBLISHED, REPOSITORY, measured_of, trained
+from measurements import KEY, PUBLISHED, REPOSITORY, having, measured_of, trained
 
 from drelu_timm.command_line import read_flags
 from drelu_timm.errors import InputError
@@ -96,8 +96,8 @@ HOSTILE = 'a "title"\n\'; touch /tmp/x; \u2028 \x7f \\ """ # ünï'
 
 def test_no_text_of_a_run_breaks_out_of_its_recipe(measured, read):
     hostile = trained(replace(measured, paper=Paper(HOSTILE, HOSTILE, "https://example.org", "N/A")), eps="0.3")
-    results = {**measured.results, "dataset_title": HOSTILE, "hardware": HOSTILE, "transfer_from": HOSTILE}
-    content, trainings, evaluations, export = read(replace(hostile, results=results))
+    hostile = having(hostile, dataset_title=HOSTILE, hardware=HOSTILE, transfer_from=HOSTILE)
+    content, trainings, evaluations, export = read(hostile)
     assert (content["export"]["title"], content["evaluate"][0]["transfer_from"]) == (HOSTILE, HOSTILE)
     printable = "".join(character if character.isprintable() else " " for character in HOSTILE)
     assert (export.title, export.authors, evaluations[0].transfer_from) == (printable,) * 3
@@ -116,15 +116,14 @@ def test_a_seed_that_is_a_text_is_refused_by_train_and_quoted_in_commands(measur
 def test_the_recipe_repeats_the_evaluation(measured, read):
     told = {"eps": "0.2", "norm": "L2", "precision": "bfloat16", "seed": 3, "transfer_from": "resnet18"}
     training = {**measured.training, "weights": "last"}
-    results = {**measured.results, **told}
-    content, _, [first, *_], export = read(replace(measured, results=results, training=training))
+    content, _, [first, *_], export = read(replace(having(measured, **told), training=training))
     assert first == EvaluateConfig(f"runs/{KEY}/seed0/last", "standard", n_examples=60, **told)
     assert content["evaluate"][0] == {"run": first.run, "suite": "standard", "n_examples": 60, **told}
     assert (export.eps, export.run) == ("0.2", Path(first.run))
 
 
 def test_a_folder_that_stands_for_a_board_is_named_in_the_recipe(measured, read):
-    folder = replace(trained(measured, dataset="folder"), results={**measured.results, "dataset": "imagenet"})
+    folder = having(trained(measured, dataset="folder"), dataset="imagenet")
     assert read(folder)[-1].dataset == "imagenet"
     assert read(measured)[-1].dataset is None
 
@@ -148,7 +147,7 @@ def test_a_preset_that_was_undone_by_no_value_is_left_out_of_the_recipe(measured
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_a_published_recipe_gives_the_trainings_of_its_card(path, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    measured = from_record(json.loads(path.read_text()))
+    measured = from_record(json.loads(path.read_text()), path)
     [trainings, *others], evaluations, export = commands_of(Path(measured.recipe))
     assert [as_saved(config, tmp_path) for config in trainings] == [one["train"] for one in measured.trainings[::-1]]
     assert [config.seed for (*_, config) in others] == [one.seed for one in measured.seeds if one.seed != 0]

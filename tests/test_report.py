@@ -377,7 +377,7 @@ def test_attacks_of_other_strength_are_said(small, tmp_path):
 
 
 def test_a_missing_matplotlib_is_said_and_the_tables_are_made(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("drelu_timm.evaluation.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("drelu_timm.results.plotting.find_spec", lambda name: None)
     report(ReportConfig((runs,), tmp_path / "r"))
     text = (tmp_path / "r" / "report.md").read_text()
     assert text.count("Not drawn: matplotlib") == 4

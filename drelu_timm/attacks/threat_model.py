@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, unknown
-from ..spelling import written
+from ..formatting import written
 
 Norm = Literal["Linf", "L2"]
 

@@ -1,7 +1,7 @@
 """The recipe of a published model: a TOML file that trains it, evaluates it and makes its card again."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from textwrap import wrap
@@ -11,6 +11,7 @@ import tomli_w
 
 from ..command_line import duration, written_flags
 from ..launches import Launch
+from ..results.result import EpsResult, Further, Result
 from ..training.config import flag_defaults, given_settings
 from .measured import Measured, percent
 
@@ -74,20 +75,20 @@ def _other_seeds(measured: Measured) -> list[Any]:
 
 def _facts(measured: Measured) -> list[str]:
     """What the figures are, and what they were measured with, in lines of a comment."""
-    results, config = measured.results, measured.config
+    results, point, config = measured.results, measured.point, measured.config
     seed, seeds = config["train"]["seed"], [one.seed for one in measured.seeds]
     facts = [
-        f"Clean {percent(results['clean'])} %, AutoAttack {percent(measured.autoattack)} %, worst case over all "
-        f"attacks {percent(results['worst'])} %, gradient masking: {measured.verdict}. {measured.sample}",
+        f"Clean {percent(point.clean)} %, AutoAttack {percent(measured.autoattack)} %, worst case over all "
+        f"attacks {percent(point.worst)} %, gradient masking: {measured.verdict}. {measured.sample}",
         f"{len(seeds) or 1} run{'s' if len(seeds) > 1 else ''}, seed {', '.join(map(str, seeds or [seed]))}; the "
         f"figures are those of seed {seed}.",
         *measured.images_needed,
         f"Training: {training_time(measured)}; {made_with(config)}.",
-        f"Evaluation: {evaluation_time(results)}; {made_with(results)}.",
+        f"Evaluation: {evaluation_time(point)}; {made_with(results.environment)}.",
         *_other_launches(measured),
     ]
     title = (
-        f"{measured.key}: {OBJECTIVES[config['train']['objective']]} on {results['dataset_title']}, evaluated for "
+        f"{measured.key}: {OBJECTIVES[config['train']['objective']]} on {results.dataset_title}, evaluated for "
         f"{measured.threat_model}."
     )
     return [title, "", *(line for fact in facts for line in wrap(fact, 118))]
@@ -129,27 +130,27 @@ def _evaluations(measured: Measured) -> list[Table]:
     results, curve, norm = measured.results, measured.curve, measured.norm
     run, seeds = _weights(measured), [None, *_other_seeds(measured)]
     tables = [{"run": _weights(measured, seed), **_threat_model(measured), **_attacked(results)} for seed in seeds]
-    further = [_at_radii(run, norm, one["eps"], one) for one in measured.further]
-    at_curve = [] if curve is None else [_at_radii(run, curve["norm"], curve["eps"], curve)]
+    further = [_at_radii(run, norm, one) for one in results.further]
+    at_curve = [] if curve is None else [_at_radii(run, curve.norm, curve)]
     return [*tables, *(one for one in further if one not in at_curve), *at_curve]
 
 
-def _at_radii(run: str, norm: str, eps: str | list[str], results: Table) -> Table:
+def _at_radii(run: str, norm: str, results: Result | Further) -> Table:
+    eps = results.eps
     return {"run": run, "norm": norm, "eps": eps if isinstance(eps, str) else ",".join(eps), **_attacked(results)}
 
 
 def _threat_model(measured: Measured) -> Table:
     """Norm and eps, where they are not those of the training."""
-    train, results = measured.config["train"], measured.results
-    asked = {name: results[name] for name in ("norm", "eps")}
+    train, asked = measured.config["train"], {"norm": measured.norm, "eps": measured.point.eps}
     return {} if asked == {name: train[name] for name in asked} else asked
 
 
-def _attacked(results: Table) -> Table:
+def _attacked(results: Result | Further) -> Table:
     """The settings of an evaluation in addition to run, norm and eps, less those at their defaults."""
-    others = {name: results.get(name, default) for name, default in _EVALUATION_DEFAULTS.items()}
+    others = {name: getattr(results, name) for name in _EVALUATION_DEFAULTS}
     given = {name: value for name, value in others.items() if value != _EVALUATION_DEFAULTS[name]}
-    return {"suite": results["suite"], "n_examples": results["n_examples"], **given}
+    return {"suite": results.suite, "n_examples": results.n_examples, **given}
 
 
 def _export(measured: Measured) -> Table:
@@ -180,11 +181,11 @@ def made_with(environment: dict[str, Any]) -> str:
     return f"{versions}" + (f", this repository at {revision}" if revision else "") + f" on {environment['hardware']}"
 
 
-def evaluation_time(results: Mapping[str, Any]) -> str:
-    """How long it took; where it was stopped and went on, its last part alone."""
-    one_by_one = {*results["settings"]} - {*results["sequences"]}  # a sequence's time is that of its attacks
-    last_part = " for its last part, as it was stopped and went on" if one_by_one - {*results["attack_seconds"]} else ""
-    return duration(results["seconds"]) + last_part
+def evaluation_time(point: EpsResult) -> str:
+    """How long it took; where it was stopped and resumed, its last part alone."""
+    one_by_one = {*point.settings} - {*point.sequences}  # a sequence's time is that of its attacks
+    last_part = " for its last part, as it was stopped and went on" if one_by_one - {*point.attack_seconds} else ""
+    return duration(point.seconds) + last_part
 
 
 def training_time(measured: Measured) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 from ..attacks.threat_model import ThreatModel
 from ..command_line import written_flags
 from ..evaluation.config import EvaluateConfig, attacked_in
-from ..files import read_json
 from ..launches import Launch
+from ..results.result import read_result
 from ..training.config import TrainConfig, flag_defaults, resolve
 from ..training.start import check_start
 
@@ -81,7 +81,8 @@ class Cell:
         One of more examples than the test set has counts as such: `evaluate` itself knows better, and does not repeat
         it.
         """
-        results = [read_json(path) for path in self.path.glob("*/*.json") if path.parent.name in ("results", "sweeps")]
+        paths = (path for path in self.path.glob("*/*.json") if path.parent.name in ("results", "sweeps"))
+        results = [read_result(path).identity() for path in paths]
         trained = resolve(self.train).threat_model
         asked = [(one, self._asked(one, trained)) for one in self.evaluations]
         return [one for one, wanted in asked if not any(_is_of(result, wanted) for result in results)]

@@ -42,8 +42,8 @@ from typing import Any, get_type_hints
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
 from ..evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
-from ..evaluation.pictures import require_matplotlib
 from ..files import read_toml
+from ..results.plotting import require_matplotlib
 from ..settings import typed
 from ..training.config import TrainConfig, resolve
 from .cells import Cell

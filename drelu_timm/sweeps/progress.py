@@ -14,9 +14,9 @@ from rich.table import Table
 
 from ..command_line import duration
 from ..errors import InputError, one_line
-from ..evaluation.results import VERDICT_COLOURS
 from ..reports.outcomes import Outcome
 from ..reports.reading import read_outcomes
+from ..results.display import VERDICT_COLOURS
 from .cells import Cell
 from .jobs import Pending
 

@@ -12,10 +12,10 @@ from ..data.augment import Augmentation
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 from ..files import read_json
-from ..kinds import OBJECT, check_fields
 from ..models.caps import CAP_PENALTIES
 from ..models.registration import check_tag
 from ..models.variants import Options
+from ..schema import load
 from .objectives import make_objective
 from .presets import PRESETS
 
@@ -317,6 +317,13 @@ def _run_name(config: TrainConfig) -> str:
     return "-".join([*filter(None, parts), f"seed{config.seed}"])
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What is read of a config.json to resume its training."""
+
+    train: dict[str, Any]
+
+
 def _check_output(config: TrainConfig) -> None:
     """Refuse a directory that is in use, and a --resume whose flags are not those the run began with."""
     assert config.output_dir is not None
@@ -330,9 +337,7 @@ def _check_output(config: TrainConfig) -> None:
         return
     if not config.resume:
         raise InputError(f"--output-dir {config.output_dir} is in use; add --resume to go on, or name another folder")
-    content = read_json(path)
-    check_fields(path, content, {"train": OBJECT})
-    before, now = content["train"], saved(config)
+    before, now = load(_Saved, read_json(path), path).train, saved(config)
     compared = [key for key in now if key not in (*_MAY_MOVE, *_SAME_UPDATES)]
     differing = [f"{key} ({before.get(key)} before, {now[key]} now)" for key in compared if before.get(key) != now[key]]
     if differing:

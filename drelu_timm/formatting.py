@@ -1,10 +1,10 @@
-"""The one spelling of a number in names and tables."""
+"""Numbers as text in names and tables."""
 
 from typing import Any
 
 
 def written(value: Any) -> str:
-    """A setting in a name; other numbers give other texts."""
+    """Format a setting for a file name or a table; different numbers give different strings."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value).lower()
     short = f"{value:g}"

@@ -1,6 +1,6 @@
-"""What pictures of accuracies have in common: colours, axes, legends, and how they are saved."""
+"""Plots of accuracies: what all of them share, and the curve of a sweep over eps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import cycle, product
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import written_whole
+from .result import EpsResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,3 +70,39 @@ def save_figure(figure: "Figure", path: Path) -> None:
     """Write a PNG whole or not at all, without Matplotlib's version in it."""
     with written_whole(path) as beside:
         figure.savefig(beside, format="png", dpi=150, metadata={"Software": None})
+
+
+def draw_curve(points: Sequence[EpsResult], path: Path, *, title: str) -> None:
+    """Draw accuracy over eps: a thin line per attack, a bold one for the worst case, the verdict beneath every eps.
+
+    Args:
+        points: From the smallest eps, all under the same attacks.
+        path: The picture, a PNG; written atomically.
+        title: Above it.
+
+    Raises:
+        InputError: Matplotlib is not installed.
+    """
+    save_figure(_curve(points, title), path)
+
+
+def verdict_at(point: EpsResult) -> str:
+    """Return the verdict at an eps; "-" at 0, where there is nothing to attack."""
+    return str(point.verdict) if point.radius else "-"
+
+
+def _curve(points: Sequence[EpsResult], title: str) -> "Figure":
+    figure, axes = accuracy_axes(title)
+    eps = [point.radius for point in points]
+
+    def line(accuracies: Iterable[float], label: str, **style: Any) -> None:
+        axes.plot(eps, [100 * accuracy for accuracy in accuracies], label=label, clip_on=False, **style)
+
+    line((point.worst for point in points), "worst case", **WORST_CASE)  # first: attacks may lie upon it
+    for attack, style in zip(points[0].accuracy, attack_styles(), strict=False):
+        line((point.accuracy[attack] for point in points), attack, **style)
+    line((point.clean for point in points), "clean", **CLEAN)
+    axes.set_xticks(eps, [f"{point.eps}  {verdict_at(point)}" for point in points], rotation=90)
+    axes.set(xlim=(eps[0], eps[-1]), xlabel="eps and verdict")
+    legend_outside(axes)
+    return figure

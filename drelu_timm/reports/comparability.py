@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..attacks.suites import ATTACKS
-from .means import Average
+from .averages import Average
 from .outcomes import Outcome
 from .paper import net_name
 
@@ -89,13 +89,13 @@ def _lacking(one: Average, rows: Sequence[Average]) -> set[tuple[str, str]]:
     others = [outcome for other in rows for outcome in other.outcomes]
     lacking: set[tuple[str, str]] = set()
     for outcome in one.outcomes:
-        here, elsewhere = outcome.at.tried, outcome.tried_elsewhere
+        here, elsewhere = outcome.at.tried, outcome.at.tried_elsewhere
         lacking |= {attack for other in others for attack in other.at.tried - here}
         lacking |= {
             (attack, f"{settings}, on {images} images")
             for other in others
             if other.seed == outcome.seed
-            for attack, settings, images in other.tried_elsewhere - elsewhere
+            for attack, settings, images in other.at.tried_elsewhere - elsewhere
             if (attack, settings) not in here
         }
     return {(attack, settings) for attack, settings in lacking if _applies(attack, one.first)}
