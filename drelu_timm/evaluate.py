@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
+from shlex import quote
 
 from safetensors import SafetensorError
 from torch import nn
@@ -56,8 +57,8 @@ def main(argv: Sequence[str]) -> None:
 def _next(config: EvaluateConfig) -> str:
     """What to do with a run whose evaluation is there: `export` asks for AutoAttack."""
     if "autoattack" in SUITES[config.suite]:
-        return f"drelu-timm export {config.run} --key Author2026Title_ARCH"
-    return f"drelu-timm evaluate {config.run} --suite standard (AutoAttack, which an export needs)"
+        return f"drelu-timm export {quote(config.run)} --key Author2026Title_ARCH"
+    return f"drelu-timm evaluate {quote(config.run)} --suite standard (AutoAttack, which an export needs)"
 
 
 @dataclass(frozen=True)

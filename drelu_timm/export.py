@@ -9,17 +9,17 @@
     weights/                                      <key>.safetensors, <key>.pt (RobustBench's state dict), SHA256SUMS
     model_info/<dataset>/<threat>/<key>.json      RobustBench's entry
     model_cards/<dataset>/<threat>/<key>.*        the card as this project keeps it, with what it is made from
-    scripts/<dataset>/<threat>/<key>.sh           the commands that make all of it again
+    scripts/<dataset>/<threat>/<key>.toml         the recipe that makes all of it again, for train --config
     submission/                                   RobustBench's issue forms, AutoAttack's log, adversarial images
 
 The folder appears only after the model was loaded from it and predicted what the evaluation had written down.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import tyro
@@ -28,8 +28,8 @@ from .attacks.threat_model import ThreatModel
 from .command_line import read_flags
 from .data.images import Images
 from .data.readers import load_images
-from .errors import InputError, one_line, unknown
-from .files import read_json, write_text
+from .errors import InputError, unknown
+from .files import read_json, read_toml, write_text
 from .publishing.cards import model_card
 from .publishing.entries import card_record, check_entry, model_info
 from .publishing.folder import whole_or_not_at_all, write_model, write_submission
@@ -42,11 +42,6 @@ from .robustbench import adapt
 from .runs import Run
 from .zoo.published import published_sha256
 from .zoo.robust_models import check_name_is_free, register_robust_model, robust_model_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 
 @dataclass(frozen=True)
@@ -280,7 +275,7 @@ def _paper(config: ExportConfig, results: Result) -> Paper:
     given |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     missing = [f"--{name}" for name in names if name not in given]
     if AUTOATTACK not in results.point.accuracy:
-        missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {config.run} --suite standard)")
+        missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {quote(str(config.run))} --suite standard)")
     if missing:
         raise InputError(
             f"RobustBench's entry lacks {', '.join(missing)}; --paper FILE.toml may hold title, authors, link and venue"
@@ -290,10 +285,7 @@ def _paper(config: ExportConfig, results: Result) -> Paper:
 
 def _read_paper(path: Path) -> dict[str, str]:
     names = [field.name for field in fields(Paper)]
-    try:
-        paper = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--paper {path} cannot be read as TOML ({one_line(error)}); mend it") from error
+    paper = read_toml(path, "--paper")
     for name, value in paper.items():
         if name not in names:
             raise unknown(f"--paper {path}:", name, names)

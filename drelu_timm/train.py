@@ -2,11 +2,14 @@
 
     drelu-timm train --model dense_drelu --dataset mnist --data-dir data --cap-weight 0.1
     accelerate launch --num_processes 4 -m drelu_timm train --model resnet50_drelu --dataset cifar10 --objective trades
+    drelu-timm train --config recipe.toml --seed 1
+    drelu-timm train --config runs/x/config.json --output-dir runs/x-again
 
 Devices and precision belong to `accelerate launch`. All randomness is keyed by (seed, epoch, step), never by the number
 of processes or by what ran before, so that a resumed run repeats the uninterrupted one.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from .command_line import flag, read_flags
+from .command_line import flag
 from .data.datasets import DATASETS
 from .data.generated import GeneratedImages
 from .data.images import Images
@@ -24,24 +27,36 @@ from .errors import InputError, one_line, unknown
 from .files import write_json
 from .launches import PATIENCE, is_first_process, launched_on_cpu
 from .runs import Run, environment
-from .training.config import TrainConfig, preset_in, resolve, saved
+from .training.config import TrainConfig, resolve, run_directory, saved
 from .training.model import check_pretrained, create_model
 from .training.presets import PRESETS
 from .training.sharding import check_sharding, sharding
 from .training.start import check_start, recorded_start
 from .training.state import read_progress
 from .training.trainer import Trainer
+from .training.trainings import read_trainings
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the flags over the preset that they name, train, and say what to do next."""
-    config = read_flags(TrainConfig, "train", argv, preset_in(argv))
-    if config.preset is not None and is_first_process():
-        _show_preset(config.preset)
-    run = train(config)
-    if is_first_process():
-        log = f"{run / 'log.jsonl'}; next: drelu-timm evaluate {run}"
-        print(f"wrote {run / 'model'} (the best epoch), {run / 'last'} and {log}")
+    """Read the flags over the file and the preset that they name, train, and say what to do next."""
+    configs = read_trainings(argv)
+    for config in configs:
+        resolve(config)  # so that a mistake in a later training is found before the first one
+    for config in configs:
+        if config.preset is not None and is_first_process():
+            _show_preset(config.preset)
+        run = train(config)
+        if is_first_process():
+            log = f"{run / 'log.jsonl'}; next: {_next(config, configs)}"
+            print(f"wrote {run / 'model'} (the best epoch), {run / 'last'} and {log}")
+
+
+def _next(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
+    """Say what comes after a training: the next one, or the evaluation of the last."""
+    number = configs.index(config) + 1
+    if number < len(configs):
+        return f"training {number + 1} of {len(configs)}"
+    return shlex.join(["drelu-timm", "evaluate", str(run_directory(config))])
 
 
 def _show_preset(name: str) -> None:

@@ -2,65 +2,38 @@
 
 import json
 import re
-import shlex
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-import tyro
+from measurements import KEY, PUBLISHED, REPOSITORY, having, measured_of, trained
 from safetensors.torch import load_file
 
 from drelu_timm.attacks.suites import SUITES
-from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
 from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.export import ExportConfig
 from drelu_timm.publishing.cards import MEANINGS, SHIPPED, licences, model_card
 from drelu_timm.publishing.entries import card_record, check_entry, model_info
-from drelu_timm.publishing.measured import AUTOATTACK, Paper, from_record
-from drelu_timm.publishing.recipes import recipe, training_commands
-from drelu_timm.publishing.records import choose_results, further_evaluations, measured_run, with_further
+from drelu_timm.publishing.measured import AUTOATTACK, from_record
+from drelu_timm.publishing.recipes import recipe
 from drelu_timm.publishing.submission import autoattack_log, is_external, new_evaluation, new_model
 from drelu_timm.results.result import Verdict
-from drelu_timm.runs import Run
-from drelu_timm.training.config import TrainConfig, preset_in
 from drelu_timm.zoo.robust_models import robust_model_name
-
-KEY = "Tester2026Cards_dense"
-TEST_SIZE = 359
-REPOSITORY = Path(__file__).parents[1]
-PUBLISHED = sorted((REPOSITORY / "model_cards").glob("*/*/*.json"))
 
 
 @pytest.fixture(scope="module")
 def measured(evaluated):
-    run = Run.open(evaluated)
-    chosen = choose_results(run, ThreatModel.parse("Linf", "0.1"), None)
-    results = with_further(chosen, further_evaluations(run, chosen))
-    paper = Paper("A Title", "A. One, B. Two", "https://example.org", "ICLR 2026")
-    return measured_run(run, chosen, results, key=KEY, paper=paper, other_seeds=(), test_size=TEST_SIZE)
-
-
-def having(measured, **changes):
-    """Results with other fields, those at the eps included."""
-    point = replace(measured.point, **{name: value for name, value in changes.items() if hasattr(measured.point, name)})
-    fields = {name: value for name, value in changes.items() if hasattr(measured.results, name)}
-    return replace(measured, results=replace(measured.results, points=(point,), **fields))
+    return measured_of(evaluated)
 
 
 def judged(measured, verdict, **changes):
     return having(measured, verdict=Verdict(verdict, ("BPDA leaves 4.4 %.",), {}), **changes)
-
-
-def trained(measured, **train):
-    return replace(measured, config={**measured.config, "train": {**measured.config["train"], **train}})
 
 
 # The entry
@@ -230,48 +203,13 @@ def test_the_card_of_a_large_model_says_what_its_weights_are_and_how_to_make_the
     large = replace(measured, weights=replace(measured.weights, bytes=SHIPPED + 1))
     card = model_card(large)
     assert f"sha256 {measured.weights.sha256} (bit-equal on the same" in card
-    assert f"`scripts/digits/Linf/{KEY}.sh` makes the model" in card
+    assert f"`scripts/digits/Linf/{KEY}.toml` states how the model, its evaluation and this card are made" in card
     assert "come with `drelu_timm`." in model_card(measured)
 
 
 @pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
 def test_every_objective_has_a_card(measured, objective):
     assert f"# {KEY}" in model_card(trained(measured, objective=objective))
-
-
-# Recipes
-
-
-def repeated(command: str) -> dict:
-    """The settings that a command of a recipe gives."""
-    words = shlex.split(command.replace("\\\n", " "))
-    return asdict(tyro.cli(TrainConfig, args=words[words.index("train") + 1 :]))
-
-
-def test_the_command_repeats_the_training(measured):
-    (command,) = training_commands(measured.config, "runs/x")
-    settings = repeated(command)
-    assert command.startswith("drelu-timm train ")
-    assert {name: settings[name] for name in measured.config["train"] if name != "generated"} == {
-        name: value for name, value in measured.config["train"].items() if name != "generated"
-    }
-    assert {"data_dir", "init_from"} == settings.keys() - measured.config["train"].keys() - {
-        *("resume", "output_dir", "save_every", "workers", "log_with")
-    }
-
-
-def test_what_a_training_was_begun_from_and_how_it_was_launched_are_in_the_recipe(measured):
-    config = {
-        **measured.config,
-        "init_from": trained(measured, objective="natural", seed=0).config,
-        "launch": {"num_processes": 2, "mixed_precision": "bf16", "device": "cpu"},
-    }
-    first, second = training_commands(config, "runs/x", seed=3)
-    assert (repeated(first)["output_dir"], repeated(first)["seed"]) == (Path("runs/x-start"), 3)
-    assert (repeated(second)["init_from"], repeated(second)["seed"]) == (Path("runs/x-start"), 3)
-    assert second.startswith(
-        "accelerate launch --num_processes 2 --multi_gpu --mixed_precision bf16 -m drelu_timm train"
-    )
 
 
 # RobustBench's forms
@@ -350,20 +288,6 @@ def test_a_plain_model_has_nothing_of_d_relu_on_its_card(measured):
     assert "bibtex" not in model_card(plain)
 
 
-def test_the_recipe_repeats_the_evaluation(measured):
-    told = {"eps": "0.2", "norm": "L2", "precision": "bfloat16", "seed": 3, "transfer_from": "resnet18"}
-    training = {**measured.training, "weights": "last"}
-    script = recipe(replace(having(measured, **told), training=training))
-    commands = [line for line in script.splitlines() if " evaluate " in line and "seed$seed" in line]
-    (words,) = map(shlex.split, commands)
-    config = tyro.cli(EvaluateConfig, args=words[2:])
-    assert config.run == f"runs/{KEY}/seed$seed/last"
-    assert {name: getattr(config, name) for name in told} == told
-    assert (config.suite, config.n_examples) == ("standard", 60)
-    export_words = shlex.split(script.splitlines()[-1])[2:]
-    assert tyro.cli(ExportConfig, args=export_words).eps == "0.2"
-
-
 def test_the_time_of_an_evaluation_that_went_on_is_said_to_be_of_its_last_part(measured):
     uninterrupted = having(measured, seconds=42.0)
     times = {name: time for name, time in measured.point.attack_seconds.items() if name != "apgd-ce"}
@@ -371,24 +295,6 @@ def test_the_time_of_an_evaluation_that_went_on_is_said_to_be_of_its_last_part(m
     for write in (recipe, model_card):
         assert re.search(r"42 s[;,]", write(uninterrupted))
         assert "42 s for its last part, as it was stopped and went on;" in write(resumed)
-
-
-def test_a_folder_that_stands_for_a_board_is_named_in_the_recipe(measured):
-    folder = having(trained(measured, dataset="folder"), dataset="imagenet")
-    words = shlex.split(recipe(folder).splitlines()[-1])[2:]
-    assert tyro.cli(ExportConfig, args=words).dataset == "imagenet"
-    assert tyro.cli(ExportConfig, args=shlex.split(recipe(measured).splitlines()[-1])[2:]).dataset is None
-
-
-def test_a_preset_that_flags_went_back_from_is_repeated(measured):
-    settings = {**TrainConfig.from_preset("wang2023", model="dense", dataset="cifar10").__dict__}
-    train = {name: settings[name] for name in measured.config["train"]}
-    back = {"optimizer": "adam", "schedule": "constant", "ema_decay": 0.0, "weight_decay": 0.0, "generated": []}
-    (command,) = training_commands({"train": {**train, **back}}, "runs/x")
-    words = shlex.split(command.replace("\\\n", " "))
-    flags = words[words.index("train") + 1 :]
-    settings = asdict(tyro.cli(TrainConfig, args=flags, default=preset_in(flags)))
-    assert {name: settings[name] for name in back} == {**back, "generated": ()}
 
 
 def test_the_log_tells_what_every_attack_of_autoattack_left(measured):
@@ -425,19 +331,6 @@ def test_every_number_of_a_published_card_follows_from_its_results(path):
     if measured.seeds:
         (own,) = (seed for seed in measured.seeds if seed.seed == measured.config["train"]["seed"])
         assert (own.clean, own.worst, own.model_digest) == (point.clean, point.worst, measured.weights.sha256)
-
-
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_the_commands_of_a_published_recipe_are_understood(path):
-    measured = from_record(json.loads(path.read_text()), path)
-    script = (REPOSITORY / measured.recipe).read_text().replace("\\\n", " ").replace("$seed", "0")
-    configs = {"train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
-    commands = [line.split("#")[0] for line in script.splitlines() if re.search(r"^ *(drelu-timm|accelerate) ", line)]
-    assert len(commands) >= 3
-    for command in commands:
-        words = shlex.split(command)
-        verb = next(word for word in words if word in configs)
-        tyro.cli(configs[verb], args=words[words.index(verb) + 1 :])
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)

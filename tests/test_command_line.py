@@ -3,12 +3,12 @@
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
 from drelu_timm.__main__ import VERBS, main
-from drelu_timm.command_line import read_flags
+from drelu_timm.command_line import group, read_flags
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,13 @@ class Fruit:
 
 
 @dataclass(frozen=True)
-class Meal(Fruit):
+class Meal:
     """Eat."""
+
+    name: str = field(metadata=group("dish", "What is eaten."))
+    """Its name."""
+    stones: int | None = field(default=None, metadata=group("rest", "What is left."))
+    """How many stones; by default one."""
 
 
 @pytest.mark.parametrize("config", [Fruit, Meal])
@@ -48,7 +53,8 @@ def test_the_help_of_train_shows_defaults_and_groups(capsys):
         main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "(default: data)" in out
-    assert "optimisation options" in out
+    assert "optimisation options" in out and "How long, how fast, and which epoch is kept." in out
+    assert "Units of the added dense layer" in out
 
 
 def test_a_command_begins_without_the_warnings_of_others():

@@ -22,6 +22,7 @@ from drelu_timm.data.readers import load_images
 from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
 from drelu_timm.export import ExportConfig, export, main, push_exported
+from drelu_timm.files import read_toml
 from drelu_timm.publishing.records import _differing, choose_results, further_evaluations, with_further
 from drelu_timm.publishing.verification import read_evaluated
 from drelu_timm.runs import Run
@@ -80,7 +81,7 @@ def test_the_folder_holds_what_it_should_and_nothing_is_left_beside_it(exported)
         *(f"model_cards/digits/Linf/{KEY}.{suffix}" for suffix in ("json", "md", "png", "safetensors")),
         f"model_info/digits/Linf/{KEY}.json",
         "register.py",
-        f"scripts/digits/Linf/{KEY}.sh",
+        f"scripts/digits/Linf/{KEY}.toml",
         f"submission/{KEY}_adversarial.pt",
         "submission/autoattack.log",
         "submission/new-external-evaluation.md",
@@ -128,7 +129,7 @@ def test_the_adversarial_images_are_as_many_as_the_test_set_and_break_what_the_e
 
 def test_what_only_this_machine_knows_is_not_published(exported, evaluated):
     for path in exported.rglob("*"):
-        if path.suffix in (".md", ".json", ".sh", ".py", ".log"):
+        if path.suffix in (".md", ".json", ".toml", ".py", ".log"):
             assert str(evaluated.parent) not in path.read_text(), path
 
 
@@ -159,7 +160,8 @@ def test_other_seeds_are_told_on_the_card(run):
     assert "this model is that of seed 0" in card
     assert len(re.findall(r"^\| [012] \| 60 \|", card, flags=re.MULTILINE)) == 3
     assert "over 3 seeds: clean" in card
-    assert "for seed in 0 1 2; do" in (folder / f"scripts/digits/Linf/{KEY}.sh").read_text()
+    seeds = [f"runs/{KEY}/seed1", f"runs/{KEY}/seed2"]
+    assert read_toml(folder / f"scripts/digits/Linf/{KEY}.toml", "recipe")["export"]["seeds"] == seeds
 
 
 # What loads it
@@ -414,7 +416,7 @@ def test_a_masked_model_is_exported_as_such(run):
     entry = json.loads((folder / f"model_info/digits/Linf/{KEY}.json").read_text())
     assert entry["unreliable"] is True
     assert entry["external"] == entry["reported"]
-    assert "--as-masked" in (folder / f"scripts/digits/Linf/{KEY}.sh").read_text()
+    assert read_toml(folder / f"scripts/digits/Linf/{KEY}.toml", "recipe")["export"]["as_masked"] is True
 
 
 def test_identical_weights_are_no_other_seed(run):

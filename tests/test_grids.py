@@ -13,7 +13,8 @@ from drelu_timm.launches import Launch
 from drelu_timm.results import plotting
 from drelu_timm.sweeps.cost import _net
 from drelu_timm.sweeps.grids import read_grid, shipped
-from drelu_timm.training.config import TrainConfig, preset_in
+from drelu_timm.training.config import TrainConfig
+from drelu_timm.training.trainings import read_trainings
 
 GRID = """
 title = "Balancers on digits"
@@ -132,7 +133,7 @@ def test_commands_are_typed_back_into_the_same_flags(grid_of):
     for cell in [*cells_of(grid_of(text)).values()][::3]:
         train, *evaluations = [command[3:] for command in cell.commands(Launch())]
         assert train[0] == "train"
-        assert read_flags(TrainConfig, "train", train[1:], preset_in(train[1:])) == cell.train
+        assert read_trainings(train[1:]) == [cell.train]
         assert [read_flags(EvaluateConfig, "evaluate", words[1:]) for words in evaluations] == [*cell.evaluations]
 
 
@@ -184,7 +185,7 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[train]", "[train", r"cannot be read as TOML \(.+\); mend it there"),
+        ("[train]", "[train", r"cannot be read as TOML \(.+\); fix it there"),
         ("[train]", "[trian]", "'trian' is unknown; did you mean train"),
         ("seed =", "sed =", r"\[train\] 'sed' is unknown; did you mean seed"),
         ("cap_weight = [", "cap_wieght = [", r"\[\[method\]\] drelu: 'cap_wieght' is unknown; did you mean cap_weight"),
@@ -275,7 +276,7 @@ def test_every_shipped_grid_resolves(name):
     assert re.search(r"caps .*learning rate", re.sub(r"\s+", " ", read_grid(name).source))
     last = [*whole.values()][-1]
     train = last.commands(Launch())[0][4:]
-    assert read_flags(TrainConfig, "train", train, preset_in(train)) == last.train
+    assert read_trainings(train) == [last.train]
 
 
 def test_table_1_is_all_there():

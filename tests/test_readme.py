@@ -20,7 +20,8 @@ from drelu_timm.export import ExportConfig
 from drelu_timm.report import ReportConfig
 from drelu_timm.sweep import SweepConfig
 from drelu_timm.sweeps.grids import read_grid
-from drelu_timm.training.config import TrainConfig, preset_in, resolve
+from drelu_timm.training.config import TrainConfig, resolve
+from drelu_timm.training.trainings import read_trainings
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 CONFIGS = {
@@ -90,11 +91,11 @@ def test_commands_shown_are_understood(command, tmp_path, monkeypatch):
     arguments = shlex.split(command)
     verb = next(argument for argument in arguments if argument in CONFIGS)
     flags = arguments[arguments.index(verb) + 1 :]
-    config = read_flags(CONFIGS[verb], verb, flags, preset_in(flags) if verb == "train" else None)
+    configs = read_trainings(flags) if verb == "train" else [read_flags(CONFIGS[verb], verb, flags)]
     if verb == "train":
-        assert resolve(config).output_dir
+        assert all(resolve(config).output_dir for config in configs)
     if verb == "sweep":
-        assert read_grid(config.grid).train
+        assert read_grid(configs[0].grid).train
 
 
 def run_forked(words: list[str]) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from ..results.plotting import verdict_at
 from ..results.result import CarliniWagner, EpsResult
 from .entries import architecture, generated_images, is_pretrained, told_of_data
 from .measured import AUTOATTACK, PROBES, Measured, further_called, percent, spread
-from .recipes import OBJECTIVES, evaluation_time, made_with, training_commands, training_time
+from .recipes import OBJECTIVES, evaluation_time, made_with, train_command, train_tables, training_time
 
 CITATION = """\
 @article{sooksatra2024dynamic,
@@ -212,7 +212,7 @@ def _seeds(measured: Measured) -> str:
 
 def _loading(measured: Measured) -> str:
     """Of a model that comes with this package, or whose card does."""
-    recipe = f"`{measured.recipe}` makes the model, its evaluation and this card. "
+    recipe = f"`{measured.recipe}` states how the model, its evaluation and this card are made. "
     if measured.weights.bytes > SHIPPED:
         return (
             f"{recipe}Its weights do not come with `drelu_timm`: model.safetensors, {measured.weights.bytes:,} bytes, "
@@ -272,7 +272,6 @@ Both give a Sequential of `normalize` and `model`, in eval mode, for images in [
 
 def _training(measured: Measured) -> str:
     config, training = measured.config, measured.training
-    commands = "\n".join(training_commands(config, f"runs/{measured.key}"))
     kept = training["epoch"]
     facts = [
         f"Data: {config['dataset_title']}; a part of its training images is held out to choose the epoch by.",
@@ -294,7 +293,14 @@ def _training(measured: Measured) -> str:
         f"Time: {training_time(measured)} on {config['hardware']}, {training['images_per_second']:,.0f} images/s.",
         f"Versions: {made_with(config)}.",
     ]
-    return f"```bash\n{commands}\n```\n\n{_list(facts)}"
+    file = f"{measured.key}.toml"
+    return "\n\n".join(
+        [
+            f"Trained by `{train_command(measured, file)}`, where `{file}` holds",
+            f"```toml\n{train_tables(measured)}```",
+            _list(facts),
+        ]
+    )
 
 
 def _settings(settings: dict[str, Any]) -> str:

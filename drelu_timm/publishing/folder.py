@@ -49,9 +49,7 @@ def write_model(folder: Path, measured: Measured, run: Run) -> None:
         title = f"{measured.key}\n{dataset}, {measured.norm}, first {curve.n_examples:,} test images"
         draw_curve(curve.points, cards / f"{measured.key}.png", title=title)
         shutil.copyfile(cards / f"{measured.key}.png", hub / f"{measured.key}.png")
-    script = folder / measured.recipe
-    write_text(script, recipe(measured))
-    script.chmod(0o755)
+    write_text(folder / measured.recipe, recipe(measured))
 
 
 def _registration(measured: Measured) -> str:

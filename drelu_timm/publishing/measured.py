@@ -139,8 +139,8 @@ class Measured:
 
     @property
     def recipe(self) -> str:
-        """Where the commands that make it lie in this project."""
-        return f"scripts/{self.place.as_posix()}.sh"
+        """Where the file that trains it is stored in this project."""
+        return f"scripts/{self.place.as_posix()}.toml"
 
     @property
     def config_sha256(self) -> str:

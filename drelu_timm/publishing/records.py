@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ..attacks.threat_model import ThreatModel
@@ -27,7 +28,9 @@ def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> Res
     """
     results = _read_all(run)
     if not results:
-        raise InputError(f"{run.path} has no evaluation; make one: drelu-timm evaluate {run.path} --suite standard")
+        raise InputError(
+            f"{run.path} has no evaluation; make one: drelu-timm evaluate {quote(str(run.path))} --suite standard"
+        )
     names = {file.file.stem: file for file in results}
     if name is not None and name not in names:
         raise unknown("--results", name, names)
@@ -59,7 +62,7 @@ def _read_all(run: Run, folder: str = "results") -> list[Result]:
         if (digest := file.model_digest) != run.model_digest:
             raise InputError(
                 f"{file.path} was measured on other weights (sha256 {str(digest)[:12]}) than {run.model_folder} holds "
-                f"({run.model_digest[:12]}); delete it and evaluate anew: drelu-timm evaluate {run.path}"
+                f"({run.model_digest[:12]}); delete it and evaluate anew: drelu-timm evaluate {quote(str(run.path))}"
             )
     return files
 

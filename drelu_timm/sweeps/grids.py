@@ -33,25 +33,20 @@ A cell is named by its alternatives and its value on every axis that is a list: 
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
 from ..evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
+from ..files import read_toml
 from ..results.plotting import require_matplotlib
+from ..settings import typed
 from ..training.config import TrainConfig, resolve
 from .cells import Cell
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 FOLDER = Path(__file__).with_name("grids")
 SMOKE = "-smoke"
@@ -60,7 +55,6 @@ _TABLES = ("title", "source", "train", "evaluate", *AXES, "smoke")
 # What belongs to the machine, and is given to the sweep.
 _TRAIN = {field.name for field in fields(TrainConfig)} - {"data_dir", "generated", "output_dir", "resume", "init_from"}
 _EVALUATE = {field.name for field in fields(EvaluateConfig)} - {"run", "data_dir"}
-_KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 _NOWHERE = Path(os.devnull) / "run"  # never there, so that no folder in use is in the way of checking a cell's flags
 
 Table = dict[str, Any]
@@ -210,10 +204,7 @@ def read_grid(name: str) -> Grid:
         if path.suffix == ".toml":
             raise InputError(f"GRID {which} is not there; give a TOML file or one of {', '.join(shipped())}")
         raise unknown("GRID", name, [*shipped(), *(grid + SMOKE for grid in shipped())])
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"GRID {path} cannot be read as TOML ({error}); mend it there") from error
+    content = read_toml(path, "GRID")
     _check_tables(path, content)
     smoke = content.pop("smoke", None)
     if which == name:
@@ -282,18 +273,9 @@ def _check_fields(path: Path, where: str, table: Any, config: type, allowed: set
         if value == []:
             raise InputError(f"GRID {path}: {where} {key} = [] leaves no cell; give a value")
         if config is EvaluateConfig or not isinstance(value, list):
-            table[key] = _typed(f"GRID {path}: {where} {key}", value, hints[key])
+            table[key] = typed(f"GRID {path}: {where} {key}", value, hints[key])
         else:
-            table[key] = [_typed(f"GRID {path}: {where} {key}", one, hints[key]) for one in value]
-
-
-def _typed(what: str, value: Any, hint: Any) -> Any:
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
-    if type(value) is int and float in kinds:
-        return float(value)
-    if type(value) not in kinds:
-        raise InputError(f"{what} = {value!r} must be {' or '.join(_KINDS[kind] for kind in kinds)}")
-    return value
+            table[key] = [typed(f"GRID {path}: {where} {key}", one, hints[key]) for one in value]
 
 
 def _check_starts(path: Path, methods: Sequence[Mapping[str, Any]]) -> None:
