@@ -1,15 +1,13 @@
-"""The images and labels of a .npz, read where they lie in the file: nothing is unpacked."""
+"""Images and labels of a .npz file, mapped into memory where they are stored: nothing is unpacked."""
 
 import math
-import os
+import mmap
 import shutil
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,57 +19,54 @@ from ..files import written_whole
 
 _NAMES = ("image", "label")
 _MEMBERS = tuple(f"{name}.npy" for name in _NAMES)
-_CHUNK = 2**20  # labels, or bytes, at a time
+_CHUNK = 2**20  # bytes that are copied at a time
 
 
-@dataclass(frozen=True)
 class StoredArray:
-    """An array that lies uncompressed in a file, such as in a .npz of `numpy.savez`.
+    """Array that is stored uncompressed in a file, such as one of `numpy.savez`, and mapped into memory.
 
-    Rows are read where they lie, by one system call each, and not through a memory map: pages that were touched through
-    a map count as the process's memory until it lets go of them, and to do so after every batch was slower than this.
+    The kernel reads a page of the file when it is first touched and drops it where memory is short. Such pages are part
+    of the resident memory of a process, but not of its anonymous memory, and processes share them.
+
+    Args:
+        path: File.
+        offset: First byte of the array in the file.
+        shape: [N, ...].
+        dtype: Type of an element.
 
     Attributes:
-        path: The file.
-        offset: Its first byte of the array.
-        shape: [N, ...].
-        dtype: Of an element.
+        path: File.
     """
 
-    path: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype):
+        self.path = path
+        self._source = path, offset, shape, dtype
+        with path.open("rb") as file:
+            # Not `np.memmap`, which hides the size of the file and is pickled as a copy of its content.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._array = np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return len(self._array)
 
-    @cached_property
-    def _file(self):
-        return self.path.open("rb", buffering=0)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Pickle the place in the file: another process maps it itself."""
+        return StoredArray, self._source
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the open file, which cannot be sent to another process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_file"}
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, ...]."""
+        return self._array.shape
 
-    def rows(self, index: np.ndarray) -> np.ndarray:
-        """The rows [n, ...] at ``index``; threads and forked processes may share the file, whose position is not used.
+    def rows(self, index: np.ndarray | slice) -> np.ndarray:
+        """Return the rows [n, ...] at ``index``: a copy for integers [n], a view for a slice.
 
         Raises:
             InputError: The file has become shorter.
         """
-        rows = np.empty((len(index), *self.shape[1:]), dtype=self.dtype)
-        file, row_bytes = self._file.fileno(), rows[:1].nbytes
-        places = (self.offset + index * row_bytes).tolist()
-        if sum(os.preadv(file, [row], place) for row, place in zip(rows, places, strict=True)) != rows.nbytes:
+        if self._map.size() < len(self._map):  # SIGBUS would kill a process that touches pages past the end
             raise InputError(f"--generated {self.path} was changed while it was read; restore it and resume")
-        return rows
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """All rows of a flat array, so many at a time that memory does not matter."""
-        for start in range(0, len(self), _CHUNK):
-            offset, count = self.offset + start * self.dtype.itemsize, min(_CHUNK, len(self) - start)
-            yield np.fromfile(self.path, self.dtype, count=count, offset=offset)
+        return self._array[index]
 
 
 class _Header(NamedTuple):
