@@ -259,7 +259,9 @@ def test_shortened_while_it_is_read(tmp_path):
 
 @pytest.mark.parametrize("missing", ["image", "label"])
 def test_missing_keys(tmp_path, missing):
-    with pytest.raises(InputError, match=rf"lacks {missing} \(it holds .*other\); give a .npz with image and label"):
+    with pytest.raises(
+        InputError, match=rf"lacks {missing}.npy \(it holds .*other.npy\); give a .npz with image and label"
+    ):
         opened(write(tmp_path / "a.npz", **{missing: None}, other=np.zeros(3)))
 
 

@@ -25,21 +25,21 @@ class GeneratedImages:
 
     Args:
         images: uint8 [N, H, W, C] of every file.
-        labels: Integers [N] of every file, below ``num_classes``.
+        labels: Unsigned integers [N] of every file, below ``num_classes``.
         num_classes: Number of classes; there must be an image of each.
 
     Raises:
-        InputError: Labels outside the classes, a class without an image, or pixels of 0 and 1 only.
+        InputError: A class without an image, or pixels of 0 and 1 only.
 
     Attributes:
         digest: sha256 over the number of images of every file and class and over a sample of the images, which a
             resumed run compares.
     """
 
-    def __init__(self, images: Sequence[StoredArray], labels: Sequence[StoredArray], num_classes: int):
+    def __init__(self, images: Sequence[StoredArray], labels: Sequence[np.ndarray], num_classes: int):
         self._images = images
         self._firsts = np.cumsum([0, *map(len, images)])  # of every file, and the end
-        self._labels = np.concatenate([_checked(each, num_classes) for each in labels])
+        self._labels = np.concatenate(labels)
         self._counts = np.bincount(self._labels, minlength=num_classes)
         if missing := np.flatnonzero(self._counts == 0).tolist():
             raise InputError(
@@ -71,8 +71,9 @@ class GeneratedImages:
         """
         if not paths:
             raise InputError("--generated names no file; give one or more .npz files with image and label")
-        parts = [open_npz(Path(path).expanduser(), (img_size, img_size, in_chans)) for path in paths]
-        return cls([images for images, _ in parts], [labels for _, labels in parts], num_classes)
+        parts = [open_npz(Path(path).expanduser(), (img_size, img_size, in_chans), num_classes) for path in paths]
+        images, labels = zip(*parts, strict=True)
+        return cls(images, labels, num_classes)
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -134,18 +135,3 @@ class GeneratedImages:
         for array in (self._firsts, self._counts, images.numpy(), labels.numpy()):
             digest.update(array.tobytes())
         return digest.hexdigest()
-
-
-def _checked(labels: StoredArray, num_classes: int) -> np.ndarray:
-    """Return labels [N] in the smallest type that holds them.
-
-    Raises:
-        InputError: Labels outside the classes.
-    """
-    values = labels.rows(slice(None))
-    if values.min() < 0 or values.max() >= num_classes:
-        raise InputError(
-            f"--generated {labels.path} has labels from {values.min()} to {values.max()}; allowed are 0 to "
-            f"{num_classes - 1}: give images of the classes of --dataset"
-        )
-    return values.astype(np.min_scalar_type(num_classes - 1))
