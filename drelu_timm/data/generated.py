@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..randomness import permutation
-from .npz import StoredArray, open_npz
+from .npz import StoredImages, open_npz
 
 _SAMPLE = 64  # images that a digest looks at
 ORDER = "a shuffle per class and pass"  # a state names it: reword it when `drawn` changes, and older runs are refused
@@ -36,7 +36,7 @@ class GeneratedImages:
             resumed run compares.
     """
 
-    def __init__(self, images: Sequence[StoredArray], labels: Sequence[np.ndarray], num_classes: int):
+    def __init__(self, images: Sequence[StoredImages], labels: Sequence[np.ndarray], num_classes: int):
         self._images = images
         self._firsts = np.cumsum([0, *map(len, images)])  # of every file, and the end
         self._labels = np.concatenate(labels)
@@ -92,7 +92,7 @@ class GeneratedImages:
         part = np.searchsorted(self._firsts, index, side="right") - 1
         for number in np.unique(part):
             mine = part == number
-            images[mine] = self._images[number].rows(index[mine] - self._firsts[number]).transpose(0, 3, 1, 2)
+            images[mine] = self._images[number].read(index[mine] - self._firsts[number]).transpose(0, 3, 1, 2)
         return torch.from_numpy(images), torch.from_numpy(self._labels[index].astype(np.int64))
 
     def drawn(self, positions: np.ndarray, seed: int) -> np.ndarray:

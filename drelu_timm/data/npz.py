@@ -21,63 +21,53 @@ _MEMBERS = _IMAGES, _LABELS = "image.npy", "label.npy"
 _CHUNK = 2**20  # bytes that are copied at a time
 
 
-class StoredArray:
-    """Array that is stored uncompressed in a file, such as one of `numpy.savez`, and mapped into memory.
+class StoredImages:
+    """Images that are stored uncompressed in a file, such as one of `numpy.savez`, and mapped into memory.
 
     The kernel reads a page of the file when it is first touched and drops it where memory is short. Such pages are part
     of the resident memory of a process, but not of its anonymous memory, and processes share them.
 
     Args:
         path: File.
-        offset: First byte of the array in the file.
-        shape: [N, ...].
-        dtype: Type of an element.
-
-    Attributes:
-        path: File.
+        offset: Place of the first byte of the images in the file.
+        shape: [N, H, W, C]; values are uint8.
     """
 
-    def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype):
-        self.path = path
-        self._source = path, offset, shape, dtype
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...]):
+        self.path, self.offset, self.shape = path, offset, shape
         with path.open("rb") as file:
             # Not `np.memmap`, which hides the size of the file and is pickled as a copy of its content.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._map.madvise(mmap.MADV_RANDOM)  # or the kernel reads 128 kB from the disk for every image
-        self._array = np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)
+        self._images = np.frombuffer(self._map, np.uint8, math.prod(shape), offset).reshape(shape)
 
     def __len__(self) -> int:
-        return len(self._array)
+        return self.shape[0]
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """Pickle the place in the file: another process maps it itself."""
-        return StoredArray, self._source
+        return StoredImages, (self.path, self.offset, self.shape)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[N, ...]."""
-        return self._array.shape
-
-    def rows(self, index: np.ndarray) -> np.ndarray:
-        """Return copies of the rows [n, ...] at ``index``, integers [n].
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """Return copies of the images, uint8 [n, H, W, C], at ``index``, integers [n].
 
         Raises:
             InputError: The file has become shorter.
         """
         if self._map.size() < len(self._map):  # SIGBUS would kill a process that touches pages past the end
             raise InputError(f"--generated {self.path} was changed while it was read; restore it and resume")
-        return np.take(self._array, index, axis=0)  # faster than `[index]`
+        return np.take(self._images, index, axis=0)  # faster than `[index]`
 
 
 class _Header(NamedTuple):
-    """What a .npy says of itself: of what kind its array is, and after how many bytes it begins."""
+    """Header of a .npy file: shape and type of its array, and the bytes of the header itself."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     n_bytes: int
 
 
-def open_npz(path: Path, image_shape: tuple[int, int, int], num_classes: int) -> tuple[StoredArray, np.ndarray]:
+def open_npz(path: Path, image_shape: tuple[int, int, int], num_classes: int) -> tuple[StoredImages, np.ndarray]:
     """Map the images of a .npz file and read its labels; of a file with compressed images a copy is mapped.
 
     Args:
@@ -113,7 +103,7 @@ def open_npz(path: Path, image_shape: tuple[int, int, int], num_classes: int) ->
 
 
 def _check(path: Path, archive: zipfile.ZipFile, image_shape: tuple[int, int, int]) -> None:
-    """Whether a .npz has images of this shape and labels for them, by its headers alone.
+    """Check by the headers that a file has images of this shape and labels for them.
 
     Raises:
         InputError: It has others.
@@ -180,19 +170,19 @@ def _labels(path: Path, archive: zipfile.ZipFile, num_classes: int) -> np.ndarra
     return labels.astype(np.min_scalar_type(num_classes - 1))
 
 
-def _stored_images(archive: zipfile.ZipFile) -> StoredArray:
-    """Map the images, which are not compressed."""
+def _stored_images(archive: zipfile.ZipFile) -> StoredImages:
+    """Map images that are not compressed."""
     path, header, start = Path(str(archive.filename)), _header(archive, _IMAGES), archive.getinfo(_IMAGES).header_offset
     with path.open("rb") as file:
         # The local header, whose length zipfile keeps to itself: 30 bytes, the last 4 of them the lengths of the name
         # and of what follows it (4.3.7 of https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT).
         file.seek(start)
         name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
-    return StoredArray(path, start + 30 + name_bytes + extra_bytes + header.n_bytes, header.shape, header.dtype)
+    return StoredImages(path, start + 30 + name_bytes + extra_bytes + header.n_bytes, header.shape)
 
 
 def _stored_copy(archive: zipfile.ZipFile, path: Path) -> Path:
-    """An uncompressed copy beside a compressed .npz, made if it is not there or was made of another file.
+    """Return an uncompressed copy of a compressed file, made unless there is one of the same content in its folder.
 
     Raises:
         InputError: It cannot be written.
