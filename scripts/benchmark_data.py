@@ -13,8 +13,8 @@ Columns: seconds from opening the file to the first batch; images/s of whole bat
 cropped, flipped and turned into float32; images/s of bare reads of as many generated images; and growth of anonymous
 memory from before the file was opened: resident memory without the pages of files, which belong to the page cache that
 all processes share and which the kernel takes back where memory is short (Linux). All on one thread, as in a worker;
-images/s by CPU time, system calls and page faults included, which other programs disturb less than the clock; those from
-the disk by the clock.
+images/s by CPU time, with that of system calls and page faults, which other programs disturb less than the clock; those
+from the disk by the clock.
 """
 
 import argparse
