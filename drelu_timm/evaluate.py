@@ -15,6 +15,7 @@ again goes on from there, whatever stopped it.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
 from .evaluation.adversarial import ADVERSARIAL
-from .evaluation.checks import check_classes
 from .evaluation.config import PRECISIONS, EvaluateConfig, attacked_in, check_flags, result_path
 from .evaluation.curves import draw_curve
 from .evaluation.evaluation import Evaluation, evaluate_sweep
@@ -37,6 +37,7 @@ from .evaluation.pictures import require_matplotlib
 from .evaluation.processes import Processes, launched
 from .evaluation.results import rows, show, show_curve, summary, sweep_rows
 from .evaluation.subjects import Subject, find_subject
+from .evaluation.user_model import check_classes
 from .files import read_json, write_json, write_text
 from .runs import environment
 
@@ -69,6 +70,7 @@ class _Task:
         source: The model of ``--transfer-from``.
         dataset: Whose test images.
         balls: From the smallest.
+        models: Those of ``subject`` and, if given, ``source``; none where there is a result already.
         images: Those that are attacked.
     """
 
@@ -77,6 +79,7 @@ class _Task:
     source: Subject | None
     dataset: Dataset
     balls: Sequence[ThreatModel]
+    models: Sequence[nn.Module]
     images: Images
 
     @property
@@ -145,16 +148,17 @@ def _found(config: EvaluateConfig) -> _Task:
     dataset = _dataset(config, subject)
     balls = _threat_models(config, subject, dataset)
     source = _source(config, subject, dataset, balls[0].norm)
-    return _Task(config, subject, source, dataset, balls, _test_images(config, subject, dataset))
+    # Weights may be out of reach, so they come before images, which may take minutes to decode.
+    evaluated = result_path(subject.results_folder, config.suite, balls).is_file()
+    models = [] if evaluated else _loaded(subject, source)
+    return _Task(config, subject, source, dataset, balls, models, _test_images(config, subject, dataset))
 
 
 def _measured(task: _Task) -> dict[str, Any]:
     """The results, which the first process writes to files."""
     config, state = task.config, task.path.with_suffix(".state")
     processes = Processes(state)
-    with launched().main_process_first():
-        model = _loaded("RUN", task.subject, task.images)
-        source = None if task.source is None else _loaded("--transfer-from", task.source, task.images)
+    model, *source = _on_device(task)
     evaluations = evaluate_sweep(
         model,
         task.images.images,
@@ -165,7 +169,7 @@ def _measured(task: _Task) -> dict[str, Any]:
         seed=config.seed,
         batch_size=config.batch_size,
         search_dtype=PRECISIONS[config.precision],
-        transfer_from=source,
+        transfer_from=source[0] if source else None,
         state=state,
         processes=processes,
     )
@@ -217,11 +221,22 @@ def _source(config: EvaluateConfig, subject: Subject, dataset: Dataset, norm: st
     return source
 
 
-def _loaded(flag: str, subject: Subject, images: Images) -> nn.Module:
-    """The subject's model on this process's device, which must have the images' classes."""
-    model = subject.load().to(launched().device)
-    check_classes(model, images, called=f"{flag} {subject.run}")
-    return model
+def _loaded(*subjects: Subject | None) -> list[nn.Module]:
+    """The subjects' models, whose weights are fetched where need be."""
+    return [subject.load() for subject in subjects if subject is not None]
+
+
+def _on_device(task: _Task) -> list[nn.Module]:
+    """The task's models on this process's device.
+
+    Raises:
+        InputError: A model with other classes than the images have.
+    """
+    models = [model.to(launched().device) for model in task.models]
+    flags = (f"RUN {task.config.run}", f"--transfer-from {task.config.transfer_from}")
+    for model, flag in zip(models, flags, strict=False):
+        check_classes(model, task.images, called=flag)
+    return models
 
 
 def _dataset(config: EvaluateConfig, subject: Subject) -> Dataset:
@@ -243,7 +258,15 @@ def _threat_models(config: EvaluateConfig, subject: Subject, dataset: Dataset) -
 def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> Images:
     data_dir = config.data_dir or subject.defaults.get("data_dir")
     size = {"img_size": subject.img_size, "in_chans": subject.in_chans}
-    return load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
+    images = load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
+    if subject.classes not in (None, images.classes):
+        pairs = zip_longest(subject.classes, images.classes, fillvalue="nothing")
+        index, (trained, found) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise InputError(
+            f"--data-dir {data_dir}: class {index} is {found}, but RUN {subject.run} was trained with {trained} there. "
+            "Give images in folders of the same names."
+        )
+    return images
 
 
 def _already(task: _Task) -> dict[str, Any]:

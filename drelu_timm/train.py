@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from .command_line import flag, read_flags
+from .data.datasets import DATASETS
 from .data.generated import GeneratedImages
 from .data.images import Images
 from .data.readers import load_images
@@ -24,7 +25,7 @@ from .files import write_json
 from .launches import PATIENCE, is_first_process, launched_on_cpu
 from .runs import Run, environment
 from .training.config import TrainConfig, preset_in, resolve, saved
-from .training.model import create_model
+from .training.model import check_pretrained, create_model
 from .training.presets import PRESETS
 from .training.sharding import check_sharding, sharding
 from .training.start import check_start, recorded_start
@@ -65,6 +66,7 @@ def train(config: TrainConfig) -> Path:
     accelerator = make_accelerator(config)
     if (config.output_dir / "model").is_dir():
         return config.output_dir
+    check_pretrained(config)
     with accelerator.main_process_first():  # which may have to download
         data = load_images(config.dataset, config.data_dir, "train", img_size=config.img_size)[: config.n_train]
         generated = _open_generated(config, data)
@@ -145,6 +147,8 @@ def _describe(config: TrainConfig, data: Images, generated: GeneratedImages | No
         return
     _, channels, height, _ = data.images.shape
     about = {"dataset_title": data.title, "num_classes": len(data.classes), "in_chans": channels, "img_size": height}
+    if DATASETS[config.dataset].num_classes is None:  # the folders name the classes, and other folders may not
+        about["classes"] = data.classes
     launch = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     about |= {"launch": {**launch, "device": accelerator.device.type}}
     if generated is not None:

@@ -164,14 +164,21 @@ def hub_server():
         server.server_close()
 
 
+def connect(monkeypatch, url: str) -> None:
+    """Let huggingface_hub look for the Hub at an address, where nobody needs to listen."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    # Versions before 1.0 have the template in their own module.
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+
 @pytest.fixture(name="hub")
 def hub_fixture(monkeypatch, tmp_path):
     """The stand-in in the real Hub's place, with a token, and caches of its own."""
     with hub_server() as running:
         constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        connect(monkeypatch, running.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)

@@ -63,7 +63,7 @@ def outcome(architecture: str) -> tuple[str, str]:
 
 
 def architectures() -> list[str]:
-    return sorted(set(timm.list_models(exclude_filters="*_drelu")) - set(timm.list_models(module="robust_models")))
+    return timm.list_models(exclude_filters=["*_drelu", "drelutimm2026_*"])  # without the published, trained ones
 
 
 # What timm calls small models, the smallest first.
@@ -88,10 +88,10 @@ HINTS = (
 
 
 def one_of_each_family() -> list[str]:
-    """A small model of each of timm's modules, by its name and image size."""
-    modules = [module for module in timm.list_modules() if module != "robust_models"]  # trained ones
+    """A small model of each of timm's modules, by its name and image size, and two of our own."""
+    modules = [module for module in timm.list_modules() if module != "drelu_timm"]
     families = [timm.list_models(module=module, exclude_filters="*_drelu") for module in modules]
-    return [min(family, key=_size) for family in families if family]
+    return [*(min(family, key=_size) for family in families if family), "shallow_cnn", "preact_resnet18"]
 
 
 def _size(architecture: str) -> tuple[int, int, str]:

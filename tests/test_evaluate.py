@@ -489,7 +489,7 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
         (["x", "--transfer-from", "resnet18.a1_in1k"], "--transfer-from resnet18.a1_in1k takes images of 224 pixels a"),
         (["resnet18.a1_in1"], "RUN 'resnet18.a1_in1' is unknown; did you mean resnet18.a1_in1k"),
         (["x", "--transfer-from", "dense.x"], "--transfer-from 'dense.x' is unknown; allowed: dense.untrained"),
-        (["dense", "--dataset", "digits"], "is a timm model whose weights cannot be read (No pretrained weights"),
+        (["dense", "--dataset", "digits"], "RUN dense has no pretrained weights. Leave out pretrained"),
     ],
 )
 def test_flags_that_cannot_be_used(run, capsys, arguments, message):
@@ -521,6 +521,7 @@ def test_what_may_be_downloaded_the_first_process_fetches_alone(run, monkeypatch
     text = " ".join(told)
     assert sorted({*told}) == ["_loaded", "begin", "end", "find_subject", "load_images"]
     assert not {*re.sub("begin.*?end", "", text).split()}
+    assert told.index("_loaded") < told.index("load_images")  # weights may be out of reach
 
 
 def with_classes(run, count):

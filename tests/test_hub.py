@@ -137,7 +137,7 @@ def test_a_commit_by_somebody_else_since_the_look_is_not_overwritten(hub, folder
         (("POST", "create"), 403, "403 Forbidden"),
         (("POST", "preupload"), 403, "403 Forbidden"),
         (("POST", "commit"), 403, "403 Forbidden"),
-        (("POST", "commit"), 500, "500 Internal Server Error"),
+        (("POST", "commit"), 500, "Internal Server Error"),
     ],
 )
 def test_a_refusal_leaves_nothing_there_and_everything_here(hub, folder, request_, status, reason):

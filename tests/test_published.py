@@ -120,6 +120,15 @@ def test_a_card_that_lacks_something_is_named(cards, saved, lost):
         timm.create_model(NAME, pretrained=True)
 
 
+def test_only_a_card_with_its_weights_is_listed_as_pretrained(cards, saved):
+    publish(cards, saved, "TesterListed")
+    publish(cards, saved, "TesterUnlisted").with_suffix(".safetensors").unlink()
+    register_published(cards)
+    assert timm.list_pretrained("tester*listed_digits_linf") == ["testerlisted_digits_linf"]
+    drelu_timm.register_robust_model("TesterUnlisted", "digits", "Linf", saved)
+    assert timm.models.is_model_pretrained("testerunlisted_digits_linf")
+
+
 def test_a_card_without_weights_says_how_to_get_them(cards, saved):
     card = publish(cards, saved)
     card.with_suffix(".safetensors").unlink()

@@ -11,6 +11,7 @@ class Attacked(nn.Module):
 
     Args:
         model: Takes images [B, C, H, W], gives logits [B, K]; it may compute them without a gradient, which is 0 then.
+            One that people bring is called through `UserModel`.
         dtype: What it computes in, by autocast.
     """
 
@@ -34,7 +35,7 @@ class Attacked(nn.Module):
 class _FiniteGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return images.view_as(images)
+        return images.clone()  # not a view: the model may write into what it is given
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

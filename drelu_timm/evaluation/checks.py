@@ -1,15 +1,15 @@
-"""What cannot be evaluated: found before any attack, said in a line."""
+"""Checks of the images and labels that are evaluated; each error is one line."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data.images import Images, as_float
-from ..errors import InputError, one_line
-from ..models.modes import device_of
+from ..errors import InputError
 
 
-def check_data(images: Tensor, labels: Tensor) -> None:
-    """Look at the images [N, C, H, W] and their labels [N].
+def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the images [N, C, H, W] and labels [N] as plain tensors, the labels as int64 on the CPU.
+
+    The labels are a copy; the images share the memory of those given, and nothing writes into them.
 
     Raises:
         InputError: No tensors, images that are not in [0, 1], or labels that are no classes.
@@ -17,10 +17,10 @@ def check_data(images: Tensor, labels: Tensor) -> None:
     for name, given in {"images": images, "labels": labels}.items():
         if not isinstance(given, Tensor):
             raise InputError(f"{name} are {type(given).__name__}; give a torch.Tensor, as torch.from_numpy makes one")
-    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise InputError(
-            f"images are {images.dtype} {list(images.shape)}; give [N, C, H, W], floats in [0, 1] or uint8"
-        )
+        if given.layout != torch.strided or given.is_meta:
+            raise InputError(f"{name} are a tensor of {given.layout} on {given.device}; give a dense one with values")
+    images, labels = (given.detach().as_subclass(Tensor) for given in (images, labels))
+    _check_images(images)
     if len(images) == 0 or labels.shape != images.shape[:1]:
         raise InputError(f"{len(images)} images and labels of shape {list(labels.shape)}; give one label an image")
     low, high = images.aminmax()
@@ -30,53 +30,33 @@ def check_data(images: Tensor, labels: Tensor) -> None:
         )
     if labels.is_floating_point() or labels.min() < 0:
         raise InputError(f"labels are {labels.dtype} from {labels.min()}; give integers from 0 to classes - 1")
+    return images, labels.to("cpu", torch.int64, copy=True)
 
 
-def count_classes(model: nn.Module, images: Tensor, labels: Tensor, *, called: str = "the model") -> int:
-    """Number of outputs of the model, tried on a few images.
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise InputError(
+            f"images are {images.dtype} {list(images.shape)}; give [N, C, H, W], floats in [0, 1] or uint8"
+        )
+    if len(images) and not images.numel():
+        raise InputError(f"images of shape {list(images.shape)} have no pixels; give [N, C, H, W]")
 
-    Args:
-        model: In eval mode.
-        images: [N, C, H, W].
-        labels: [N].
-        called: What errors call the model.
+
+def check_labels(labels: Tensor, num_classes: int, *, called: str = "the model") -> None:
+    """Check that a model has an output for every label [N].
 
     Raises:
-        InputError: A model that cannot run on the images, does not return logits, or has fewer outputs than the labels
-            need.
+        InputError: It has not.
     """
-    device = device_of(model)
-    try:
-        with torch.no_grad():
-            logits = model(as_float(images[:8]).to(device))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        size = "x".join(map(str, images.shape[1:]))
-        raise InputError(f"{called} cannot run on {size} images ({one_line(error)}); give such as it takes") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"{called} returns {got} for {len(images[:8])} images; it must return logits [B, classes]")
-    if labels.max() >= logits.shape[1]:
+    if labels.max() >= num_classes:
         raise InputError(
-            f"the labels go up to {labels.max()} but {called} has {logits.shape[1]} outputs; "
+            f"the labels go up to {labels.max()} but {called} has {num_classes} outputs; "
             "give the dataset that the model was trained on"
         )
-    if logits.min() >= 0 and torch.allclose(logits.sum(dim=1), torch.ones(len(logits), device=device), atol=1e-4):
-        raise InputError(
-            f"{called} returns probabilities (none below 0, each image's adding up to 1), whose gradients vanish; "
-            "give the model without its softmax"
-        )
-    return logits.shape[1]
 
 
-def check_classes(model: nn.Module, data: Images, *, called: str) -> None:
-    """Look whether a model, in eval mode, has an output for each class of a dataset, and no more.
-
-    Raises:
-        InputError: It has not, or it returns no logits.
-    """
-    outputs = count_classes(model, data.images, data.labels, called=called)
-    if outputs != len(data.classes):
-        raise InputError(
-            f"{called} has {outputs} outputs, {data.title} has {len(data.classes)} classes; give the --dataset that "
-            "the model was trained on"
-        )
+def channels_hint(shape: torch.Size) -> str:
+    """What to do about images of a shape [N, C, H, W] that looks like [N, H, W, C]; empty for others."""
+    if shape[3] not in (1, 3) or shape[1] in (1, 3):
+        return ""
+    return f"images {list(shape)} look like [N, H, W, C]; if they are, give images.permute(0, 3, 1, 2)"

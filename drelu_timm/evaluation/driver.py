@@ -61,7 +61,7 @@ class Driver:
     """Everything that decides what is measured, and where the rows go.
 
     Attributes:
-        model: Frozen, see `models.modes.frozen`.
+        model: Frozen, see `models.modes.frozen`; one that people bring is a `UserModel`.
         images: [N, C, H, W], floats in [0, 1] or uint8, on any device.
         labels: [N], on the CPU.
         threat_models: The balls, of one norm, from the smallest.
@@ -84,8 +84,8 @@ class Driver:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return device_of(self.model)
+        """Where the model is; one without weights is where the images are."""
+        return device_of(self.model, self.images.device)
 
     def measure(
         self,

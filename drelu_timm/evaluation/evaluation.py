@@ -5,29 +5,32 @@ An attack only searches. What it returns is brought into the ball, and judged by
 
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attacks.adaptive import Transfer, substitutable_layers
+from ..attacks.attack import Attack
 from ..attacks.suites import Suite, find_suite, single_attacks
 from ..attacks.threat_model import ThreatModel, threat_models
-from ..digests import digest, model_digest
-from ..errors import InputError
-from ..models.modes import channels_last, frozen, full_float32
+from ..digests import digest
+from ..errors import DReLUWarning, InputError
 from .adversarial import Adversarial
-from .checks import check_data, count_classes
+from .checks import channels_hint, check_labels, checked
 from .driver import Driver, Outcome, example_seed
 from .masking import Verdict
 from .processes import Processes
 from .rows import Rows
 from .stages import CLEAN, CleanPass, ProbeRun, SuiteRun, run_clean, run_probes, run_suite
+from .torch_state import Defaults, evaluation_state
+from .user_model import AnyModel, UserModel, opened
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Evaluation:
         verdict: Whether white-box accuracies can be believed.
         seconds: Wall-clock time, of a sweep that of the whole; what was measured before it went on is not in it.
         attack_seconds: The same for each attack of the suite; those that had begun before it went on are left out.
+        model_dtype: Of the model's weights, such as "float32"; images and logits are float32 whatever it is.
     """
 
     threat_model: ThreatModel
@@ -105,6 +109,7 @@ class Evaluation:
     verdict: Verdict
     seconds: float
     attack_seconds: dict[str, float]
+    model_dtype: str = "float32"
 
     @property
     def clean(self) -> float:
@@ -128,7 +133,7 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: nn.Module,
+    model: AnyModel,
     images: Tensor,
     labels: Tensor,
     *,
@@ -138,15 +143,17 @@ def evaluate_model(
     seed: int = 0,
     batch_size: int = 256,
     search_dtype: torch.dtype = torch.float32,
-    transfer_from: nn.Module | None = None,
+    transfer_from: AnyModel | None = None,
     state: Path | None = None,
 ) -> Evaluation:
     """Measure clean and robust accuracy, and whether the latter can be believed.
 
-    The model is read in eval mode on the device it is on, and is left as it was.
+    The model is read in eval mode on the device it is on, and is left as it was; so are the images, torch's settings
+    and its random state. `UserModel` says how the model is called.
 
     Args:
-        model: Takes [0, 1] images [B, C, H, W] and returns logits [B, K].
+        model: Takes [0, 1] images [B, C, H, W] and returns logits [B, K]: a module or any function, of any
+            floating-point dtype.
         images: [N, C, H, W] floats in [0, 1], or uint8, on any device.
         labels: [N] integers below K.
         eps: Radius in units of a [0, 1] pixel, e.g. 0.1 or "8/255".
@@ -178,7 +185,7 @@ def evaluate_model(
 
 
 def evaluate_sweep(
-    model: nn.Module,
+    model: AnyModel,
     images: Tensor,
     labels: Tensor,
     *,
@@ -188,7 +195,7 @@ def evaluate_sweep(
     seed: int = 0,
     batch_size: int = 256,
     search_dtype: torch.dtype = torch.float32,
-    transfer_from: nn.Module | None = None,
+    transfer_from: AnyModel | None = None,
     state: Path | None = None,
     processes: Processes | None = None,
 ) -> list[Evaluation]:
@@ -218,41 +225,61 @@ def evaluate_sweep(
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more")
     balls = threat_models(norm, eps)
-    check_data(images, labels)
-    labels = labels.cpu().long()
-    processes = processes or Processes()
-    source = nullcontext() if transfer_from is None else frozen(transfer_from)
-    with frozen(model), channels_last(model), source, full_float32():
-        num_classes = count_classes(model, images, labels)
-        columns = find_suite(suite, num_classes, adaptive=bool(substitutable_layers(model)))
+    caller, processes = Defaults.current(), processes or Processes()
+    with evaluation_state(), ExitStack() as stack:
+        images, labels = checked(images, labels)
+        how: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "caller": caller}
+        user_model = stack.enter_context(opened(model, images, **how))
+        check_labels(labels, user_model.num_classes)
+        if hint := channels_hint(images.shape):
+            warnings.warn(hint, DReLUWarning, stacklevel=2)
+        source = None
         if transfer_from is not None:
-            _check_source(transfer_from, images, labels, num_classes)
-            columns["transfer"] = {"transfer": Transfer(transfer_from)}
-        driver = Driver(model, images, labels, balls, seed, batch_size, search_dtype, processes=processes)
-        driver = replace(driver, rows=Rows(state, _identity(driver, suite, columns), processes.index))
-        clean = run_clean(driver)
-        suite_run = run_suite(driver, columns, clean.correct)
-        probed = [run_probes(driver, position, columns, clean, suite_run) for position in range(len(balls))]
-        evaluations = [
-            _evaluation(driver, suite, columns, clean, suite_run, probed[: position + 1])
-            for position in range(len(balls))
-        ]
-    seconds = time.monotonic() - started
-    return [replace(evaluation, seconds=seconds) for evaluation in evaluations]
+            source = stack.enter_context(opened(transfer_from, images, called="--transfer-from", **how))
+        columns = _columns(suite, user_model, source)
+        driver = Driver(user_model, images, labels, balls, seed, batch_size, search_dtype, processes=processes)
+        driver = replace(driver, rows=Rows(state, _identity(driver, user_model, suite, columns), processes.index))
+        evaluations = _measured(driver, suite, columns)
+    seconds, dtype = time.monotonic() - started, str(user_model.dtype).removeprefix("torch.")
+    notes = (*user_model.notes, *(f"The model of --transfer-from: {note}" for note in (source.notes if source else ())))
+    return [
+        replace(evaluation, seconds=seconds, model_dtype=dtype, verdict=_noted(evaluation.verdict, notes))
+        for evaluation in evaluations
+    ]
 
 
-def _check_source(source: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> None:
-    outputs = count_classes(source, images, labels, called="--transfer-from")
-    if outputs != num_classes:
+def _columns(suite: str, model: UserModel, source: UserModel | None) -> Suite:
+    """The columns of a suite for a model, with the attack from a second one where there is one."""
+    columns = find_suite(suite, model.num_classes, adaptive=bool(substitutable_layers(model)))
+    if source is None:
+        return columns
+    if source.num_classes != model.num_classes:
         raise InputError(
-            f"--transfer-from has {outputs} outputs, the attacked model {num_classes}; give a model of the same classes"
+            f"--transfer-from has {source.num_classes} outputs, the attacked model {model.num_classes}; "
+            "give a model of the same classes"
         )
+    transfer: dict[str, Attack] = {"transfer": Transfer(source)}
+    return columns | {"transfer": transfer}
 
 
-def _identity(driver: Driver, suite: str, columns: Suite) -> dict[str, Any]:
+def _measured(driver: Driver, suite: str, columns: Suite) -> list[Evaluation]:
+    """An evaluation in each of the driver's threat models."""
+    clean = run_clean(driver)
+    suite_run = run_suite(driver, columns, clean.correct)
+    probed = [run_probes(driver, position, columns, clean, suite_run) for position in range(len(driver.threat_models))]
+    return [
+        _evaluation(driver, suite, columns, clean, suite_run, probed[: position + 1]) for position in range(len(probed))
+    ]
+
+
+def _noted(verdict: Verdict, notes: Sequence[str]) -> Verdict:
+    return replace(verdict, evidence=(*notes, *verdict.evidence))
+
+
+def _identity(driver: Driver, model: UserModel, suite: str, columns: Suite) -> dict[str, Any]:
     """Everything that decides what rows say."""
     return {
-        "model": model_digest(driver.model),
+        "model": model.digest,
         "images": digest([driver.images, driver.labels]),
         "norm": driver.threat_models[0].norm,
         "eps": [threat_model.eps for threat_model in driver.threat_models],
@@ -337,8 +364,8 @@ def _adversarial(driver: Driver, broken: Broken) -> Adversarial | None:
 def _settings(columns: Suite) -> dict[str, dict[str, Any]]:
     settings = {name: attack.settings for name, attack in single_attacks(columns).items()}
     for name, attack in single_attacks(columns).items():
-        if isinstance(attack, Transfer) and attack.source is not None:
-            settings[name] |= {"source_digest": model_digest(attack.source)}
+        if isinstance(attack, Transfer) and isinstance(attack.source, UserModel):
+            settings[name] |= {"source_digest": attack.source.digest}
     return settings | {column: {"stages": [*attacks]} for column, attacks in columns.items() if len(attacks) > 1}
 
 

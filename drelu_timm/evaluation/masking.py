@@ -105,12 +105,12 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tenso
         everywhere (a softmax that float32 saturates gives zeros of cross-entropy, but not of the margin); "unsteady"
         and "changed", whether a second call gives other logits, by more than rounding, and another class.
     """
-    images = images.detach().requires_grad_()
-    logits = model(images)
-    flags = {
-        f"zero_gradient_{name}": _zero(torch.autograd.grad(loss(labels)(logits).sum(), images, retain_graph=True)[0])
-        for name, loss in (("ce", cross_entropy), ("margin", margin))
-    }
+    flags = {}
+    for name, loss in (("ce", cross_entropy), ("margin", margin)):
+        points = images.detach().clone().requires_grad_()
+        logits = model(points)  # once for each: what torch.compile makes keeps no graph for a second gradient
+        (gradient,) = torch.autograd.grad(loss(labels)(logits).sum(), points)
+        flags[f"zero_gradient_{name}"] = _zero(gradient)
     with torch.no_grad():
         again = model(images.flip(0)).flip(0)  # a model that seeds its noise anew gives it to another image
     spread = logits.amax(dim=1) - logits.amin(dim=1)

@@ -16,6 +16,7 @@ from ..data.datasets import DATASETS
 from ..errors import InputError, one_line
 from ..models.normalize import normalized
 from ..models.registration import check_tag
+from ..models.weights import check_weights
 from ..robustbench import adapt
 from ..runs import Run
 from ..zoo.robust_models import robust_model_name
@@ -35,6 +36,8 @@ class Subject:
         defaults: Dataset, data_dir, norm and eps where they are not given.
         img_size: Side of the images, in pixels; None for the dataset's own.
         in_chans: Channels of the images; None for the dataset's own.
+        classes: Names of the classes that it was trained on, in the order of its outputs; None where the dataset
+            determines them, or where they are not known.
         results_folder: Where results go.
     """
 
@@ -46,6 +49,7 @@ class Subject:
     img_size: int | None
     in_chans: int | None
     results_folder: Path
+    classes: tuple[str, ...] | None = None
 
 
 def find_subject(flag: str, name: str, *, dataset: str | None = None, norm: str | None = None) -> Subject:
@@ -79,6 +83,7 @@ def _run_subject(name: str, run: Run) -> Subject:
         img_size=run.config["img_size"],
         in_chans=run.config["in_chans"],
         results_folder=run.results_folder,
+        classes=tuple(run.config["classes"]) if "classes" in run.config else None,
     )
 
 
@@ -106,6 +111,9 @@ def _timm_subject(flag: str, name: str) -> Subject:
 
 def _load_timm(flag: str, name: str) -> nn.Module:
     try:
+        cfg = timm.get_pretrained_cfg(name)
+        if cfg is not None:  # a registered robust model has none, and looks for its files itself
+            check_weights(name.partition(".")[0], cfg, called=f"{flag} {name}")
         model = timm.create_model(name, pretrained=True).eval()
     except (OSError, RuntimeError) as error:
         raise InputError(f"{flag} {name!r} is a timm model whose weights cannot be read ({one_line(error)})") from error

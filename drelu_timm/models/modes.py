@@ -1,9 +1,8 @@
-"""Where a model is, and how it stands while it is attacked; afterwards all is as it was."""
+"""Context managers that put a model into attack mode and restore it, and where a model is."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,15 +18,28 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval()
+        _set_mode(model, training=False)
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield model
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, training in modes:
+            if module.training != training:
+                _set_mode(module, training=training)  # also undoes what a `train` of its own did, as LoRA's merging
+        for module, training in modes:
+            module.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _set_mode(model: nn.Module, *, training: bool) -> None:
+    try:
+        model.train() if training else model.eval()
+    except (
+        NotImplementedError
+    ):  # of a module that torch.export made, whose mode is fixed; there may be others beside it
+        for module in model.modules():
+            module.training = training
 
 
 @contextmanager
@@ -47,25 +59,7 @@ def channels_last(model: nn.Module) -> Iterator[nn.Module]:
             weight.data = data
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """float32 that is not TF32 on a GPU either, whatever is set; what was set is put back.
-
-    PyTorch lets cuDNN round what enters a convolution to TF32's 10 bits by default. What is judged in float32, and at a
-    boundary, must not hang on that; nor may a search in float32 end at what it only takes for a success.
-    """
-    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [each.allow_tf32 for each in flags]
-    try:
-        for each in flags:
-            each.allow_tf32 = False
-        yield
-    finally:
-        for each, allowed in zip(flags, before, strict=True):
-            each.allow_tf32 = allowed
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model is; the CPU for one that holds nothing."""
+def device_of(model: nn.Module, otherwise: torch.device | str = "cpu") -> torch.device:
+    """Where a model is: the device of its first parameter or buffer, or ``otherwise`` for one that has none."""
     tensors = chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors), torch.device(otherwise))

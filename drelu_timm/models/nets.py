@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .registry import register_model
 
 
 def height_and_width(img_size: int | Sequence[int]) -> tuple[int, int]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import create_classifier, create_conv2d, get_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
+from .registry import register_model
 
 Layer = Callable[..., nn.Module]
 

@@ -33,7 +33,8 @@ def save_folder(
 ) -> None:
     """Write a model as a timm / Hugging Face folder: ``model.safetensors`` and ``config.json``.
 
-    ``load_folder`` reads it with any timm, ``timm.create_model("local-dir:...")`` with the newest.
+    ``load_folder`` reads it with any timm, and, after ``import drelu_timm``, ``timm.create_model("local-dir:...")`` of
+    the newest timm and ``transformers.TimmWrapperForImageClassification.from_pretrained``.
 
     Args:
         model: A model from ``timm.create_model``.
@@ -67,7 +68,8 @@ def _config(model: TimmModel, model_args: dict[str, Any]) -> dict[str, Any]:
         "architecture": cfg.pop("architecture"),
         "num_classes": model.num_classes,
         "num_features": model.num_features,
-        "model_args": {**model_args, "num_classes": model.num_classes},
+        # Not a second num_classes: transformers' TimmWrapper passes model_args next to its own.
+        "model_args": {key: value for key, value in model_args.items() if key != "num_classes"},
         "pretrained_cfg": cfg,
     }
 
@@ -103,7 +105,7 @@ def load_saved(config: Any, weights: Path, where: Path) -> nn.Module:
         raise InputError(f"{weights} cannot be read ({one_line(error)}); save the model again") from error
     cfg = {**config["pretrained_cfg"], "num_classes": config["num_classes"]}
     try:
-        arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+        arguments = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
         model = timm.create_model(architecture, pretrained_cfg=cfg, **arguments)
         model.load_state_dict(tensors)
     except InputError:

@@ -18,6 +18,7 @@ from .head import add_head, classifier_names, is_unpooled
 from .nets import height_and_width
 from .small_images import adapt_to_small_images, warn_of_small_images
 from .surgery import TimmModel, add_stem, paths, replace_activations
+from .weights import check_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ def build(
         kwargs.setdefault("img_size", _image_size(cfg))  # as timm would, but recorded
     variant = Variant(base, cfg, options, kwargs)
     whole = pretrained and not variant.weights_are_of_base
+    if pretrained:
+        check_weights(variant.name if whole else base, cfg, cache_dir=kwargs.get("cache_dir"))
     model = variant.build(pretrained_base=pretrained and not whole)
     if whole:
         variant.load(model)

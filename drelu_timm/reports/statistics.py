@@ -118,7 +118,8 @@ def compare_methods(scores: pd.DataFrame, *, alpha: float = 0.05) -> Comparison:
         f_f_p=f_f_p,
         critical_difference=critical_difference,
         mean_ranks=scores.rank(axis=1, ascending=False).mean().to_dict(),
-        nemenyi_p=posthoc_nemenyi_friedman(scores).rename_axis(index="method", columns=None),
+        # Without its index: pandas before 3 cannot give one name to that of several levels, as scikit-posthocs wants.
+        nemenyi_p=posthoc_nemenyi_friedman(scores.reset_index(drop=True)).rename_axis(index="method", columns=None),
         n_blocks=n_blocks,
         alpha=alpha,
     )

@@ -12,8 +12,21 @@ from ..models.normalize import normalized
 from ..models.saved import load_folder
 from ..models.small_images import warn_of_small_images
 from ..models.surgery import paths
+from ..models.weights import check_weights
 from ..runs import Run
 from .config import TrainConfig, model_options
+
+
+def check_pretrained(config: TrainConfig) -> None:
+    """Look for the weights that ``--pretrained`` asks for, before any data is read.
+
+    Raises:
+        InputError: There are none, or they cannot be fetched.
+    """
+    cfg = timm.get_pretrained_cfg(config.model)
+    if config.pretrained and cfg is not None:  # a robust model has no cfg, and looks for its files itself
+        base = config.model.partition(".")[0].removesuffix("_drelu")
+        check_weights(base, cfg, called=f"--pretrained: {config.model}")
 
 
 def create_model(config: TrainConfig, data: Images) -> nn.Module:

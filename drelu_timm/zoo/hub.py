@@ -6,6 +6,7 @@ from pathlib import Path
 from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..models.saved import CONFIG, WEIGHTS
+from ..models.weights import how_to_get, out_of_reach
 
 try:
     from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
@@ -142,12 +143,15 @@ def fetch(repo: str, revision: str | None, file: str, cache_dir: Path | None) ->
     Raises:
         InputError: No such repository, revision or file, no rights, or no network.
     """
+    where = f"hf-hub:{repo}@{revision}" if revision else f"hf-hub:{repo}"
+    reason = out_of_reach(repo, [file], revision=revision, cache_dir=cache_dir)
+    if reason is not None:
+        raise InputError(f"{where}: {file} cannot be fetched ({reason}). {how_to_get(repo)}.")
     try:
         return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
     except Exception as error:  # as in _upload
-        at = f"@{revision}" if revision else ""
         raise InputError(
-            f"hf-hub:{repo}{at}: {file} cannot be fetched ({one_line(error)}); check the name, the network and, for a "
+            f"{where}: {file} cannot be fetched ({one_line(error)}); check the name, the network and, for a "
             "private repository, the token (hf auth login)"
         ) from error
 

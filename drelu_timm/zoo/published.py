@@ -25,12 +25,18 @@ def register_published(folder: Path | None = None) -> None:
     """
     for card in _cards(folder):
         with suppress(InputError):  # a stray file or a name that is taken must not stop `import drelu_timm`
-            register(robust_model_name(*_identity(card)), partial(_published, card))
+            name = robust_model_name(*_identity(card))
+            register(name, partial(_published, card), has_weights=_weights(card).is_file())
 
 
 def _identity(card: Path) -> tuple[str, str, str]:
     """Key, dataset and threat model, as the card's place says them."""
     return card.stem, card.parents[1].name, card.parent.name
+
+
+def _weights(card: Path) -> Path:
+    """The file of the card's weights, which exists only for small models."""
+    return card.with_suffix(".safetensors")
 
 
 def _cards(folder: Path | None = None) -> list[Path]:
@@ -59,7 +65,7 @@ def _published(card: Path, cache_dir: Path | None) -> SavedModel:
         sha256, size = measured["weights"]["sha256"], measured["weights"]["bytes"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{card} is no model's card ({error!r}); install drelu-timm again") from error
-    weights = card.with_suffix(".safetensors")
+    weights = _weights(card)
     if not weights.is_file():
         key, dataset, threat_model = _identity(card)
         raise InputError(

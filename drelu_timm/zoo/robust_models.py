@@ -9,7 +9,8 @@ import timm
 from torch import nn
 
 from ..errors import InputError
-from ..models.normalize import normalized
+from ..models.normalize import channels_of, normalized
+from ..models.registry import list_as_pretrained, register_model
 from .sources import Source, find_source
 
 _sources: dict[str, Source] = {}
@@ -63,15 +64,22 @@ def register_robust_model(
     return register(robust_model_name(key, dataset, threat_model), find_source(source, sha256, config_sha256))
 
 
-def register(name: str, source: Source) -> str:
+def register(name: str, source: Source, *, has_weights: bool = True) -> str:
     """Let timm create a model from a source, under a name of `robust_model_name`, which is returned.
+
+    Args:
+        name: Name for timm. A name that `register` put there before gets the new source.
+        source: Function that fetches the files of the model.
+        has_weights: Whether the source has them. Only then ``timm.list_pretrained()`` lists the model.
 
     Raises:
         InputError: A name that timm has already for another model.
     """
     if name not in _sources:
         check_name_is_free(name)
-        timm.models.register_model(_entrypoint(name))
+        register_model(_entrypoint(name))
+    if has_weights:
+        list_as_pretrained(name)
     _sources[name] = source
     return name
 
@@ -98,14 +106,15 @@ def check_name_is_free(name: str) -> None:
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     """What timm calls for the model.
 
-    Arguments that would change a trained model are refused, and so is its name without its weights: fresh ones under it
-    would pass for a robust model.
+    Arguments that would change a trained model are refused; timm's scripts give some of them with the model's own
+    values. So is its name without its weights: fresh ones under it would pass for a robust model.
     """
 
     def create(
         pretrained: bool = False,
         *,
         num_classes: int | None = None,
+        in_chans: int | None = None,
         pretrained_cfg: object = None,
         pretrained_cfg_overlay: object = None,
         cache_dir: Path | None = None,
@@ -115,6 +124,8 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         model = _sources[name](cache_dir).load()
         if num_classes not in (None, model.num_classes):
             raise InputError(f"num_classes={num_classes}: {name} has {model.num_classes} classes; leave it out")
+        if in_chans not in (None, channels_of(model)):
+            raise InputError(f"in_chans={in_chans}: {name} takes {channels_of(model)} channels; leave it out")
         return normalized(model).eval()
 
     create.__name__ = name
