@@ -98,11 +98,11 @@ class Cell:
 
     def _asked(self, evaluation: EvaluateConfig, trained: ThreatModel) -> dict[str, Any]:
         """Return the fields that identify the result of an evaluation."""
-        balls = attacked_in(evaluation, trained)
-        eps = [ball.written for ball in balls]
+        threat_models = attacked_in(evaluation, trained)
+        eps = [each.written for each in threat_models]
         return {
             "dataset": evaluation.dataset or self.train.dataset,
-            "norm": balls[0].norm,
+            "norm": threat_models[0].norm,
             "eps": eps if len(eps) > 1 else eps[0],
             **{key: getattr(evaluation, key) for key in _ASKED},
         }

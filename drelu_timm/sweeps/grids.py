@@ -171,10 +171,10 @@ def _check_evaluations(evaluations: Sequence[EvaluateConfig], trained: ThreatMod
     paths = set()
     for evaluation in evaluations:
         check_flags(evaluation)
-        balls = attacked_in(evaluation, trained)
-        if len(balls) > 1:
+        threat_models = attacked_in(evaluation, trained)
+        if len(threat_models) > 1:
             require_matplotlib()
-        path = result_path(Path("results"), evaluation.suite, balls)
+        path = result_path(Path("results"), evaluation.suite, threat_models)
         if path in paths:
             raise InputError(f"two [[evaluate]] would write {path}. Give them other suites, norms or radii.")
         paths.add(path)
