@@ -27,6 +27,7 @@ from drelu_timm import __main__
 from drelu_timm import sweep as sweeping
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
+from drelu_timm.files import locked
 from drelu_timm.launches import Launch
 from drelu_timm.preemption import Preempted
 from drelu_timm.sweep import SweepConfig, main, sweep
@@ -169,6 +170,7 @@ def test_what_stops_a_sweep_reaches_its_cells(tmp_path, monkeypatch, how):
     with pytest.raises(Preempted if how == "sigterm" else KeyboardInterrupt):
         run(stubs(tmp_path, {"a": program, "b": program}))
     assert saved.exists() and not (tmp_path / "b.log").exists()
+    locked(tmp_path / "a.log").close()  # no process of the cell is left that would hold it
 
 
 def test_a_training_never_hears_the_signal_by_which_submitit_ends_a_job(tmp_path):
@@ -615,6 +617,9 @@ exec "$@"
 @pytest.fixture
 def imitated_slurm(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
+    from drelu_timm.sweeps.slurm import SlurmExecutor
+
+    monkeypatch.setattr(SlurmExecutor, "poll_every", 0.1)
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in {"sbatch": SBATCH, "srun": SRUN, "sacct": "#!/usr/bin/env bash\n"}.items():

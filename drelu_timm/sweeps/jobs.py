@@ -145,6 +145,11 @@ class Executor(Protocol):
         """Largest number of jobs at once."""
         ...
 
+    @property
+    def poll_every(self) -> float:
+        """Time between two questions whether jobs have ended, in seconds."""
+        ...
+
     def submit(self, name: str, job: CellJob) -> Pending:
         """Start the job of the cell ``name``.
 
@@ -165,6 +170,8 @@ class LocalExecutor:
         jobs: Largest number of jobs at once.
         num_processes: Processes per job, one GPU each. Jobs share GPUs only if there are too few.
     """
+
+    poll_every = 0.2
 
     def __init__(self, jobs: int, num_processes: int):
         self.capacity = jobs

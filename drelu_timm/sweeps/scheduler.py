@@ -26,7 +26,6 @@ from ..reports.reading import read_outcomes
 from .cell import Cell
 from .jobs import CellJob, Executor, Pending, Refused
 
-_POLL_EVERY = 0.2  # seconds
 _RETRY_EVERY = 60.0  # seconds after a refusal; a cluster may need as long to notice that a job has ended
 
 
@@ -110,7 +109,7 @@ class Scheduler:
                         raise Preempted("SIGTERM came: the running cells were stopped")
                     self._note_ended()
                     self._start()
-                    time.sleep(_POLL_EVERY)
+                    time.sleep(self._executor.poll_every)
         finally:
             self._executor.stop()
         self._screen.summary()

@@ -45,6 +45,7 @@ class SlurmExecutor:
     """
 
     capacity = float("inf")
+    poll_every = 5.0  # each time submitit asks the shared disk for the result of every job
 
     def __init__(self, folder: Path, *, partition: str, minutes: int, num_processes: int):
         try:
