@@ -637,7 +637,7 @@ def test_a_job_is_submitted_to_slurm_and_gives_its_error(tmp_path, imitated_slur
     assert "failed a: the disk is full" in re.sub(r" in [\d.]+ s", "", capsys.readouterr().out)
     assert "\nup\n" in (tmp_path / "x" / "a.log").read_text()
     assert json.loads((tmp_path / "x" / "jobs" / "jobs.json").read_text()).keys() == {"a"}
-    (script,) = [path.read_text() for path in tmp_path.glob("x/jobs/*.sh")]
+    (script,) = [path.read_text() for path in tmp_path.glob("x/jobs/*_submission.sh")]
     assert {"--partition=gpu", "--gpus-per-node=2", "--time=90", "--job-name=a"} <= {*script.split()}
     assert "--signal=USR2@" in script  # in time to save and to be queued again
 
