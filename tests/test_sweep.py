@@ -605,7 +605,8 @@ def test_a_sweep_that_is_killed_ends_as_one_left_alone(tmp_path, grid):
 
 # What SLURM does, on one machine: sbatch starts a script as a job, srun runs a command in it.
 SBATCH = """#!/usr/bin/env bash
-SLURM_JOB_ID=$$ setsid bash "$1" >/dev/null 2>&1 &
+script=$(<"$1")  # submitit renames the file as soon as this ends
+SLURM_JOB_ID=$$ setsid bash -c "$script" >/dev/null 2>&1 &
 echo "Submitted batch job $$"
 """
 SRUN = """#!/usr/bin/env bash
