@@ -63,7 +63,7 @@ _MOST_CELLS = 10_000  # a larger product is a mistake, and takes minutes to list
 _TRAIN = {field.name for field in fields(TrainConfig)} - {"data_dir", "generated", "output_dir", "resume", "init_from"}
 _EVALUATE = {field.name for field in fields(EvaluateConfig)} - {"run", "data_dir"}
 _KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
-_NOWHERE = Path(os.devnull) / "run"  # does not exist, so that a cell's flags are checked without its run directory
+_NOWHERE = Path(os.devnull) / "run"  # never there, so that no folder in use is in the way of checking a cell's flags
 
 Table = dict[str, Any]
 
@@ -224,7 +224,7 @@ def read_grid(name: str) -> Grid:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise InputError(f"GRID {path} cannot be read as TOML ({error}). Fix it there.") from error
+        raise InputError(f"GRID {path} cannot be read as TOML ({error}); mend it there") from error
     _check_tables(path, content)
     smoke = content.pop("smoke", None)
     if which == name:
