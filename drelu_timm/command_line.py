@@ -74,10 +74,12 @@ def written_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> l
 
 
 def duration(seconds: float) -> str:
-    """Seconds for the eye: 42 s, 12 min, 3.4 h."""
+    """Return seconds for the eye: 42 s, 12 min, 3.4 h, 2.5 days."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _groups(config: type) -> list[tuple[tuple[str, str], list[str]]]:

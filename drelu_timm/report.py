@@ -8,7 +8,6 @@
     tables/         every table as .md, .tex (needs the package booktabs) and .csv (numbers, unrounded)
     figures/        every figure as .png
     numbers.json    every accuracy with the files that it comes from
-    files.json      what a report wrote here, so that the next one can take away what it does not make any more
 
 The same result files give the same files here, byte for byte.
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from drelu_timm.__main__ import VERBS, main
-from drelu_timm.command_line import group, read_flags
+from drelu_timm.command_line import duration, group, read_flags
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,11 @@ def test_the_help_of_train_shows_defaults_and_groups(capsys):
 def test_a_command_begins_without_the_warnings_of_others():
     done = subprocess.run([sys.executable, "-m", "drelu_timm", "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: drelu-timm VERB") and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (99, "99 s"), (720, "12 min"), (12_240, "3.4 h"), (172_000, "47.8 h"), (216_000, "2.5 days")],
+)
+def test_durations_are_in_units_that_are_easy_to_read(seconds, text):
+    assert duration(seconds) == text

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from drelu_timm.command_line import read_flags
+from drelu_timm.data.datasets import DATASETS
+from drelu_timm.data.images import Images
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.launches import Launch
 from drelu_timm.results import plotting
-from drelu_timm.sweeps.cost import _net
-from drelu_timm.sweeps.grids import read_grid, shipped
+from drelu_timm.sweeps.grids import Grid, read_grid, shipped
 from drelu_timm.training.config import TrainConfig
+from drelu_timm.training.model import create_model
 from drelu_timm.training.trainings import read_trainings
 
 GRID = """
@@ -192,11 +194,11 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
         ("cap_lr = 1", 'data_dir = "x"', r"\[train\] 'data_dir' is unknown"),
         ('suite = "quick"', 'siute = "quick"', r"\[\[evaluate\]\] 'siute' is unknown; did you mean suite"),
         ('net = ["cnn"]', 'nte = ["cnn"]', r"\[smoke\] 'nte' is unknown; did you mean net"),
-        ('source = "a test"', "", r'needs source = "\.\.\.", with something in it'),
-        ("[[evaluate]]", "[[smoke.evaluate]]", r"needs \[\[evaluate\]\], with something in it"),
-        ("[0, 1]", "[]", r"\[train\] seed = \[\] leaves no cell; give a value"),
+        ('source = "a test"', "", r'needs source = "\.\.\.", not empty'),
+        ("[[evaluate]]", "[[smoke.evaluate]]", r"needs \[\[evaluate\]\], not empty"),
+        ("[0, 1]", "[]", r"\[train\] seed = \[\] leaves no cell. Give it a value"),
         ("[0, 1]", '["a"]', r"\[train\] seed = 'a' must be a whole number"),
-        ("[0, 1]", "[0, 0]", "g has two cells called dense-natural-seed0; give them other names or values"),
+        ("[0, 1]", "[0, 0]", "g has two cells called dense-natural-seed0. Give them other names or values"),
         ("cap_lr = 1", "cap_lr = true", r"\[train\] cap_lr = True must be a number"),
         ("cap_lr = 1", "eps = 0.1", r"\[train\] eps = 0.1 must be text in quotes"),
         ('name = "at"', 'name = "natural"', r"init_from goes in a circle: natural -> natural"),
@@ -205,13 +207,13 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
         ('dataset = "digits"', 'dataset = "folder"', "g, cell dense-natural-seed0: --img-size is needed for --dataset"),
         ('init_from = "natural"', 'init_from = "drelu"', 'init_from = "drelu" fits 2 cells'),
         ('name = "at"', 'name = "a/t"', r"\[\[method\]\] needs a name of letters, digits and \. _ \+ -, not 'a/t'"),
-        ('model = "dense_drelu"', "", r"cell dense-natural-seed0: it has no model; \[train\] or \[\[net\]\] sets it"),
+        ('model = "dense_drelu"', "", r"cell dense-natural-seed0: it has no model. Set it in \[train\] or \[\[net\]\]"),
         ("cap_lr = 1", "cap_lr = -1", "g, cell dense-natural-seed0: --cap-lr -1.0 must be a number above 0"),
         ('suite = "quick"', 'suite = "quik"', "g, cell dense-natural-seed0: --suite 'quik' is unknown; did you mean"),
         ('"0,0.05,0.1"', '"0,x"', "g, cell dense-natural-seed0: .*'x'"),
         ('"0,0.05,0.1"', '"0.1,0.10"', "--eps 0.1,0.10 names 0.10 twice; give each radius once"),
         ('"0,0.05,0.1"', '"0"', "--eps 0 leaves nothing to attack; give a radius above 0"),
-        ('"0,0.05,0.1"', '"0.1"', "two .*would write results/quick-Linf-0.1.json; give them other suites"),
+        ('"0,0.05,0.1"', '"0.1"', "two .*would write results/quick-Linf-0.1.json. Give them other suites"),
         ('suite = "quick"', 'eps = "0.2/2,0.1"', "names 0.1 twice"),
         ('suite = "quick"', 'norm = "L2"', "g, cell .*: --norm L2 needs --eps: 0.1 is a radius for Linf"),
         ('suite = "quick"', 'eps = "0.01,0.1"', "two .*would write sweeps/quick-Linf-up-to-0.1.json"),
@@ -254,7 +256,7 @@ def test_a_grid_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="GRID 'paper-minst' is unknown; did you mean paper-mnist"):
         read_grid("paper-minst")
     with pytest.raises(
-        InputError, match=r"GRID .*no\.toml is not there; give a TOML file or one of activations, paper-"
+        InputError, match=r"GRID .*no\.toml does not exist\. Use a TOML file or one of activations, paper-"
     ):
         read_grid(str(tmp_path / "no.toml"))
 
@@ -289,13 +291,26 @@ def test_table_1_is_all_there():
     assert cells["shallow_cnn-at-seed2"].start == "shallow_cnn-natural-seed2"
 
 
-def test_every_net_of_the_shipped_grids_is_built():
-    nets = {}
+def test_every_model_of_the_shipped_grids_is_built():
+    models = {}
     for name in shipped():
         for cell in cells_of(read_grid(name), generated=[Path("edm.npz")]).values():
             train = cell.train
-            if train.dataset in ("mnist", "cifar10"):  # of the others only the number of classes differs, or the size
-                nets[train.model, train.placement, train.dataset] = train
+            if train.dataset in ("mnist", "cifar10"):  # the others differ in the number of classes, or in the size
+                models[train.model, train.placement, train.dataset] = train
     with torch.device("meta"):  # shapes without arithmetic
-        for train in nets.values():
-            assert _net(train).model.num_classes == 10
+        for train in models.values():
+            dataset = DATASETS[train.dataset]
+            side = dataset.side(train.img_size)
+            pixels = torch.zeros(1, dataset.in_chans, side, side, dtype=torch.uint8, device="cpu")
+            images = Images(pixels, torch.tensor([0], device="cpu"), tuple("0123456789"), dataset.title)
+            assert create_model(train, images).model.num_classes == 10
+
+
+def test_a_huge_product_is_refused_before_it_is_listed(grid_of, monkeypatch):
+    monkeypatch.setattr(Grid, "_points", None)
+    values = ", ".join(map(str, range(1, 1001)))
+    text = GRID.replace("seed = [0, 1]", f"seed = [{values}]\nepochs = [{values}]\nsteps = [{values}]")
+    # "cnn" sets epochs itself.
+    with pytest.raises(InputError, match=r"^g has 4,004,000,000 cells\. .*10,000 is the most\.$"):
+        cells_of(grid_of(text))
