@@ -23,7 +23,7 @@ def uniform(bits: np.ndarray) -> np.ndarray:
 
 
 def permutation(count: int, seed: int, *key: int) -> np.ndarray:
-    """A random order of ``range(count)``, int64."""
+    """Return a random order of ``range(count)``, int64, the same with every version of NumPy."""
     return np.argsort(random_bits(count, seed, *key), kind="stable")
 
 
