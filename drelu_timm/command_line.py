@@ -1,8 +1,9 @@
 """How every verb reads its flags, for which a frozen dataclass stands, and how it says a time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, make_dataclass
-from typing import Annotated, Any, TypeVar
+from copy import copy
+from dataclasses import fields, make_dataclass
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import tyro
 
@@ -12,15 +13,25 @@ Config = TypeVar("Config")
 
 # What an unset flag does its text says; "(default: None)" behind it would say less.
 _UNSET = ("None", "", "''", "False")
+_GROUP = "group of the help"
 _HINT = tyro.conf.arg(help_behavior_hint=lambda default: "" if default in _UNSET else f"(default: {default})")
 
 
-def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Config | None = None) -> Config:
-    """The config that a command line gives; both ``--batch-size`` and ``--batch_size`` are understood.
+def group(title: str, text: str) -> dict[str, Any]:
+    """Return the metadata of the field that starts a group of the help: this field and those after it.
 
     Args:
-        config: A dataclass with a docstring below every field. If it is put together of others, the help shows each of
-            these as a group of its own.
+        title: Name of the group.
+        text: What its flags are about, in a sentence.
+    """
+    return {_GROUP: (title, text)}
+
+
+def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Config | None = None) -> Config:
+    """Return the config that a command line gives; both ``--batch-size`` and ``--batch_size`` are understood.
+
+    Args:
+        config: A dataclass with a docstring below every field; see `group` for the groups of its help.
         verb: Name of the verb, for the help.
         argv: The flags.
         default: Values of flags that are not given, where they are not those of the dataclass.
@@ -29,13 +40,16 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
         InputError: An unknown flag. What else is wrong tyro prints, and exits.
     """
     _check_names(config, argv)
-    groups = [base for base in reversed(config.__mro__) if is_dataclass(base) and base is not config]
-    parts = [_hinted(part) for part in groups or [config]]
-    shown = _together(config, parts) if groups else parts[0]
+    groups = _groups(config)
+    parts = [_part(config, names, *heading) for heading, names in groups]
+    shown = _together(config, parts) if len(parts) > 1 else parts[0]
     given: dict[str, Any] = {}
     if default is not None:
-        values = [part(**{each.name: getattr(default, each.name) for each in fields(part)}) for part in parts]
-        given["default"] = shown(*values) if groups else values[0]
+        values = [
+            part(**{name: getattr(default, name) for name in names})
+            for part, (_, names) in zip(parts, groups, strict=True)
+        ]
+        given["default"] = shown(*values) if len(parts) > 1 else values[0]
     flags = tyro.cli(
         shown,
         prog=f"drelu-timm {verb}",
@@ -43,8 +57,10 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
         **given,
         config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )
-    read = vars(flags).values() if groups else [flags]
-    return config(**{name: value for part in read for name, value in vars(part).items()})
+    read = vars(flags).values() if len(parts) > 1 else [flags]
+    return config(
+        **{name: getattr(part, name) for part, (_, names) in zip(read, groups, strict=True) for name in names}
+    )
 
 
 def _check_names(config: type, argv: Sequence[str]) -> None:
@@ -72,19 +88,39 @@ def written_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> l
 
 
 def duration(seconds: float) -> str:
-    """Seconds for the eye: 42 s, 12 min, 3.4 h."""
+    """Return seconds for the eye: 42 s, 12 min, 3.4 h, 2.5 days."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
-def _hinted(config: type) -> type:
-    """The same dataclass, with a help that shows a default only where there is something to show."""
-    members = [(each.name, Annotated[each.type, _HINT], each) for each in fields(config)]
-    return make_dataclass(config.__name__, members, bases=(config,), frozen=True, namespace={"__doc__": config.__doc__})
+def _groups(config: type) -> list[tuple[tuple[str, str], list[str]]]:
+    """Title, text and field names of each group of a config; a single one, named after it, where it has no groups."""
+    groups: list[tuple[tuple[str, str], list[str]]] = []
+    for each in fields(config):
+        if _GROUP in each.metadata or not groups:
+            groups.append((each.metadata.get(_GROUP, (config.__name__, config.__doc__)), []))
+        groups[-1][1].append(each.name)
+    return groups
 
 
-def _together(config: type, groups: Sequence[type]) -> type:
-    """A dataclass that holds one of each group: tyro makes of it the groups of a help."""
-    members = [(group.__name__.lower(), tyro.conf.OmitArgPrefixes[group]) for group in groups]
+def _part(config: type, names: Sequence[str], title: str, text: str) -> type:
+    """Make a dataclass of some fields of a config.
+
+    Its help shows a default only where there is something to show. It inherits from the config, in whose source tyro
+    finds the docstrings of the fields; the other fields become class variables, which are no flags.
+    """
+    members = [
+        # A copy, as a dataclass writes the new annotation into the field that it is given.
+        (each.name, Annotated[each.type, _HINT], copy(each)) if each.name in names else (each.name, ClassVar[Any])
+        for each in fields(config)
+    ]
+    return make_dataclass(title, members, bases=(config,), frozen=True, namespace={"__doc__": text})
+
+
+def _together(config: type, parts: Sequence[type]) -> type:
+    """Make a dataclass with one field per part: tyro makes each of them a group of the help."""
+    members = [(part.__name__, tyro.conf.OmitArgPrefixes[part]) for part in parts]
     return make_dataclass("Flags", members, frozen=True, namespace={"__doc__": config.__doc__})

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from .evaluate import evaluate
 from .evaluation.config import EvaluateConfig
-from .evaluation.pictures import CLEAN, POINTS, WORST_CASE, accuracy_axes, save_figure
-from .evaluation.results import VERDICT_COLOURS
 from .export import export
-from .files import read_json
 from .flags import DemoConfig, ExportConfig
+from .results.display import VERDICT_COLOURS
+from .results.plotting import CLEAN, POINTS, WORST_CASE, accuracy_axes, save_figure
+from .results.result import Result, read_result
 from .train import train
 from .training.config import TrainConfig
 
@@ -80,10 +80,10 @@ EXPLANATION = (
 )
 
 
-def _train_and_evaluate(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _train_and_evaluate(run: Path, settings: dict[str, Any]) -> Result:
     """What the evaluation says of a net."""
     train(TrainConfig(output_dir=run, resume=True, **{**COMMON, **settings}))
-    return read_json(evaluate(EvaluateConfig(run=str(run), suite="standard")))
+    return read_result(evaluate(EvaluateConfig(run=str(run), suite="standard")))
 
 
 def _export(run: Path) -> Path:
@@ -91,13 +91,14 @@ def _export(run: Path) -> Path:
     return output_dir if output_dir.exists() else export(ExportConfig(run=run, key=KEY, **PAPER))
 
 
-def _figures(result: dict[str, Any]) -> list[float]:
+def _figures(result: Result) -> list[float]:
     """The columns' accuracies, in percent; NaN for BPDA on a net without caps."""
-    figures = {**result["accuracy"], **result}
+    point = result.point
+    figures = {**point.accuracy, "clean": point.clean, "worst": point.worst}
     return [100 * figures.get(column, nan) for column in COLUMNS]
 
 
-def table(results: dict[str, dict[str, Any]]) -> Table:
+def table(results: dict[str, Result]) -> Table:
     """A row a net: accuracies in percent, share of zero gradients, verdict."""
     table = Table(title=_title(results), box=SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("trained", no_wrap=True)
@@ -105,14 +106,14 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for name, result in results.items():
-        verdict = result["verdict"]["verdict"]
-        figures = [*_figures(result), 100 * result["zero_gradient_share"]]
+        verdict = result.point.verdict.verdict
+        figures = [*_figures(result), 100 * result.point.zero_gradient_share]
         cells = ["-" if isnan(figure) else f"{figure:.1f}" for figure in figures]
         table.add_row(name, *cells, f"[{VERDICT_COLOURS[verdict]}]{verdict}")
     return table
 
 
-def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(results: dict[str, Result], path: Path) -> None:
     """Bars of the accuracies, a group a net, as a picture."""
     figure, axes = accuracy_axes(_title(results))
     figure.set_size_inches(8, 4.2)
@@ -127,12 +128,12 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         axes.bar_label(bars, ["" if isnan(height) else f"{height:.0f}" for height in heights], fontsize=8)
         for place in (place for place, height in zip(places, heights, strict=True) if isnan(height)):
             axes.text(place, 1, "not run", fontsize=8, rotation=90, ha="center", va="bottom")
-    axes.set_xticks(range(len(results)), [f"{name}\n({r['verdict']['verdict']})" for name, r in results.items()])
+    axes.set_xticks(range(len(results)), [f"{name}\n({r.point.verdict})" for name, r in results.items()])
     figure.legend(loc="outside lower center", ncols=len(COLUMNS), frameon=False)
     save_figure(figure, path)
 
 
-def _title(results: dict[str, dict[str, Any]]) -> str:
+def _title(results: dict[str, Result]) -> str:
     """What all results have in common."""
     first = next(iter(results.values()))
-    return f"{first['dataset_title']}, {first['norm']}, eps {first['eps']}, {first['n_examples']} test images"
+    return f"{first.dataset_title}, {first.norm}, eps {first.eps}, {first.n_examples} test images"

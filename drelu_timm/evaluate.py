@@ -15,8 +15,10 @@ again goes on from there, whatever stopped it.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from shlex import quote
 
 import torch
 from safetensors import SafetensorError
@@ -28,16 +30,16 @@ from .data.datasets import DATASETS, Dataset
 from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
-from .evaluation.adversarial import ADVERSARIAL
 from .evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
-from .evaluation.curves import draw_curve
-from .evaluation.evaluation import Evaluation, evaluate_sweep
-from .evaluation.pictures import require_matplotlib
+from .evaluation.evaluation import Evaluation, evaluate_under
 from .evaluation.processes import Processes, launched
-from .evaluation.results import rows, show, show_curve, summary, sweep_rows
 from .evaluation.subjects import Subject, find_subject
 from .evaluation.user_model import check_classes
-from .files import read_json, write_json, write_text
+from .files import write_json, write_text
+from .results.display import show
+from .results.examples import ADVERSARIAL, csv_text, sweep_csv_text
+from .results.plotting import draw_curve, require_matplotlib
+from .results.result import Result, read_result
 from .runs import environment
 
 
@@ -54,8 +56,8 @@ def main(config: EvaluateConfig) -> None:
 def _next(config: EvaluateConfig) -> str:
     """What to do with a run whose evaluation is there: `export` asks for AutoAttack."""
     if "autoattack" in SUITES[config.suite]:
-        return f"drelu-timm export {config.run} --key Author2026Title_ARCH"
-    return f"drelu-timm evaluate {config.run} --suite standard (AutoAttack, which an export needs)"
+        return f"drelu-timm export {quote(config.run)} --key Author2026Title_ARCH"
+    return f"drelu-timm evaluate {quote(config.run)} --suite standard (AutoAttack, which an export needs)"
 
 
 @dataclass(frozen=True)
@@ -96,23 +98,25 @@ class _Task:
         eps = f"up to {self.balls[-1].written}" if self.is_sweep else self.balls[0].written
         return f"{self.subject.run}, {self.images.title}, {self.balls[0].norm}, eps {eps}, {len(self.images)} examples"
 
-    def fields(self) -> dict[str, Any]:
-        """What a result of it says that it is of."""
-        radii = [ball.written for ball in self.balls]
-        return {
-            "run": self.subject.run,
-            "model": self.subject.model,
-            "dataset": self.dataset.name,
-            "dataset_title": self.images.title,
-            "norm": self.balls[0].norm,
-            "eps": radii if self.is_sweep else radii[0],
-            "suite": self.config.suite,
-            "n_examples": len(self.images),
-            "seed": self.config.seed,
-            "precision": self.config.precision,
-            "transfer_from": self.config.transfer_from,
-            "model_digest": self.subject.digest,
-        }
+    @cached_property
+    def result(self) -> Result:
+        """The result that it is going to have, without what is measured."""
+        radii = tuple(ball.written for ball in self.balls)
+        return Result(
+            run=self.subject.run,
+            model=self.subject.model,
+            dataset=self.dataset.name,
+            dataset_title=self.images.title,
+            norm=self.balls[0].norm,
+            eps=radii if self.is_sweep else radii[0],
+            suite=self.config.suite,
+            n_examples=len(self.images),
+            seed=self.config.seed,
+            precision=self.config.precision,
+            transfer_from=self.config.transfer_from,
+            model_digest=self.subject.digest,
+            **environment(),
+        )
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -132,11 +136,11 @@ def evaluate(config: EvaluateConfig) -> Path:
     if task.is_sweep:
         require_matplotlib()
     if task.path.is_file():
-        results, title = _already(task), f"{task.path} is there already; delete it to evaluate anew"
+        result, title = _already(task), f"{task.path} is there already; delete it to evaluate anew"
     else:
-        results, title = _measured(task), task.title
+        result, title = _measured(task), task.title
     if launched().is_main_process:
-        show_curve(results, title) if task.is_sweep else show(results, title)
+        show(result, title)
     return task.path
 
 
@@ -152,17 +156,16 @@ def _found(config: EvaluateConfig) -> _Task:
     return _Task(config, subject, source, dataset, balls, models, _test_images(config, subject, dataset))
 
 
-def _measured(task: _Task) -> dict[str, Any]:
-    """The results, which the first process writes to files."""
+def _measured(task: _Task) -> Result:
+    """The result, which the first process writes to files."""
     config, state = task.config, task.path.with_suffix(".state")
     processes = Processes(state)
     model, *source = _on_device(task)
-    evaluations = evaluate_sweep(
+    evaluations = evaluate_under(
+        task.balls,
         model,
         task.images.images,
         task.images.labels,
-        eps=[ball.written for ball in task.balls],
-        norm=task.balls[0].norm,
         suite=config.suite,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -171,16 +174,12 @@ def _measured(task: _Task) -> dict[str, Any]:
         state=state,
         processes=processes,
     )
-    summaries = [summary(evaluation) for evaluation in evaluations]
-    results = task.fields() | ({"curve": summaries} if task.is_sweep else summaries[0])
-    results |= {"processes": processes.count, **environment()}
-    if not processes.index:
-        _write(task, results, evaluations)
-    return results
+    result = replace(task.result, points=tuple(evaluations), processes=processes.count)
+    return result if processes.index else _written(task, result, evaluations)
 
 
-def _write(task: _Task, results: dict[str, Any], evaluations: Sequence[Evaluation]) -> None:
-    """All files of a result, the .json last: a result is there once this is.
+def _written(task: _Task, result: Result, evaluations: Sequence[Evaluation]) -> Result:
+    """Write all files of a result, the .json last: a result is there once this is.
 
     Raises:
         InputError: A full disk, or another reason why a file cannot be written.
@@ -188,18 +187,21 @@ def _write(task: _Task, results: dict[str, Any], evaluations: Sequence[Evaluatio
     path, adversarial = task.path, evaluations[0].adversarial
     try:
         if adversarial is None:
-            write_text(path.with_suffix(".csv"), sweep_rows(evaluations))
-            draw_curve(results["curve"], path.with_suffix(".png"), title=task.title)
+            by_eps = {evaluation.eps: evaluation.rows for evaluation in evaluations}
+            write_text(path.with_suffix(".csv"), sweep_csv_text(by_eps))
+            draw_curve(result.points, path.with_suffix(".png"), title=task.title)
         else:
-            write_text(path.with_suffix(".csv"), rows(evaluations[0]))
-            results["adversarial_sha256"] = adversarial.save(path.with_suffix(ADVERSARIAL), task.fields())
-        write_json(path, results)
+            write_text(path.with_suffix(".csv"), csv_text(evaluations[0].rows))
+            sha256 = adversarial.save(path.with_suffix(ADVERSARIAL), result.identity())
+            result = replace(result, adversarial_sha256=sha256)
+        write_json(path, result.to_json())
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path} and the files beside it cannot be written ({one_line(error)}); what was measured is kept: make "
             "room and run the same command again"
         ) from error
     shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
+    return result
 
 
 def _source(config: EvaluateConfig, subject: Subject, dataset: Dataset, norm: str) -> Subject | None:
@@ -256,16 +258,25 @@ def _threat_models(config: EvaluateConfig, subject: Subject, dataset: Dataset) -
 def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> Images:
     data_dir = config.data_dir or subject.defaults.get("data_dir")
     size = {"img_size": subject.img_size, "in_chans": subject.in_chans}
-    return load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
+    images = load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
+    if subject.classes not in (None, images.classes):
+        pairs = zip_longest(subject.classes, images.classes, fillvalue="nothing")
+        index, (trained, found) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise InputError(
+            f"--data-dir {data_dir}: class {index} is {found}, but RUN {subject.run} was trained with {trained} there. "
+            "Give images in folders of the same names."
+        )
+    return images
 
 
-def _already(task: _Task) -> dict[str, Any]:
-    """The results in the file, which must be what is asked for."""
-    results = read_json(task.path)
-    for field, value in task.fields().items():
-        if field != "run" and results.get(field) != value:
+def _already(task: _Task) -> Result:
+    """The result in the file, which must be what is asked for."""
+    result = read_result(task.path)
+    before = result.identity()
+    for field, value in task.result.identity().items():
+        if field != "run" and before[field] != value:
             raise InputError(
-                f"{task.path} holds a result with {field} {results.get(field)!r}, not {value!r}; "
-                "move it away or delete it to evaluate anew"
+                f"{task.path} holds a result with {field} {before[field]!r}, not {value!r}; move it away or delete it "
+                "to evaluate anew"
             )
-    return results
+    return result

@@ -9,24 +9,23 @@
     weights/                                      <key>.safetensors, <key>.pt (RobustBench's state dict), SHA256SUMS
     model_info/<dataset>/<threat>/<key>.json      RobustBench's entry
     model_cards/<dataset>/<threat>/<key>.*        the card as this project keeps it, with what it is made from
-    scripts/<dataset>/<threat>/<key>.sh           the commands that make all of it again
+    scripts/<dataset>/<threat>/<key>.toml         the recipe that makes all of it again, for train --config
     submission/                                   RobustBench's issue forms, AutoAttack's log, adversarial images
 
 The folder appears only after the model was loaded from it and predicted what the evaluation had written down.
 """
 
 import json
-import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from .attacks.threat_model import ThreatModel
 from .data.images import Images
 from .data.readers import load_images
-from .errors import InputError, one_line, unknown
-from .evaluation.result_files import ResultFile
-from .files import read_json, write_text
+from .errors import InputError, unknown
+from .files import read_json, read_toml, write_text
 from .flags import ExportConfig
 from .publishing.cards import model_card
 from .publishing.entries import card_record, check_entry, model_info
@@ -35,15 +34,11 @@ from .publishing.measured import AUTOATTACK, Measured, Paper
 from .publishing.records import choose_results, further_evaluations, measured_run, with_further
 from .publishing.submission import new_model
 from .publishing.verification import checks_page, read_evaluated, verify
+from .results.result import Result
 from .robustbench import adapt
 from .runs import Run
 from .zoo.published import published_sha256
 from .zoo.robust_models import check_name_is_free, register_robust_model, robust_model_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 
 def main(config: ExportConfig) -> None:
@@ -129,8 +124,8 @@ class _Subject:
     """What is to be exported: all that was measured of it, the evaluations that it comes from, and the test images."""
 
     measured: Measured
-    chosen: ResultFile
-    further: list[ResultFile]
+    chosen: Result
+    further: list[Result]
     test: Images
 
 
@@ -185,12 +180,12 @@ def _subject(config: ExportConfig, run: Run, dataset: str, threat_model: ThreatM
     further = further_evaluations(run, chosen)
     results = with_further(chosen, further)
     _check_exportable(config, results)
-    paper = _paper(config, chosen.content)
+    paper = _paper(config, chosen)
     test = _test_images(run, config.data_dir)
     measured = measured_run(
         run, chosen, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
     )
-    measured = replace(measured, results={**measured.results, "dataset": dataset})
+    measured = replace(measured, results=replace(measured.results, dataset=dataset))
     return _Subject(measured, chosen, further, test)
 
 
@@ -206,33 +201,34 @@ def _dataset(config: ExportConfig, trained_on: str) -> str:
     return config.dataset or trained_on
 
 
-def _check_exportable(config: ExportConfig, results: dict[str, Any]) -> None:
+def _check_exportable(config: ExportConfig, results: Result) -> None:
     """Raise what RobustBench's rules, or the flags, do not allow."""
     if config.benchmark_examples < 0:
         raise InputError(f"--benchmark-examples {config.benchmark_examples} must be 0 or more")
-    if config.n_examples is not None and results["n_examples"] < config.n_examples:
+    if config.n_examples is not None and results.n_examples < config.n_examples:
         raise InputError(
-            f"--n-examples {config.n_examples}: the evaluation has {results['n_examples']}; evaluate anew, with "
+            f"--n-examples {config.n_examples}: the evaluation has {results.n_examples}; evaluate anew, with "
             f"--n-examples {config.n_examples}"
         )
-    masked = results["verdict"]["verdict"] == "masked"
+    point = results.point
+    masked = point.verdict.verdict == "masked"
     if masked and not config.as_masked:
         raise InputError(
             "the verdict on gradient masking is masked, so AutoAttack's number does not hold; --as-masked exports the "
-            f"model as unreliable, with its worst case of {100 * results['worst']:.2f} %"
+            f"model as unreliable, with its worst case of {100 * point.worst:.2f} %"
         )
     if config.as_masked and not masked:
-        raise InputError(f"--as-masked: the verdict is {results['verdict']['verdict']}; leave the flag out")
+        raise InputError(f"--as-masked: the verdict is {point.verdict}; leave the flag out")
 
 
-def _paper(config: ExportConfig, results: dict[str, Any]) -> Paper:
+def _paper(config: ExportConfig, results: Result) -> Paper:
     """The metadata of the paper, from the flags and the TOML file; whatever is missing for an entry is said at once."""
     given = _read_paper(config.paper) if config.paper is not None else {}
     names = [field.name for field in fields(Paper)]
     given |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     missing = [f"--{name}" for name in names if name not in given]
-    if AUTOATTACK not in results["accuracy"]:
-        missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {config.run} --suite standard)")
+    if AUTOATTACK not in results.point.accuracy:
+        missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {quote(str(config.run))} --suite standard)")
     if missing:
         raise InputError(
             f"RobustBench's entry lacks {', '.join(missing)}; --paper FILE.toml may hold title, authors, link and venue"
@@ -242,10 +238,7 @@ def _paper(config: ExportConfig, results: dict[str, Any]) -> Paper:
 
 def _read_paper(path: Path) -> dict[str, str]:
     names = [field.name for field in fields(Paper)]
-    try:
-        paper = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--paper {path} cannot be read as TOML ({one_line(error)}); mend it") from error
+    paper = read_toml(path, "--paper")
     for name, value in paper.items():
         if name not in names:
             raise unknown(f"--paper {path}:", name, names)

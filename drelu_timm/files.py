@@ -2,12 +2,13 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,6 +24,27 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object; restore it or make it anew")
     return content
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: The file.
+        what: The flag or argument that names it, for the error.
+
+    Raises:
+        InputError: A file that is missing or not TOML.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{what} {path} cannot be read as TOML ({one_line(error)}); fix it there") from error
 
 
 def locked(path: Path, *, wait: bool = False) -> BinaryIO:

@@ -13,7 +13,8 @@ import tyro
 
 from .command_line import read_flags
 from .evaluation.config import EvaluateConfig
-from .training.config import TrainConfig, preset_in
+from .training.config import TrainConfig
+from .training.trainings import read_trainings
 
 
 @dataclass(frozen=True)
@@ -75,27 +76,27 @@ class SweepConfig:
     """A TOML file, or the name of a grid that comes with the package:
     paper-mnist, paper-cifar10, paper-cifar100, paper-tiny-imagenet,
     paper-edm-cifar10, paper-edm-cifar100, paper-edm-tiny-imagenet, paper-placement, paper-eps, activations.
-    With -smoke behind it, a version that ends in minutes on two cores."""
+    With -smoke appended, a version that takes minutes on two cores."""
     output_dir: Path | None = None
     """Folder for the run directories; by default runs/ and the grid's name."""
     data_dir: Path = Path("data")
-    """Where the datasets lie, or are downloaded to."""
+    """Folder of the datasets; MNIST and CIFAR are downloaded to it."""
     generated: tuple[Path, ...] = ()
-    """Generated images, for grids that mix some in: .npz files, as of train."""
+    """Generated images, for grids that use some: .npz files, as for train."""
     jobs: int | None = None
-    """Cells at once, on this machine; by default 1."""
+    """Number of cells that run at once on this machine; by default 1."""
     dry_run: bool = False
-    """Print the cells, what they cost, and their commands; write nothing."""
+    """Print the cells with their cost and their commands, and write nothing."""
     num_processes: int = 1
-    """Processes a cell, a GPU each; several are started by accelerate launch."""
+    """Processes per cell, one GPU each; several are started by accelerate launch."""
     mixed_precision: str = "no"
-    """no or bf16, of accelerate launch."""
+    """no or bf16, for accelerate launch."""
     cluster: str = ""
-    """slurm for a job a cell, through submitit; local for trying that here; by default neither."""
+    """slurm: one job per cell, through submitit; by default the cells run on this machine."""
     partition: str = ""
-    """SLURM: the partition; what else is needed sbatch takes from the environment (SBATCH_ACCOUNT, ...)."""
+    """With --cluster slurm: the partition. Other options of sbatch are read from the environment (SBATCH_ACCOUNT)."""
     hours: float | None = None
-    """With --cluster: limit of a job, after which it goes on in another one; by default 24."""
+    """With --cluster slurm: time limit of a job, which is then queued again and resumes; by default 24."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,13 @@ CONFIGS: dict[str, type] = {
 
 
 def read(verb: str, argv: Sequence[str]) -> Any:
-    """Return the config that the flags of a verb give; ``--help`` prints them and exits.
+    """Return the config that the flags of a verb give, for train one or several; ``--help`` prints them and exits.
 
     Args:
         verb: In `CONFIGS`.
         argv: What follows the verb.
 
     Raises:
-        InputError: An unknown flag or preset.
+        InputError: An unknown flag, or for train a preset or a file of settings that cannot be used.
     """
-    return read_flags(CONFIGS[verb], verb, argv, preset_in(argv) if verb == "train" else None)
+    return read_trainings(argv) if verb == "train" else read_flags(CONFIGS[verb], verb, argv)

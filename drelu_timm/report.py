@@ -8,7 +8,6 @@
     tables/         every table as .md, .tex (needs the package booktabs) and .csv (numbers, unrounded)
     figures/        every figure as .png
     numbers.json    every accuracy with the files that it comes from
-    files.json      what a report wrote here, so that the next one can take away what it does not make any more
 
 The same result files give the same files here, byte for byte.
 """
@@ -28,12 +27,10 @@ from rich.text import Text
 from .errors import InputError
 from .files import write_json, write_text
 from .flags import ReportConfig
-from .reports.averages import Lines, lines_of
+from .reports.averages import HELD_OUT, WHITE_BOX, Average, Lines, lines_of
 from .reports.comparisons import papers_statistics, statistics
 from .reports.folder import replaced
-from .reports.formats import csv, latex, markdown, markdown_table
-from .reports.means import HELD_OUT, WHITE_BOX, Average
-from .reports.page import Section, write_page
+from .reports.formats import Section, csv, latex, markdown, markdown_table, write_page
 from .reports.paper import SOURCE, net_name
 from .reports.reading import Outcomes, read_outcomes
 from .reports.sections import attacks, figures, opening, origin, over_eps, trainings

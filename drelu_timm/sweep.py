@@ -5,9 +5,9 @@
     drelu-timm sweep my-grid.toml --num-processes 4 --mixed-precision bf16
     drelu-timm sweep paper-cifar10 --cluster slurm --partition gpu --num-processes 4 --hours 12
 
-`sweeps.grids` says what a grid is. Every cell is a `train` and its `evaluate`s, as processes of their own; what they
-print lies in ``<cell>.log`` beside the run directory. Cells that are done are skipped, others go on where they were:
-the same command again ends what was stopped, in whatever way.
+`sweeps.grids` defines grids. Every cell is a `train` and its `evaluate`s, each in a process of its own; their output is
+in ``<cell>.log`` next to the run directory. Cells that are done are skipped, others resume: the same command again
+completes a sweep that was stopped, however it was stopped.
 """
 
 import shlex
@@ -17,20 +17,19 @@ from typing import BinaryIO
 
 import torch
 
-from .command_line import duration
 from .errors import InputError, one_line, unknown
 from .files import locked
 from .flags import SweepConfig
 from .launches import Launch
-from .sweeps.cells import Cell
+from .sweeps.cell import Cell
 from .sweeps.grids import Grid, read_grid
-from .sweeps.jobs import Here, Place, threads_of_a_process
+from .sweeps.jobs import Executor, LocalExecutor
 from .sweeps.scheduler import Scheduler
 
 _PRECISIONS = ("no", "bf16")
-_CLUSTERS = ("slurm", "local")
+_CLUSTERS = ("slurm",)
 _HOURS = 24.0
-_PLACEHOLDER = Path("FILE.npz")  # of generated images, for a plan without them
+_PLACEHOLDER = Path("FILE.npz")  # for generated images, in a dry run without them
 
 
 def main(config: SweepConfig) -> int:
@@ -45,9 +44,9 @@ def sweep(config: SweepConfig) -> int:
         0, or 1 if a cell failed.
 
     Raises:
-        InputError: A grid or flags that cannot be used, or a folder in which another sweep, or what one has begun,
-            still runs.
-        Preempted: SIGTERM came; what ran has saved its state.
+        InputError: A grid or flags that cannot be used, or a folder in which another sweep, or a cell of a killed
+            sweep, still runs.
+        Preempted: SIGTERM came; the running cells have saved their state.
     """
     _check(config)
     grid = read_grid(config.grid)
@@ -58,12 +57,14 @@ def sweep(config: SweepConfig) -> int:
         config.num_processes, config.mixed_precision, not torch.cuda.is_available() and config.cluster != "slurm"
     )
     if config.dry_run:
-        _show_plan(grid, cells, launch, config)
+        _show_plan(grid, cells, launch)
+        if not config.generated and any(cell.train.generated for cell in cells):
+            print(f"--generated has to name the generated images, here {_PLACEHOLDER}, before the sweep can run")
         return 0
-    with _held(output_dir):
+    with _lock(output_dir):
         queued = _refuse_running(cells, output_dir, config.cluster)
-        cells.sort(key=lambda cell: cell.name not in queued)  # which may be why others are refused
-        failed = Scheduler(grid.name, cells, _place(output_dir, config), launch).run()
+        cells.sort(key=lambda cell: cell.name not in queued)  # queued jobs may be the reason why others are refused
+        failed = Scheduler(grid.name, cells, _executor(output_dir, config), launch).run()
     print(f"next: drelu-timm report {shlex.quote(str(output_dir))}")
     return 1 if failed else 0
 
@@ -71,58 +72,58 @@ def sweep(config: SweepConfig) -> int:
 def _check(config: SweepConfig) -> None:
     for flag, value in (("--jobs", config.jobs), ("--num-processes", config.num_processes), ("--hours", config.hours)):
         if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{flag} {value} is not possible; give a number above 0")
+            raise InputError(f"{flag} {value} is not possible. Use a number above 0.")
     if config.mixed_precision not in _PRECISIONS:
         raise unknown("--mixed-precision", config.mixed_precision, _PRECISIONS)
     if config.cluster not in ("", *_CLUSTERS):
         raise unknown("--cluster", config.cluster, _CLUSTERS)
     if config.cluster and config.jobs is not None:
-        raise InputError(f"--jobs {config.jobs} is for this machine, not for --cluster; leave one of them out")
+        raise InputError(f"--jobs {config.jobs} is for this machine. Leave out --jobs or --cluster.")
     if config.hours is not None and not config.cluster:
-        raise InputError(f"--hours {config.hours:g} is for --cluster slurm; add that, or leave it out")
+        raise InputError(f"--hours {config.hours:g} is for --cluster slurm. Add that, or leave it out.")
     if config.hours is not None and _minutes(config) < 1:
-        raise InputError(f"--hours {config.hours:g} is no minute; give 0.02 or more")
+        raise InputError(f"--hours {config.hours:g} is less than one minute. Use at least 0.02.")
     if config.partition and config.cluster != "slurm":
-        raise InputError(f"--partition {config.partition} is for --cluster slurm; add that, or leave it out")
+        raise InputError(f"--partition {config.partition} is for --cluster slurm. Add that, or leave it out.")
     if torch.cuda.is_available() and not config.cluster and config.num_processes > torch.cuda.device_count():
         raise InputError(f"--num-processes {config.num_processes}: this machine has {torch.cuda.device_count()} GPUs")
 
 
 def _minutes(config: SweepConfig) -> int:
-    """Limit of a job."""
+    """Return the time limit of a job."""
     return round(60 * (_HOURS if config.hours is None else config.hours))
 
 
-def _held(output_dir: Path) -> BinaryIO:
-    """The folder's lock, for one sweep alone; what it begins does not inherit it."""
+def _lock(output_dir: Path) -> BinaryIO:
+    """Lock the folder for one sweep; the processes that it starts do not inherit the lock."""
     path = output_dir / ".lock"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         return locked(path)
     except BlockingIOError as error:
         raise InputError(
-            f"--output-dir {output_dir} is in use by another sweep; wait, or end it (fuser {path} names its process)"
+            f"--output-dir {output_dir} is in use by another sweep. Wait, or end it (fuser {path} lists its process)."
         ) from error
     except OSError as error:
-        raise InputError(f"--output-dir {output_dir} cannot be written to ({one_line(error)}); name another") from error
+        raise InputError(f"--output-dir {output_dir} cannot be written to ({one_line(error)}). Use another.") from error
 
 
 def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> Collection[str]:
-    """Refuse to begin what runs already, or waits in SLURM's queue; with ``--cluster slurm``, that is found again.
+    """Refuse to start cells that run already, or that have jobs in SLURM's queue unless this sweep uses SLURM too.
 
     Returns:
-        Names of the cells in the queue.
+        Names of the cells that have jobs in the queue.
     """
     folder = output_dir / "jobs"
     queued: Collection[str] = ()
     if folder.exists():
-        from .sweeps.cluster import NUMBERS, in_queue
+        from .sweeps.slurm import JOB_IDS, queued_jobs
 
-        queued = in_queue(folder)
-        if queued and cluster != "slurm":
+        queued = queued_jobs(folder)
+        if queued and not cluster:
             raise InputError(
                 f"--output-dir {output_dir} has SLURM jobs that have not ended, as far as can be seen here "
-                f"({', '.join(queued)}); go on with --cluster slurm, or scancel them and delete {folder / NUMBERS}"
+                f"({', '.join(queued)}). Continue with --cluster slurm, or scancel them and delete {folder / JOB_IDS}."
             )
     for cell in cells:
         if cell.name not in queued and cell.log.exists():
@@ -130,20 +131,19 @@ def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> Co
                 locked(cell.log).close()
             except BlockingIOError as error:
                 raise InputError(
-                    f"--output-dir {output_dir}: cell {cell.name} still runs, left by a sweep that was killed; "
-                    f"wait, or end it (fuser {cell.log} names its processes)"
+                    f"--output-dir {output_dir}: cell {cell.name} of a sweep that was killed still runs. "
+                    f"Wait, or end it (fuser {cell.log} lists its processes)."
                 ) from error
     return queued
 
 
-def _place(output_dir: Path, config: SweepConfig) -> Place:
-    """Where cells run."""
+def _executor(output_dir: Path, config: SweepConfig) -> Executor:
+    """Return what runs the cells."""
     if not config.cluster:
-        return Here(config.jobs or 1, config.num_processes)
-    from .sweeps.cluster import Cluster
+        return LocalExecutor(config.jobs or 1, config.num_processes)
+    from .sweeps.slurm import SlurmExecutor  # needs submitit, which sweeps on this machine do not
 
-    return Cluster(
-        config.cluster,
+    return SlurmExecutor(
         output_dir / "jobs",
         partition=config.partition,
         minutes=_minutes(config),
@@ -151,36 +151,37 @@ def _place(output_dir: Path, config: SweepConfig) -> Place:
     )
 
 
-def _show_plan(grid: Grid, cells: Sequence[Cell], launch: Launch, config: SweepConfig) -> None:
-    """Print every cell with its commands and what it costs."""
-    from .sweeps.cost import Clock, cost  # what a sweep that runs has no need of
-
+def _show_plan(grid: Grid, cells: Sequence[Cell], launch: Launch) -> None:
+    """Print every cell with its cost and its commands."""
     print(f"{grid.name}: {grid.title}\n{grid.source}\n")
-    jobs = config.jobs or 1
-    clock = Clock(threads_of_a_process(jobs, config.num_processes))
-    total = 0.0
+    total = 0
     for cell in cells:
         state = _state(cell)
         if not state:
-            bound = cost(cell, clock.model(cell.train))
-            seconds = bound.forwards * clock.seconds(cell.train) / config.num_processes
-            state = f"about {duration(seconds)} for {bound}"
-            total += seconds
+            training, evaluation = cell.training_cost(), cell.evaluation_cost()
+            total += evaluation + (training or 0)
+            state = f"{_in_words(training)} forward passes to train, {_in_words(evaluation)} to evaluate"
         print(f"{cell.name}: {state}")
         for command in cell.commands(launch):
             print(f"    {shlex.join(command)}")
-    how = "in all jobs together" if config.cluster else f"with --jobs {jobs}"
     print(
-        f"\n{len(cells)} cells, about {duration(total / jobs)} {how} for their passes at most: all epochs, and attacks "
-        "on examples that all withstand; the start of processes, the data and the optimiser come on top. A forward "
-        f"pass was timed on {clock.machine}"
+        f"\n{len(cells)} cells, at most {_in_words(total)} forward passes: if no training stops early and no attack "
+        "succeeds. A pass evaluates one image; a gradient counts as three."
     )
-    if any(cell.train.generated == (_PLACEHOLDER,) for cell in cells) and not config.generated:
-        print(f"{_PLACEHOLDER} stands for the generated images, which --generated has to name before it can run")
+
+
+def _in_words(count: int | None) -> str:
+    """Return a number for the eye: 12,345 or 1.2 million."""
+    if count is None:  # what only reading the images tells
+        return "an unknown number of"
+    for unit, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count:,}"
 
 
 def _state(cell: Cell) -> str:
-    """What there is of a cell that would not be run; "" for one that would."""
+    """Return why a cell would not be run; "" if it would."""
     try:
         return "done" if cell.is_done() else ""
     except InputError as error:

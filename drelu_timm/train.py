@@ -2,11 +2,15 @@
 
     drelu-timm train --model dense_drelu --dataset mnist --data-dir data --cap-weight 0.1
     accelerate launch --num_processes 4 -m drelu_timm train --model resnet50_drelu --dataset cifar10 --objective trades
+    drelu-timm train --config recipe.toml --seed 1
+    drelu-timm train --config runs/x/config.json --output-dir runs/x-again
 
 Devices and precision belong to `accelerate launch`. All randomness is keyed by (seed, epoch, step), never by the number
 of processes or by what ran before, so that a resumed run repeats the uninterrupted one.
 """
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from .command_line import flag
+from .data.datasets import DATASETS
 from .data.generated import GeneratedImages
 from .data.images import Images
 from .data.readers import load_images
@@ -22,7 +27,7 @@ from .errors import InputError, one_line, unknown
 from .files import write_json
 from .launches import PATIENCE, is_first_process, launched_on_cpu
 from .runs import Run, environment
-from .training.config import TrainConfig, resolve, saved
+from .training.config import TrainConfig, resolve, run_directory, saved
 from .training.model import check_pretrained, create_model
 from .training.presets import PRESETS
 from .training.sharding import check_sharding, sharding
@@ -31,14 +36,25 @@ from .training.state import read_progress
 from .training.trainer import Trainer
 
 
-def main(config: TrainConfig) -> None:
-    """Train, and print what was written and what to do next."""
-    if config.preset is not None and is_first_process():
-        _show_preset(config.preset)
-    run = train(config)
-    if is_first_process():
-        log = f"{run / 'log.jsonl'}; next: drelu-timm evaluate {run}"
-        print(f"wrote {run / 'model'} (the best epoch), {run / 'last'} and {log}")
+def main(configs: Sequence[TrainConfig]) -> None:
+    """Train one configuration after the other; print what was written and what to do next."""
+    for config in configs:
+        resolve(config)  # so that a mistake in a later training is found before the first one
+    for config in configs:
+        if config.preset is not None and is_first_process():
+            _show_preset(config.preset)
+        run = train(config)
+        if is_first_process():
+            log = f"{run / 'log.jsonl'}; next: {_next(config, configs)}"
+            print(f"wrote {run / 'model'} (the best epoch), {run / 'last'} and {log}")
+
+
+def _next(config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
+    """Say what comes after a training: the next one, or the evaluation of the last."""
+    number = configs.index(config) + 1
+    if number < len(configs):
+        return f"training {number + 1} of {len(configs)}"
+    return shlex.join(["drelu-timm", "evaluate", str(run_directory(config))])
 
 
 def _show_preset(name: str) -> None:
@@ -144,6 +160,8 @@ def _describe(config: TrainConfig, data: Images, generated: GeneratedImages | No
         return
     _, channels, height, _ = data.images.shape
     about = {"dataset_title": data.title, "num_classes": len(data.classes), "in_chans": channels, "img_size": height}
+    if DATASETS[config.dataset].num_classes is None:  # the folders name the classes, and other folders may not
+        about["classes"] = data.classes
     launch = {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     about |= {"launch": {**launch, "device": accelerator.device.type}}
     if generated is not None:

@@ -48,6 +48,7 @@ from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
 from drelu_timm.errors import InputError
+from drelu_timm.evaluation.checkpoint import Checkpoint
 from drelu_timm.evaluation.driver import Driver
 from drelu_timm.evaluation.evaluation import evaluate_model
 from drelu_timm.evaluation.subjects import find_subject
@@ -144,8 +145,8 @@ def standard(config: BenchmarkConfig, subjects: Subjects, search_dtype: torch.dt
     seconds: dict[str, float] = {}
     started = time.monotonic()
     with frozen(model), channels_last(model):
-        balls = [subjects.threat_model]
-        driver = Driver(model, images, labels.cpu(), balls, config.seed, config.batch_size, search_dtype)
+        balls, memory = [subjects.threat_model], Checkpoint(len(labels))
+        driver = Driver(model, images, labels.cpu(), balls, config.seed, config.batch_size, memory, search_dtype)
         left = right(model, images, labels, config.batch_size).long()
         with torch.no_grad():
             num_classes = model(images[:1]).shape[1]

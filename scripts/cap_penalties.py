@@ -16,7 +16,7 @@ import tyro
 
 from drelu_timm.evaluate import evaluate
 from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.files import read_json
+from drelu_timm.results.result import read_result
 from drelu_timm.runs import Run, environment
 from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig
@@ -87,13 +87,13 @@ def _cells(run: Run) -> list[str]:
     entries = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
     best = entries[entries[-1]["best_epoch"] - 1]
     (path,) = run.results_folder.glob("*.json")
-    result: dict[str, Any] = read_json(path)
+    point = read_result(path).point
     head: Any = run.load_model().model.fc
     effective = (head.activation.cap * head.output.weight.norm(dim=0)).mean().item()
-    shares = [best["units"]["active"], result["zero_gradient_share"], result["clean"]]
-    shares += [result["accuracy"]["apgd"], result["accuracy"]["bpda"], result["worst"]]
+    shares = [best["units"]["active"], point.zero_gradient_share, point.clean]
+    shares += [point.accuracy["apgd"], point.accuracy["bpda"], point.worst]
     caps = [best["caps"]["mean"], best["caps"]["max"], effective]
-    return [*(f"{cap:.3g}" for cap in caps), *(f"{100 * share:.1f}" for share in shares), result["verdict"]["verdict"]]
+    return [*(f"{cap:.3g}" for cap in caps), *(f"{100 * share:.1f}" for share in shares), point.verdict.verdict]
 
 
 if __name__ == "__main__":

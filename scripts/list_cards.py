@@ -1,9 +1,9 @@
 """The published models as a table: `python scripts/list_cards.py`, from model_cards/."""
 
-import json
 from pathlib import Path
 from statistics import mean
 
+from drelu_timm.files import read_json
 from drelu_timm.publishing.measured import Measured, from_record, percent, spread
 from drelu_timm.publishing.recipes import OBJECTIVES
 
@@ -16,8 +16,8 @@ def table() -> str:
     """Markdown; a heading for every board, a row a card, by the mean of their worst cases."""
     boards: dict[str, list[Measured]] = {}
     for path in sorted(CARDS.glob("*/*/*.json")):
-        measured = from_record(json.loads(path.read_text()))
-        boards.setdefault(f"{measured.results['dataset_title']}, {measured.threat_model}", []).append(measured)
+        measured = from_record(read_json(path), path)
+        boards.setdefault(f"{measured.results.dataset_title}, {measured.threat_model}", []).append(measured)
     return "\n\n".join(
         "\n".join([f"{board}:", "", HEAD, RULE, *map(_row, sorted(cards, key=lambda card: -mean(_worst(card))))])
         for board, cards in boards.items()
@@ -25,16 +25,16 @@ def table() -> str:
 
 
 def _row(card: Measured) -> str:
-    train, results = card.config["train"], card.results
+    train, point = card.config["train"], card.point
     activation = train["activation"] or ("drelu" if train["model"].endswith("_drelu") else "as it is")
     where = " everywhere" if train["placement"] == "all" else ""
     cells = [
         f"[{card.key}](model_cards/{card.place.as_posix()}.md)",
         f"{train['model'].removesuffix('_drelu')}, {activation}{where}",
         OBJECTIVES[train["objective"]],
-        f"{results['n_examples']:,}" + (" (preliminary)" if card.preliminary else ""),
-        *(percent(value) or "-" for value in (results["clean"], card.autoattack)),
-        f"**{percent(results['worst'])}**",
+        f"{card.results.n_examples:,}" + (" (preliminary)" if card.preliminary else ""),
+        *(percent(value) or "-" for value in (point.clean, card.autoattack)),
+        f"**{percent(point.worst)}**",
         _spread(card),
         card.verdict,
     ]
@@ -42,7 +42,7 @@ def _row(card: Measured) -> str:
 
 
 def _worst(card: Measured) -> list[float]:
-    return [seed.worst for seed in card.seeds] or [card.results["worst"]]
+    return [seed.worst for seed in card.seeds] or [card.point.worst]
 
 
 def _spread(card: Measured) -> str:

@@ -25,7 +25,6 @@ from matplotlib.figure import Figure
 from scipy.stats import f, ttest_ind
 
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation.pictures import save_figure
 from drelu_timm.files import read_json, write_json, write_text
 from drelu_timm.flags import ReportConfig
 from drelu_timm.publishing.records import without_paths
@@ -35,6 +34,8 @@ from drelu_timm.reports.outcomes import Outcome
 from drelu_timm.reports.paper import beside_pgd, paper_scores, read_paper
 from drelu_timm.reports.reading import read_outcomes
 from drelu_timm.reports.statistics import compare_methods
+from drelu_timm.results.plotting import save_figure
+from drelu_timm.results.result import read_result
 
 HERE = Path(__file__).parent
 TEXT = HERE / "reproduction" / "reproduction.md.j2"
@@ -68,17 +69,18 @@ def take_over(runs: tuple[Path, ...], topic: str) -> None:
     for run, files in used.items():
         folder = FOLDER / topic / "runs" / run.name
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier take-over, whose evaluations may have been others
-        for file in (run / "config.json", *files):
-            write_json(folder / file.relative_to(run), without_paths(read_json(file)))
+        write_json(folder / "config.json", without_paths(read_json(run / "config.json")))
+        for file in files:
+            write_json(folder / file.relative_to(run), read_result(file).published().to_json())
         for file in (run / "log.jsonl", *(file.with_suffix(".csv") for file in files)):
             if file.is_file():
                 shutil.copyfile(file, folder / file.relative_to(run))
 
 
 def _result_files(outcome: Outcome) -> Iterator[Path]:
-    yield from (file.path for file in (*outcome.files, *outcome.others))
-    if outcome.curve_source is not None:
-        yield outcome.curve_source
+    yield from (result.file for result in outcome.at.all)
+    if outcome.sweep is not None:
+        yield outcome.sweep.file
 
 
 def topics() -> list[str]:

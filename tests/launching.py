@@ -105,7 +105,8 @@ class Launched:
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port)}
-            shared |= {**world, **master, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            shared |= {**world, **master, **agent}
         self._processes = []
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}

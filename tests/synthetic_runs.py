@@ -74,14 +74,7 @@ def write_result(
         worst = min([0.8, *(accuracy or {}).values()])
     train = json.loads((run / "config.json").read_text())["train"]
     content = {
-        "dataset": train["dataset"],
-        "dataset_title": TITLES[train["dataset"]],
-        "norm": "Linf",
-        "suite": suite,
-        "n_examples": n_examples,
-        "model_digest": "0" * 64,
-        "hardware": "2 x Processor",
-        "versions": {"drelu-timm": "0.1.0", "torch": "2.0.0"},
+        **about(train, suite, n_examples),
         **point(accuracy=ATTACKS if accuracy is None else accuracy, worst=worst, verdict=verdict),
         **result,
     }
@@ -97,13 +90,8 @@ def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 1
     """sweeps/<suite>-Linf.json of a run, from the smallest radius, with a row an example beside it."""
     train = json.loads((run / "config.json").read_text())["train"]
     content = {
-        "dataset": train["dataset"],
-        "dataset_title": TITLES[train["dataset"]],
-        "norm": "Linf",
-        "suite": suite,
+        **about(train, suite, n_examples),
         "eps": [at["eps"] for at in points],
-        "n_examples": n_examples,
-        "model_digest": "0" * 64,
         "curve": points,
     }
     path = run / "sweeps" / f"{suite}-Linf.json"
@@ -112,8 +100,27 @@ def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 1
         next((at["eps"] for at in points if index >= round(at.get("worst", 1) * n_examples)), "")
         for index in range(n_examples)
     ]
-    write_columns(path.with_suffix(".csv"), {"index": range(n_examples), "worst": broken_at})
+    write_columns(path.with_suffix(".csv"), {**examples(n_examples), "worst": broken_at})
     return path
+
+
+def about(train: dict[str, Any], suite: str, n_examples: int) -> dict[str, Any]:
+    """What a result file states of itself, apart from its eps."""
+    return {
+        "model": train["model"],
+        "dataset": train["dataset"],
+        "dataset_title": TITLES[train["dataset"]],
+        "norm": "Linf",
+        "suite": suite,
+        "n_examples": n_examples,
+        "seed": 0,
+        "precision": "float32",
+        "transfer_from": None,
+        "model_digest": "0" * 64,
+        "hardware": "2 x Processor",
+        "versions": {"drelu-timm": "0.1.0", "torch": "2.0.0"},
+        "git_revision": None,
+    }
 
 
 def point(
@@ -131,13 +138,19 @@ def point(
         "sequences": {},
         "zero_gradient_share": 0.0,
         "cw_l2": {"median_l2": 1.0, "budget": 2.8, "accuracy_at_budget": 0.3} if "cw-l2" in accuracy else None,
-        "verdict": {"verdict": verdict, "evidence": []},
+        "verdict": {"verdict": verdict, "evidence": [], "numbers": {}},
+        "seconds": 1.0,
     }
 
 
 def write_rows(path: Path, broken_by: Sequence[str]) -> None:
     """Beside a result: what broke each example."""
-    write_columns(path, {"index": range(len(broken_by)), "label": [0] * len(broken_by), "broken_by": broken_by})
+    write_columns(path, {**examples(len(broken_by)), "broken_by": broken_by})
+
+
+def examples(n: int) -> dict[str, Sequence[Any]]:
+    """The columns that every row has."""
+    return {"index": range(n), "label": [0] * n, "clean_prediction": [0] * n}
 
 
 def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

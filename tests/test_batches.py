@@ -288,7 +288,7 @@ def test_loader(generated, workers):
 @pytest.mark.slow  # the worker imports everything anew
 def test_loader_with_a_spawned_worker(generated):
     made = mixed(generated)
-    made.batch(0, 0)  # opens the file, which a spawned process has to open again
+    made.batch(0, 0)  # shuffles, in place, what a spawned process gets
     loader = made.loader(0, 2, workers=1)
     loader.multiprocessing_context = "spawn"
     for step, batch in enumerate(loader, start=2):

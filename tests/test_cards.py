@@ -2,58 +2,38 @@
 
 import json
 import re
-import shlex
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-import tyro
+from measurements import KEY, PUBLISHED, REPOSITORY, having, measured_of, trained
 from safetensors.torch import load_file
 
 from drelu_timm.attacks.suites import SUITES
-from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
 from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.flags import ExportConfig
 from drelu_timm.publishing.cards import MEANINGS, SHIPPED, licences, model_card
 from drelu_timm.publishing.entries import card_record, check_entry, model_info
-from drelu_timm.publishing.measured import AUTOATTACK, Paper, from_record
-from drelu_timm.publishing.recipes import recipe, training_commands
-from drelu_timm.publishing.records import choose_results, further_evaluations, measured_run, with_further
+from drelu_timm.publishing.measured import AUTOATTACK, from_record
+from drelu_timm.publishing.recipes import recipe
 from drelu_timm.publishing.submission import autoattack_log, is_external, new_evaluation, new_model
-from drelu_timm.runs import Run
-from drelu_timm.training.config import TrainConfig, preset_in
+from drelu_timm.results.result import Verdict
 from drelu_timm.zoo.robust_models import robust_model_name
-
-KEY = "Tester2026Cards_dense"
-TEST_SIZE = 359
-REPOSITORY = Path(__file__).parents[1]
-PUBLISHED = sorted((REPOSITORY / "model_cards").glob("*/*/*.json"))
 
 
 @pytest.fixture(scope="module")
 def measured(evaluated):
-    run = Run.open(evaluated)
-    chosen = choose_results(run, ThreatModel.parse("Linf", "0.1"), None)
-    results = with_further(chosen, further_evaluations(run, chosen))
-    paper = Paper("A Title", "A. One, B. Two", "https://example.org", "ICLR 2026")
-    return measured_run(run, chosen, results, key=KEY, paper=paper, other_seeds=(), test_size=TEST_SIZE)
+    return measured_of(evaluated)
 
 
-def judged(measured, verdict, **results):
-    verdict = {"verdict": verdict, "evidence": ["BPDA leaves 4.4 %."]}
-    return replace(measured, results={**measured.results, "verdict": verdict, **results})
-
-
-def trained(measured, **train):
-    return replace(measured, config={**measured.config, "train": {**measured.config["train"], **train}})
+def judged(measured, verdict, **changes):
+    return having(measured, verdict=Verdict(verdict, ("BPDA leaves 4.4 %.",), {}), **changes)
 
 
 # The entry
@@ -72,7 +52,7 @@ def test_the_entry_has_all_fields_of_robustbench_in_its_formats(measured):
         "venue": "ICLR 2026",
         "architecture": "dense_drelu",
         "eps": "0.1",
-        "clean_acc": f"{100 * measured.results['clean']:.2f}",
+        "clean_acc": f"{100 * measured.point.clean:.2f}",
         "reported": f"{100 * measured.autoattack:.2f}",
         "autoattack_acc": f"{100 * measured.autoattack:.2f}",
         "footnote": "Preliminary: measured on the first 60 of the 359 test images of Digits. "
@@ -141,8 +121,8 @@ def test_fewer_examples_than_the_board_asks_for_are_called_preliminary_everywher
     measured, dataset, n, test_size, preliminary
 ):
     title = DATASETS[dataset].title if dataset in DATASETS else "a folder"
-    results = {**measured.results, "dataset": dataset, "dataset_title": title, "n_examples": n}
-    measured = replace(measured, results=results, test_size=test_size, curve=None)
+    measured = having(measured, dataset=dataset, dataset_title=title, n_examples=n)
+    measured = replace(measured, test_size=test_size, curve=None)
     for text in (model_card(measured), model_info(measured)["footnote"], recipe(measured), new_model(measured, None)):
         assert ("reliminary" in text) == preliminary
     assert model_card(measured).count("preliminary") == (2 if preliminary else 0)
@@ -158,8 +138,8 @@ def test_fewer_examples_than_the_board_asks_for_are_called_preliminary_everywher
     ],
 )
 def test_the_curve_is_preliminary_by_the_rule_of_the_results(measured, dataset, title, n, preliminary):
-    results = {**measured.results, "dataset": dataset, "dataset_title": title, "n_examples": 10_000}
-    measured = replace(measured, results=results, curve={**measured.curve, "n_examples": n}, test_size=10_000)
+    measured = having(measured, dataset=dataset, dataset_title=title, n_examples=10_000)
+    measured = replace(measured, curve=replace(measured.curve, n_examples=n), test_size=10_000)
     (above,) = [line for line in model_card(measured).splitlines() if f"the first {n:,} test images:" in line]
     assert above.startswith("Preliminary: Linf, suite" if preliminary else "Linf, suite")
 
@@ -168,7 +148,7 @@ def test_the_curve_is_preliminary_by_the_rule_of_the_results(measured, dataset, 
 
 
 def test_card_entry_and_recipe_are_made_from_the_record_alone(measured):
-    read = from_record(json.loads(json.dumps(card_record(measured))))
+    read = from_record(json.loads(json.dumps(card_record(measured))), Path("card.json"))
     for written in (model_card, model_info, recipe):
         assert written(read) == written(measured)
 
@@ -179,28 +159,28 @@ def test_the_hub_reads_the_card(measured):
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     robust = f"Robust accuracy, worst case (Linf, eps 0.1; gradient masking: {measured.verdict}, preliminary)"
     assert values == {
-        "Clean accuracy, preliminary": round(100 * measured.results["clean"], 2),
-        robust: round(100 * measured.results["worst"], 2),
+        "Clean accuracy, preliminary": round(100 * measured.point.clean, 2),
+        robust: round(100 * measured.point.worst, 2),
     }
 
 
 def test_the_card_says_every_number_with_the_verdict_and_its_evidence(measured):
-    card, results = model_card(measured), measured.results
-    for attack, accuracy in results["accuracy"].items():
+    card, results, point = model_card(measured), measured.results, measured.point
+    for attack, accuracy in point.accuracy.items():
         assert f"| {attack} | {100 * accuracy:.2f} |" in card
-    assert f"| **worst case** | {100 * results['worst']:.2f} |" in card
-    assert all(f"- {sentence}" in card for sentence in results["verdict"]["evidence"])
+    assert f"| **worst case** | {100 * point.worst:.2f} |" in card
+    assert all(f"- {sentence}" in card for sentence in point.verdict.evidence)
     assert MEANINGS[measured.verdict] in card
-    assert all(f"| {at['eps']} | " in card for at in measured.curve["curve"])
+    assert all(f"| {at.eps} | " in card for at in measured.curve.points)
     assert f"({KEY}.png)" in card
-    assert results["hardware"] in card and f"torch {results['versions']['torch']}" in card
+    assert results.hardware in card and f"torch {results.versions['torch']}" in card
     assert "Caps: mean " in card and "10.3390/math12223551" in card
 
 
 @pytest.mark.parametrize(("square", "warns"), [(0.9, True), (0.9079, True), (0.9081, False), (0.91, False)])
 def test_the_card_says_what_each_attack_of_autoattack_left_and_when_that_is_a_warning(measured, square, warns):
     left = {"apgd-ce": 0.93, "apgd-t": 0.92, "fab-t": 0.91, "square": square}
-    card = model_card(replace(measured, results={**measured.results, "sequences": {"autoattack": left}}))
+    card = model_card(having(measured, sequences={"autoattack": left}))
     stages = f"apgd-ce 93.00, apgd-t 92.00, fab-t 91.00, square {100 * square:.2f}"
     assert f"AutoAttack, attack by attack, in %: {stages}." in card
     assert ("AutoAttack's own check warns here" in card) == warns
@@ -208,8 +188,7 @@ def test_the_card_says_what_each_attack_of_autoattack_left_and_when_that_is_a_wa
 
 
 def test_an_attack_that_knows_no_ball_is_named_as_such(measured):
-    results = {**measured.results, "accuracy": {"cw-l2": 0.9, "pgd": 0.8}}
-    card = model_card(replace(measured, results=results))
+    card = model_card(having(measured, accuracy={"cw-l2": 0.9, "pgd": 0.8}))
     assert "| cw-l2 (what it finds in the ball) | 90.00 |" in card and "| pgd | 80.00 |" in card
 
 
@@ -224,48 +203,13 @@ def test_the_card_of_a_large_model_says_what_its_weights_are_and_how_to_make_the
     large = replace(measured, weights=replace(measured.weights, bytes=SHIPPED + 1))
     card = model_card(large)
     assert f"sha256 {measured.weights.sha256} (bit-equal on the same" in card
-    assert f"`scripts/digits/Linf/{KEY}.sh` makes the model" in card
+    assert f"`scripts/digits/Linf/{KEY}.toml` states how the model, its evaluation and this card are made" in card
     assert "come with `drelu_timm`." in model_card(measured)
 
 
 @pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
 def test_every_objective_has_a_card(measured, objective):
     assert f"# {KEY}" in model_card(trained(measured, objective=objective))
-
-
-# Recipes
-
-
-def repeated(command: str) -> dict:
-    """The settings that a command of a recipe gives."""
-    words = shlex.split(command.replace("\\\n", " "))
-    return asdict(tyro.cli(TrainConfig, args=words[words.index("train") + 1 :]))
-
-
-def test_the_command_repeats_the_training(measured):
-    (command,) = training_commands(measured.config, "runs/x")
-    settings = repeated(command)
-    assert command.startswith("drelu-timm train ")
-    assert {name: settings[name] for name in measured.config["train"] if name != "generated"} == {
-        name: value for name, value in measured.config["train"].items() if name != "generated"
-    }
-    assert {"data_dir", "init_from"} == settings.keys() - measured.config["train"].keys() - {
-        *("resume", "output_dir", "save_every", "workers", "log_with")
-    }
-
-
-def test_what_a_training_was_begun_from_and_how_it_was_launched_are_in_the_recipe(measured):
-    config = {
-        **measured.config,
-        "init_from": trained(measured, objective="natural", seed=0).config,
-        "launch": {"num_processes": 2, "mixed_precision": "bf16", "device": "cpu"},
-    }
-    first, second = training_commands(config, "runs/x", seed=3)
-    assert (repeated(first)["output_dir"], repeated(first)["seed"]) == (Path("runs/x-start"), 3)
-    assert (repeated(second)["init_from"], repeated(second)["seed"]) == (Path("runs/x-start"), 3)
-    assert second.startswith(
-        "accelerate launch --num_processes 2 --multi_gpu --mixed_precision bf16 -m drelu_timm train"
-    )
 
 
 # RobustBench's forms
@@ -279,8 +223,8 @@ def test_the_forms_are_filled_in(measured):
         "- **Architecture**: dense_drelu",
         "- **Threat Model**: Linf",
         "- **eps**: 0.1",
-        f"- **Clean accuracy**: {100 * measured.results['clean']:.2f}",
-        f"- **Robust accuracy**: {100 * measured.results['worst']:.2f}",
+        f"- **Clean accuracy**: {100 * measured.point.clean:.2f}",
+        f"- **Robust accuracy**: {100 * measured.point.worst:.2f}",
         "- **Additional data**: false",
     ):
         assert line in form.splitlines()
@@ -288,22 +232,22 @@ def test_the_forms_are_filled_in(measured):
     assert is_external(measured)
     evaluation = new_evaluation(measured, "images.pt", 0)
     assert f"+ **Model identifier(s):** {KEY}" in evaluation.splitlines()
-    assert "images.pt" in evaluation and f"{100 * measured.results['worst']:.2f} (AutoAttack: " in evaluation
+    assert "images.pt" in evaluation and f"{100 * measured.point.worst:.2f} (AutoAttack: " in evaluation
 
 
 def test_a_copy_of_the_boards_images_is_preliminary_and_no_external_evaluation(measured):
-    results = {**measured.results, "dataset": "cifar10", "dataset_title": "CIFAR-10 (JPEG copy)", "n_examples": 10_000}
-    copy = replace(measured, results=results, test_size=10_000)
+    copy = having(measured, dataset="cifar10", dataset_title="CIFAR-10 (JPEG copy)", n_examples=10_000)
+    copy = replace(copy, test_size=10_000)
     assert copy.preliminary and not is_external(copy)
     assert copy.sample == "Preliminary: measured on all 10,000 test images of CIFAR-10 (JPEG copy)."
     needed = (
         "CIFAR-10 (JPEG copy) is not what a training finds or downloads by itself: give each its folder by --data-dir."
     )
     assert f"# {needed}" in recipe(copy).splitlines() and f"- {needed}" in model_card(copy).splitlines()
-    original = replace(copy, results={**results, "dataset_title": "CIFAR-10"})
+    original = having(copy, dataset_title="CIFAR-10")
     assert "--data-dir" not in recipe(original) + model_card(original)
     assert is_external(original) and not original.preliminary
-    folder = replace(copy, results={**results, "dataset": "imagenet", "dataset_title": "imagenet"})
+    folder = having(copy, dataset="imagenet", dataset_title="imagenet")
     assert folder.preliminary and not is_external(folder)
 
 
@@ -344,51 +288,19 @@ def test_a_plain_model_has_nothing_of_d_relu_on_its_card(measured):
     assert "bibtex" not in model_card(plain)
 
 
-def test_the_recipe_repeats_the_evaluation(measured):
-    told = {"eps": "0.2", "norm": "L2", "precision": "bfloat16", "seed": 3, "transfer_from": "resnet18"}
-    training = {**measured.training, "weights": "last"}
-    script = recipe(replace(measured, results={**measured.results, **told}, training=training))
-    commands = [line for line in script.splitlines() if " evaluate " in line and "seed$seed" in line]
-    (words,) = map(shlex.split, commands)
-    config = tyro.cli(EvaluateConfig, args=words[2:])
-    assert config.run == f"runs/{KEY}/seed$seed/last"
-    assert {name: getattr(config, name) for name in told} == told
-    assert (config.suite, config.n_examples) == ("standard", 60)
-    export_words = shlex.split(script.splitlines()[-1])[2:]
-    assert tyro.cli(ExportConfig, args=export_words).eps == "0.2"
-
-
 def test_the_time_of_an_evaluation_that_went_on_is_said_to_be_of_its_last_part(measured):
-    results = {**measured.results, "seconds": 42.0}
-    resumed = replace(measured, results={**results, "attack_seconds": {**results["attack_seconds"]}})
-    del resumed.results["attack_seconds"]["apgd-ce"]
+    uninterrupted = having(measured, seconds=42.0)
+    times = {name: time for name, time in measured.point.attack_seconds.items() if name != "apgd-ce"}
+    resumed = having(uninterrupted, attack_seconds=times)
     for write in (recipe, model_card):
-        assert re.search(r"42 s[;,]", write(replace(measured, results=results)))
+        assert re.search(r"42 s[;,]", write(uninterrupted))
         assert "42 s for its last part, as it was stopped and went on;" in write(resumed)
-
-
-def test_a_folder_that_stands_for_a_board_is_named_in_the_recipe(measured):
-    folder = replace(trained(measured, dataset="folder"), results={**measured.results, "dataset": "imagenet"})
-    words = shlex.split(recipe(folder).splitlines()[-1])[2:]
-    assert tyro.cli(ExportConfig, args=words).dataset == "imagenet"
-    assert tyro.cli(ExportConfig, args=shlex.split(recipe(measured).splitlines()[-1])[2:]).dataset is None
-
-
-def test_a_preset_that_flags_went_back_from_is_repeated(measured):
-    settings = {**TrainConfig.from_preset("wang2023", model="dense", dataset="cifar10").__dict__}
-    train = {name: settings[name] for name in measured.config["train"]}
-    back = {"optimizer": "adam", "schedule": "constant", "ema_decay": 0.0, "weight_decay": 0.0, "generated": []}
-    (command,) = training_commands({"train": {**train, **back}}, "runs/x")
-    words = shlex.split(command.replace("\\\n", " "))
-    flags = words[words.index("train") + 1 :]
-    settings = asdict(tyro.cli(TrainConfig, args=flags, default=preset_in(flags)))
-    assert {name: settings[name] for name in back} == {**back, "generated": ()}
 
 
 def test_the_log_tells_what_every_attack_of_autoattack_left(measured):
     lines = autoattack_log(measured.results).splitlines()
-    assert f"initial accuracy: {measured.results['clean']:.2%}" in lines
-    left = measured.results["sequences"][AUTOATTACK]
+    assert f"initial accuracy: {measured.point.clean:.2%}" in lines
+    left = measured.point.sequences[AUTOATTACK]
     assert list(left) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert all(f"robust accuracy after {attack.upper()}: {share:.2%}" in lines for attack, share in left.items())
     assert lines[-1] == f"robust accuracy: {measured.autoattack:.2%}"
@@ -405,52 +317,39 @@ def test_there_are_published_cards():
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_every_number_of_a_published_card_follows_from_its_results(path):
     record = json.loads(path.read_text())
-    measured = from_record(record)
+    measured = from_record(record, path)
     assert record == json.loads(json.dumps(card_record(measured)))
     assert path.relative_to(REPOSITORY / "model_cards").with_suffix("") == measured.place
     assert path.with_suffix(".md").read_text() == model_card(measured)
     assert (REPOSITORY / measured.recipe).read_text() == recipe(measured)
     assert path.with_suffix(".png").exists() == (measured.curve is not None)
     check_entry(model_info(measured))
-    assert measured.results["model_digest"] == measured.weights.sha256
-    assert "dirty" not in f"{measured.config['git_revision']} {measured.results['git_revision']}"
-    results = measured.results
-    assert results["worst"] <= min(results["accuracy"].values()) <= results["clean"]
+    assert measured.results.model_digest == measured.weights.sha256
+    assert "dirty" not in f"{measured.config['git_revision']} {measured.results.git_revision}"
+    point = measured.point
+    assert point.worst <= min(point.accuracy.values()) <= point.clean
     if measured.seeds:
         (own,) = (seed for seed in measured.seeds if seed.seed == measured.config["train"]["seed"])
-        assert (own.clean, own.worst, own.model_digest) == (results["clean"], results["worst"], results["model_digest"])
-
-
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_the_commands_of_a_published_recipe_are_understood(path):
-    measured = from_record(json.loads(path.read_text()))
-    script = (REPOSITORY / measured.recipe).read_text().replace("\\\n", " ").replace("$seed", "0")
-    configs = {"train": TrainConfig, "evaluate": EvaluateConfig, "export": ExportConfig}
-    commands = [line.split("#")[0] for line in script.splitlines() if re.search(r"^ *(drelu-timm|accelerate) ", line)]
-    assert len(commands) >= 3
-    for command in commands:
-        words = shlex.split(command)
-        verb = next(word for word in words if word in configs)
-        tyro.cli(configs[verb], args=words[words.index(verb) + 1 :])
+        assert (own.clean, own.worst, own.model_digest) == (point.clean, point.worst, measured.weights.sha256)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_published_weights_give_the_clean_accuracy_of_the_card(path, data_folder):
-    measured = from_record(json.loads(path.read_text()))
+    measured = from_record(json.loads(path.read_text()), path)
     if not path.with_suffix(".safetensors").exists():
         pytest.skip(f"{measured.key} is published without its weights")
     folder = {"mnist": "MNIST", "cifar10": "cifar10-jpeg"}[measured.dataset]
     root = data_folder(folder) if measured.dataset == "mnist" else data_folder(folder) / folder
-    test = load_images(measured.dataset, root, "test")[: measured.results["n_examples"]]
+    test = load_images(measured.dataset, root, "test")[: measured.results.n_examples]
     model = timm.create_model(measured.name, pretrained=True)
     with torch.no_grad():
         right = torch.cat([model(to_float(batch)).argmax(1) for batch in test.images.split(500)]) == test.labels
-    assert right.double().mean().item() == pytest.approx(measured.results["clean"], abs=1e-3)
+    assert right.double().mean().item() == pytest.approx(measured.point.clean, abs=1e-3)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_weights_that_are_published_are_those_of_the_card(path):
-    measured = from_record(json.loads(path.read_text()))
+    measured = from_record(json.loads(path.read_text()), path)
     weights = path.with_suffix(".safetensors")
     assert weights.exists() == (measured.weights.bytes <= SHIPPED)
     if weights.exists():

@@ -1,12 +1,12 @@
 """Flags as every verb reads them, and its help."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
 from drelu_timm.__main__ import VERBS, main
-from drelu_timm.command_line import read_flags
+from drelu_timm.command_line import duration, group, read_flags
 from drelu_timm.errors import InputError
 from drelu_timm.flags import CONFIGS
 
@@ -22,8 +22,13 @@ class Fruit:
 
 
 @dataclass(frozen=True)
-class Meal(Fruit):
+class Meal:
     """Eat."""
+
+    name: str = field(metadata=group("dish", "What is eaten."))
+    """Its name."""
+    stones: int | None = field(default=None, metadata=group("rest", "What is left."))
+    """How many stones; by default one."""
 
 
 @pytest.mark.parametrize("config", [Fruit, Meal])
@@ -48,7 +53,8 @@ def test_the_help_of_train_shows_defaults_and_groups(capsys):
         main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "(default: data)" in out
-    assert "optimisation options" in out
+    assert "optimisation options" in out and "How long, how fast, and which epoch is kept." in out
+    assert "Units of the added dense layer" in out
 
 
 def test_every_verb_but_doctor_has_flags():
@@ -58,3 +64,11 @@ def test_every_verb_but_doctor_has_flags():
 def test_an_unknown_flag_is_one_line_with_the_nearest():
     with pytest.raises(InputError, match=r"^flag '--nmae' is unknown; did you mean --name\?$"):
         read_flags(Fruit, "eat", ["--nmae=plum"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (99, "99 s"), (720, "12 min"), (12_240, "3.4 h"), (172_000, "47.8 h"), (216_000, "2.5 days")],
+)
+def test_durations_are_in_units_that_are_easy_to_read(seconds, text):
+    assert duration(seconds) == text

@@ -4,8 +4,9 @@ import pytest
 from PIL import Image
 
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import pictures
-from drelu_timm.evaluation.curves import _figure, draw_curve
+from drelu_timm.results import plotting
+from drelu_timm.results.plotting import _curve, draw_curve
+from drelu_timm.results.result import EpsResult, Verdict
 
 EPS = {"0": "sound", "2/255": "undecided", "0.1": "masked"}
 ATTACKS = ["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "noise", "bpda", "bpda-soft", "bpda-apgd", "twin"]
@@ -14,19 +15,23 @@ ATTACKS += ["annealing"]
 
 def curve(attacks=ATTACKS):
     return [
-        {
-            "eps": eps,
-            "clean": 0.9,
-            "accuracy": {attack: 0.9 - 0.02 * index * step for index, attack in enumerate(attacks)},
-            "worst": 0.9 - 0.3 * step,
-            "verdict": {"verdict": verdict, "evidence": []},
-        }
+        EpsResult(
+            eps=eps,
+            settings={},
+            clean=0.9,
+            accuracy={attack: 0.9 - 0.02 * index * step for index, attack in enumerate(attacks)},
+            worst=0.9 - 0.3 * step,
+            zero_gradient_share=0.0,
+            cw_l2=None,
+            verdict=Verdict(verdict, (), {}),
+            seconds=1.0,
+        )
         for step, (eps, verdict) in enumerate(EPS.items())
     ]
 
 
 def test_every_attack_has_its_line_and_every_eps_its_verdict():
-    (axes,) = _figure(curve(), "Digits").axes
+    (axes,) = _curve(curve(), "Digits").axes
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines) == ["worst case", *ATTACKS, "clean"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
@@ -41,7 +46,7 @@ def test_every_attack_has_its_line_and_every_eps_its_verdict():
 
 
 def test_lines_can_be_told_apart():
-    (axes,) = _figure(curve([f"attack {index}" for index in range(24)]), "").axes
+    (axes,) = _curve(curve([f"attack {index}" for index in range(24)]), "").axes
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker(), line.get_linewidth()) for line in axes.lines}
     assert len(looks) == 26
     widths = {line.get_label(): line.get_linewidth() for line in axes.lines}
@@ -60,7 +65,7 @@ def test_the_picture_takes_the_place_of_the_old_one_whole(tmp_path):
 
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"matplotlib, .* is missing; pip install 'drelu-timm\[report\]'"):
         draw_curve(curve(), tmp_path / "curve.png", title="")
     assert not any(tmp_path.iterdir())

@@ -8,40 +8,37 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
-from synthetic_runs import write_run
+from synthetic_runs import about, point, write_run
 
 from drelu_timm import demo as demonstration
 from drelu_timm.demo import demo, draw, table
 from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.files import write_json
 from drelu_timm.flags import DemoConfig, ExportConfig
+from drelu_timm.results.result import Result
 from drelu_timm.runs import Run
 
 
 def result(verdict: str, worst: float) -> dict:
-    return {
-        "dataset_title": "Digits",
-        "norm": "Linf",
-        "eps": "0.2",
-        "n_examples": 359,
-        "clean": 0.975,
-        "accuracy": {"pgd": 0.641, "autoattack": 0.086, "bpda": 0.053},
-        "worst": worst,
-        "zero_gradient_share": 0.671,
-        "verdict": {"verdict": verdict, "evidence": []},
-    }
+    accuracy = {"pgd": 0.641, "autoattack": 0.086, "bpda": 0.053}
+    at = point(eps="0.2", clean=0.975, accuracy=accuracy, worst=worst, verdict=verdict)
+    return about({"model": "dense_drelu", "dataset": "digits"}, "standard", 359) | at | {"zero_gradient_share": 0.671}
+
+
+def read(verdict: str, worst: float) -> Result:
+    return Result.from_json(result(verdict, worst), Path("result.json"))
 
 
 def test_table_holds_every_figure_with_its_verdict():
     console = Console(width=120, file=io.StringIO())
-    console.print(table({"D-ReLU": result("masked", 0.011)}))
+    console.print(table({"D-ReLU": read("masked", 0.011)}))
     text = console.file.getvalue()
     for part in ("Digits, Linf, eps 0.2, 359 test images", "97.5", "64.1", "8.6", "5.3", "1.1", "67.1", "masked"):
         assert part in text
 
 
 def test_picture_is_drawn(tmp_path):
-    draw({"ReLU": result("sound", 0.01), "D-ReLU": result("masked", 0.011)}, tmp_path / "demo.png")
+    draw({"ReLU": read("sound", 0.01), "D-ReLU": read("masked", 0.011)}, tmp_path / "demo.png")
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.size == (1200, 630)
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100

@@ -11,11 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from fake_attacks import FakeAttack, only
 from launching import Launched, held_at, wait_for
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -42,10 +42,18 @@ def toy():
     return model, images, labels
 
 
-def lines(folder: Path) -> dict[tuple, dict]:
-    """What each whole line of a state says, by stage and example."""
-    rows = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().split("\n")[1:-1]]
-    return {(row["stage"], row["example"]): row for row in rows}
+def measured(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """What the files of a checkpoint hold, by stage and example."""
+    rows = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith("column ")]  # noqa: SIM118 (no dict)
+            columns = {name.removeprefix("column "): file.get_tensor(name).tolist() for name in names}
+            for position, example in enumerate(file.get_tensor("examples").tolist()):
+                key = (file.metadata()["stage"], example)
+                assert key not in rows, "an example is in one file of a stage"
+                rows[key] = {name: str(column[position]) for name, column in columns.items()}  # as NaN is not itself
+    return rows
 
 
 # Going on
@@ -54,29 +62,36 @@ def lines(folder: Path) -> dict[tuple, dict]:
 def test_an_evaluation_goes_on_where_it_was_cut_and_ends_with_the_same_rows(toy, tmp_path):
     arguments = {"eps": "8/255", "suite": "quick", "batch_size": 8}
     whole = evaluate_model(*toy, **arguments, state=tmp_path / "whole")
-    expected = lines(tmp_path / "whole")
-    (file,) = (tmp_path / "whole").glob("*.jsonl")
-    content, images = file.read_bytes(), file.with_suffix(".images").read_bytes()
-    for kept in torch.linspace(200, len(content) - 1, 5).int().tolist():
-        cut = tmp_path / "cut" / file.name
-        cut.parent.mkdir()
-        cut.write_bytes(content[:kept])
-        cut.with_suffix(".images").write_bytes(overwritten(images, lines(cut.parent)))
-        again = evaluate_model(*toy, **arguments, state=cut.parent)
-        assert lines(cut.parent) == expected
+    expected = measured(tmp_path / "whole")
+    files = sorted((tmp_path / "whole").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for kept in (0, 1, len(files) // 3, len(files) - 1):
+        cut = tmp_path / "cut"
+        cut.mkdir()
+        for file in files[:kept]:
+            shutil.copy(file, cut)
+        (cut / f".123.{files[kept].name}.part").write_bytes(
+            files[kept].read_bytes()[:100]
+        )  # a killed process leaves it
+        again = evaluate_model(*toy, **arguments, state=cut)
+        assert measured(cut) == expected
         assert again.accuracy == whole.accuracy
         assert again.broken.by == whole.broken.by
         assert torch.equal(again.adversarial.index, whole.adversarial.index)
         assert torch.equal(again.adversarial.images, whole.adversarial.images)
-        shutil.rmtree(cut.parent)
+        shutil.rmtree(cut)
 
 
-def overwritten(images: bytes, rows: dict[tuple, dict]) -> bytes:
-    """Images of 8 x 8, NaN those that no row speaks of: as a process that is killed while it writes leaves them."""
-    pixels = np.frombuffer(images, np.float32).reshape(-1, 8 * 8).copy()
-    kept = {example for (_, example), row in rows.items() if "process" in row}
-    pixels[[example for example in range(len(pixels)) if example not in kept]] = np.nan
-    return pixels.tobytes()
+def test_another_batch_size_measures_what_is_missing_only(toy, tmp_path):
+    arguments = {"eps": "8/255", "suite": "quick", "state": tmp_path}
+    whole = evaluate_model(*toy, **arguments, batch_size=8)
+    files = sorted(tmp_path.iterdir())
+    for file in files[::3]:
+        file.unlink()
+    before = measured(tmp_path)
+    again = evaluate_model(*toy, **arguments, batch_size=5)
+    after = measured(tmp_path)
+    assert {key: after[key] for key in before} == before
+    assert again.broken.by == whole.broken.by
 
 
 def test_what_is_known_is_not_measured_again(toy, tmp_path, monkeypatch):
@@ -89,13 +104,11 @@ def test_what_is_known_is_not_measured_again(toy, tmp_path, monkeypatch):
     arguments = {"eps": 0.1, "suite": only(monkeypatch, {"fake": FakeAttack(search)}), "batch_size": 13}
     evaluate_model(*toy, **arguments, state=tmp_path / "state")
     assert calls == [13, 13, 13]
-    (file,) = (tmp_path / "state").glob("*.jsonl")
-    rows = file.read_text().splitlines(keepends=True)
-    (lost,) = [row for row in rows if '"fake"' in row and '"example": 20,' in row]
-    file.write_text("".join(row for row in rows if row != lost))
+    (lost,) = (tmp_path / "state").glob("fake-*14.safetensors")
+    lost.unlink()
     evaluate_model(*toy, **arguments, state=tmp_path / "state")
-    assert calls == [13, 13, 13, 13], "the batch of the lost row is measured again, and no other"
-    assert len([row for row in file.read_text().splitlines() if '"fake"' in row]) == 39
+    assert calls == [13, 13, 13, 13], "the lost batch is measured again, and no other"
+    assert lost.exists()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +121,7 @@ def test_what_is_known_is_not_measured_again(toy, tmp_path, monkeypatch):
 )
 def test_the_state_of_something_else_is_refused(toy, tmp_path, change, field):
     evaluate_model(*toy, eps=0.1, state=tmp_path)
-    with pytest.raises(InputError, match=f"was begun with another {field} "):
+    with pytest.raises(InputError, match=f"was started with another {field} "):
         evaluate_model(*change(*toy), eps=0.1, state=tmp_path)
 
 
@@ -157,7 +170,7 @@ def check_that_some_break(rows: list[dict]) -> None:
 
 
 def size(state: Path) -> int:
-    return sum(path.stat().st_size for path in state.glob("*.jsonl"))
+    return sum(path.stat().st_size for path in state.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -374,9 +387,9 @@ def test_square_does_not_give_up_on_ties_in_bf16(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(Attacked, "forward", forward)
     suite = only(monkeypatch, {"square": Square(n_queries=60)})
     evaluate_model(*toy, eps="24/255", suite=suite, search_dtype=torch.bfloat16, state=tmp_path)
-    rows = [row for (stage, _), row in lines(tmp_path).items() if stage == "square"]
-    assert any(row["margin"] <= 0 for row in rows)
-    assert all(row["steps"] == 61 for row in rows if row["margin"] > 0)
+    rows = [row for (stage, _), row in measured(tmp_path).items() if stage == "square"]
+    assert any(float(row["margin"]) <= 0 for row in rows)
+    assert all(float(row["steps"]) == 61 for row in rows if float(row["margin"]) > 0)
 
 
 def test_memory_holds_a_batch_not_the_data(toy, monkeypatch):

@@ -21,11 +21,11 @@ from drelu_timm.__main__ import main
 from drelu_timm.attacks.suites import ATTACKS, SUITES
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import adversarial
-from drelu_timm.evaluation.adversarial import Adversarial
 from drelu_timm.evaluation.attacked import label_margin
 from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
 from drelu_timm.models.saved import save_folder
+from drelu_timm.results import examples
+from drelu_timm.results.examples import Adversarial
 from drelu_timm.zoo.robust_models import register_robust_model
 
 
@@ -324,7 +324,12 @@ def test_the_images_are_the_same_on_disk_and_in_memory(toy, tmp_path):
     assert len(in_memory.index)
     assert torch.equal(in_memory.index, on_disk.index)
     assert torch.equal(in_memory.images, on_disk.images)
-    assert (tmp_path / "process-0.images").stat().st_size <= 40 * 8 * 8 * 4
+    assert sorted(kept(tmp_path)) == on_disk.index.tolist(), "an image an example, and no other"
+
+
+def kept(state):
+    """The examples whose images a checkpoint has."""
+    return [example for path in state.iterdir() for example in load_file(path)["kept"].tolist()]
 
 
 def test_a_model_that_nothing_breaks_has_no_images(toy, monkeypatch, tmp_path):
@@ -338,7 +343,7 @@ def test_a_model_that_nothing_breaks_has_no_images(toy, monkeypatch, tmp_path):
 def test_a_sweep_keeps_no_images(toy, tmp_path):
     sweep = evaluate_sweep(*toy, eps=["1/255", "8/255"], suite="quick", state=tmp_path)
     assert [evaluation.adversarial for evaluation in sweep] == [None, None]
-    assert {path.name for path in tmp_path.iterdir()} == {"process-0.jsonl"}
+    assert kept(tmp_path) == []
 
 
 def test_the_same_images_are_the_same_file(tmp_path):
@@ -561,7 +566,7 @@ def test_a_full_disk_at_the_end_is_named_and_loses_nothing(run, capsys, monkeypa
     def full(*_, **__):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(adversarial, "save_file", full)
+    monkeypatch.setattr(examples, "save_file", full)
     assert main(arguments) == 2
     assert f"error: {path} and the files beside it cannot be written (No space left" in capsys.readouterr().err
     assert not path.exists()

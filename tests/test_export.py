@@ -22,6 +22,7 @@ from drelu_timm.data.readers import load_images
 from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
 from drelu_timm.export import export, main, push_exported
+from drelu_timm.files import read_toml
 from drelu_timm.flags import ExportConfig, read
 from drelu_timm.publishing.records import _differing, choose_results, further_evaluations, with_further
 from drelu_timm.publishing.verification import read_evaluated
@@ -81,7 +82,7 @@ def test_the_folder_holds_what_it_should_and_nothing_is_left_beside_it(exported)
         *(f"model_cards/digits/Linf/{KEY}.{suffix}" for suffix in ("json", "md", "png", "safetensors")),
         f"model_info/digits/Linf/{KEY}.json",
         "register.py",
-        f"scripts/digits/Linf/{KEY}.sh",
+        f"scripts/digits/Linf/{KEY}.toml",
         f"submission/{KEY}_adversarial.pt",
         "submission/autoattack.log",
         "submission/new-external-evaluation.md",
@@ -129,7 +130,7 @@ def test_the_adversarial_images_are_as_many_as_the_test_set_and_break_what_the_e
 
 def test_what_only_this_machine_knows_is_not_published(exported, evaluated):
     for path in exported.rglob("*"):
-        if path.suffix in (".md", ".json", ".sh", ".py", ".log"):
+        if path.suffix in (".md", ".json", ".toml", ".py", ".log"):
             assert str(evaluated.parent) not in path.read_text(), path
 
 
@@ -160,7 +161,8 @@ def test_other_seeds_are_told_on_the_card(run):
     assert "this model is that of seed 0" in card
     assert len(re.findall(r"^\| [012] \| 60 \|", card, flags=re.MULTILINE)) == 3
     assert "over 3 seeds: clean" in card
-    assert "for seed in 0 1 2; do" in (folder / f"scripts/digits/Linf/{KEY}.sh").read_text()
+    seeds = [f"runs/{KEY}/seed1", f"runs/{KEY}/seed2"]
+    assert read_toml(folder / f"scripts/digits/Linf/{KEY}.toml", "recipe")["export"]["seeds"] == seeds
 
 
 # What loads it
@@ -415,7 +417,7 @@ def test_a_masked_model_is_exported_as_such(run):
     entry = json.loads((folder / f"model_info/digits/Linf/{KEY}.json").read_text())
     assert entry["unreliable"] is True
     assert entry["external"] == entry["reported"]
-    assert "--as-masked" in (folder / f"scripts/digits/Linf/{KEY}.sh").read_text()
+    assert read_toml(folder / f"scripts/digits/Linf/{KEY}.toml", "recipe")["export"]["as_masked"] is True
 
 
 def test_identical_weights_are_no_other_seed(run):
@@ -470,8 +472,8 @@ def test_what_another_evaluation_broke_is_broken(run, results):
     further = further_evaluations(opened, chosen)
     assert sorted(file.path.parent.name for file in further) == ["results", "sweeps"]
     joined = with_further(chosen, further)
-    assert joined["worst"] == pytest.approx(results["worst"] - 1 / N)
-    assert [one["suite"] for one in joined["further"]] == ["adaptive", "quick"]
+    assert joined.point.worst == pytest.approx(results["worst"] - 1 / N)
+    assert [one.suite for one in joined.further] == ["adaptive", "quick"]
     evaluated = read_evaluated(chosen, further, load_images("digits", None, "test"))
     position = evaluated.broken.tolist().index(fallen)
     assert (evaluated.adversarial[position] == 0.25).all()

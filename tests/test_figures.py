@@ -1,6 +1,5 @@
 """The pictures of a report: what is on them, what cannot be drawn, and the files."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import pictures
-from drelu_timm.evaluation.points import Point
-from drelu_timm.evaluation.result_files import ResultFile
 from drelu_timm.reports.figures import (
     _balancers,
     _caps,
@@ -27,18 +23,52 @@ from drelu_timm.reports.figures import (
 )
 from drelu_timm.reports.outcomes import Group, Outcome
 from drelu_timm.reports.statistics import compare_methods
+from drelu_timm.results import plotting
+from drelu_timm.results.combined import Combined
+from drelu_timm.results.result import EpsResult, Result, Verdict
 
 GROUP = Group("mnist", "MNIST", "Linf", "0.1", False)
 
 
 def point(eps="0.1", verdict="sound", worst=0.5, clean=0.9, **accuracy):
-    accuracy = {name.replace("_", "-"): value for name, value in accuracy.items()}
-    return Point(eps, 1000, clean, accuracy, worst, verdict, 0.0)
+    return EpsResult(
+        eps=eps,
+        settings={},
+        clean=clean,
+        accuracy={name.replace("_", "-"): value for name, value in accuracy.items()},
+        worst=worst,
+        zero_gradient_share=0.0,
+        cw_l2=None,
+        verdict=Verdict(verdict, (), {}),
+        seconds=1.0,
+    )
 
 
-def outcome(balancer, at, seed=0, activation="drelu"):
+def result(at, n_examples=1000):
+    return Result(
+        model="dense_drelu",
+        dataset="mnist",
+        dataset_title="MNIST",
+        norm="Linf",
+        eps=at.eps,
+        suite="all",
+        n_examples=n_examples,
+        seed=0,
+        precision="float32",
+        transfer_from=None,
+        model_digest="0" * 64,
+        points=(at,),
+        versions={},
+        hardware="2 x Processor",
+        git_revision=None,
+    )
+
+
+def outcome(balancer, at, *others, seed=0, activation="drelu"):
     train = {"model": "dense_drelu", "activation": activation, "cap_weight": balancer, "seed": seed}
-    return Outcome(Path("run"), train, (), GROUP, at, None, ())
+    others = tuple(result(other, 500) for other in others)
+    at = Combined("0.1", (result(at),), others)
+    return Outcome(train=train, run=Path("run"), group=GROUP, at=at, held_out=None)
 
 
 OUTCOMES = [
@@ -92,7 +122,7 @@ def test_an_attack_that_knows_no_ball_is_not_among_those_in_it():
 
 
 def test_the_verdict_is_that_of_all_evaluations():
-    masked = replace(OUTCOMES[2], others=(ResultFile(Path("results/all.json"), {}, (point(verdict="masked"),)),))
+    masked = outcome(0.1, point(pgd=0.4), point(verdict="masked"))
     (axes,) = _balancers([masked], "").axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1  masked"]
 
@@ -223,7 +253,7 @@ def test_a_picture_is_written_whole_and_always_the_same(draw, content, tmp_path,
         assert picture.width == 1350 and picture.height >= 450
         assert "Software" not in picture.info
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="matplotlib, which draws the pictures, is missing"):
         draw(content, path, title="A title")
     assert path.read_bytes() == first

@@ -16,7 +16,9 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms.functional import normalize
 
-from drelu_timm.attacks.suites import ATTACKS, SUITES
+from drelu_timm.attacks.pgd import PGD
+from drelu_timm.attacks.square import Square
+from drelu_timm.attacks.suites import SUITES
 from drelu_timm.errors import DReLUWarning, InputError
 from drelu_timm.evaluation.attacked import Attacked
 from drelu_timm.evaluation.evaluation import Evaluation, evaluate_model
@@ -56,9 +58,7 @@ def made(kind=Net, **more):
 def one_attack():
     """A suite of a white-box and a black-box attack, named "two"."""
     with pytest.MonkeyPatch.context() as patch:
-        square = ATTACKS["square"]
-        square = type(square)(square.name, square.kind, square.search, {"n_queries": 60, "p_init": 0.8})
-        patch.setitem(SUITES, "two", {"pgd": (ATTACKS["pgd"],), "square": (square,)})
+        patch.setitem(SUITES, "two", {"pgd": {"pgd": PGD()}, "square": {"square": Square(n_queries=60)}})
         yield
 
 

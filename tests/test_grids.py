@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from drelu_timm.command_line import read_flags
+from drelu_timm.data.datasets import DATASETS
+from drelu_timm.data.images import Images
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import pictures
 from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.launches import Launch
-from drelu_timm.sweeps.cost import _net
-from drelu_timm.sweeps.grids import read_grid, shipped
-from drelu_timm.training.config import TrainConfig, preset_in
+from drelu_timm.results import plotting
+from drelu_timm.sweeps.grids import Grid, read_grid, shipped
+from drelu_timm.training.config import TrainConfig
+from drelu_timm.training.model import create_model
+from drelu_timm.training.trainings import read_trainings
 
 GRID = """
 title = "Balancers on digits"
@@ -132,7 +135,7 @@ def test_commands_are_typed_back_into_the_same_flags(grid_of):
     for cell in [*cells_of(grid_of(text)).values()][::3]:
         train, *evaluations = [command[3:] for command in cell.commands(Launch())]
         assert train[0] == "train"
-        assert read_flags(TrainConfig, "train", train[1:], preset_in(train[1:])) == cell.train
+        assert read_trainings(train[1:]) == [cell.train]
         assert [read_flags(EvaluateConfig, "evaluate", words[1:]) for words in evaluations] == [*cell.evaluations]
 
 
@@ -184,18 +187,18 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[train]", "[train", r"cannot be read as TOML \(.+\); mend it there"),
+        ("[train]", "[train", r"cannot be read as TOML \(.+\); fix it there"),
         ("[train]", "[trian]", "'trian' is unknown; did you mean train"),
         ("seed =", "sed =", r"\[train\] 'sed' is unknown; did you mean seed"),
         ("cap_weight = [", "cap_wieght = [", r"\[\[method\]\] drelu: 'cap_wieght' is unknown; did you mean cap_weight"),
         ("cap_lr = 1", 'data_dir = "x"', r"\[train\] 'data_dir' is unknown"),
         ('suite = "quick"', 'siute = "quick"', r"\[\[evaluate\]\] 'siute' is unknown; did you mean suite"),
         ('net = ["cnn"]', 'nte = ["cnn"]', r"\[smoke\] 'nte' is unknown; did you mean net"),
-        ('source = "a test"', "", r'needs source = "\.\.\.", with something in it'),
-        ("[[evaluate]]", "[[smoke.evaluate]]", r"needs \[\[evaluate\]\], with something in it"),
-        ("[0, 1]", "[]", r"\[train\] seed = \[\] leaves no cell; give a value"),
+        ('source = "a test"', "", r'needs source = "\.\.\.", not empty'),
+        ("[[evaluate]]", "[[smoke.evaluate]]", r"needs \[\[evaluate\]\], not empty"),
+        ("[0, 1]", "[]", r"\[train\] seed = \[\] leaves no cell. Give it a value"),
         ("[0, 1]", '["a"]', r"\[train\] seed = 'a' must be a whole number"),
-        ("[0, 1]", "[0, 0]", "g has two cells called dense-natural-seed0; give them other names or values"),
+        ("[0, 1]", "[0, 0]", "g has two cells called dense-natural-seed0. Give them other names or values"),
         ("cap_lr = 1", "cap_lr = true", r"\[train\] cap_lr = True must be a number"),
         ("cap_lr = 1", "eps = 0.1", r"\[train\] eps = 0.1 must be text in quotes"),
         ('name = "at"', 'name = "natural"', r"init_from goes in a circle: natural -> natural"),
@@ -204,13 +207,13 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
         ('dataset = "digits"', 'dataset = "folder"', "g, cell dense-natural-seed0: --img-size is needed for --dataset"),
         ('init_from = "natural"', 'init_from = "drelu"', 'init_from = "drelu" fits 2 cells'),
         ('name = "at"', 'name = "a/t"', r"\[\[method\]\] needs a name of letters, digits and \. _ \+ -, not 'a/t'"),
-        ('model = "dense_drelu"', "", r"cell dense-natural-seed0: it has no model; \[train\] or \[\[net\]\] sets it"),
+        ('model = "dense_drelu"', "", r"cell dense-natural-seed0: it has no model. Set it in \[train\] or \[\[net\]\]"),
         ("cap_lr = 1", "cap_lr = -1", "g, cell dense-natural-seed0: --cap-lr -1.0 must be a number above 0"),
         ('suite = "quick"', 'suite = "quik"', "g, cell dense-natural-seed0: --suite 'quik' is unknown; did you mean"),
         ('"0,0.05,0.1"', '"0,x"', "g, cell dense-natural-seed0: .*'x'"),
         ('"0,0.05,0.1"', '"0.1,0.10"', "--eps 0.1,0.10 names 0.10 twice; give each radius once"),
         ('"0,0.05,0.1"', '"0"', "--eps 0 leaves nothing to attack; give a radius above 0"),
-        ('"0,0.05,0.1"', '"0.1"', "two .*would write results/quick-Linf-0.1.json; give them other suites"),
+        ('"0,0.05,0.1"', '"0.1"', "two .*would write results/quick-Linf-0.1.json. Give them other suites"),
         ('suite = "quick"', 'eps = "0.2/2,0.1"', "names 0.1 twice"),
         ('suite = "quick"', 'norm = "L2"', "g, cell .*: --norm L2 needs --eps: 0.1 is a radius for Linf"),
         ('suite = "quick"', 'eps = "0.01,0.1"', "two .*would write sweeps/quick-Linf-up-to-0.1.json"),
@@ -225,7 +228,7 @@ def test_bad_input_is_one_line(grid_of, old, new, message):
 
 
 def test_a_grid_of_several_radii_needs_what_draws_them(grid_of, monkeypatch):
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr(plotting, "find_spec", lambda name: None)
     cells_of(grid_of(GRID.replace('eps = "0,0.05,0.1"', 'eps = "0.05"')))
     with pytest.raises(InputError, match="g, cell dense-natural-seed0: matplotlib, which draws the pictures, is missi"):
         cells_of(grid_of(GRID))
@@ -253,7 +256,7 @@ def test_a_grid_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="GRID 'paper-minst' is unknown; did you mean paper-mnist"):
         read_grid("paper-minst")
     with pytest.raises(
-        InputError, match=r"GRID .*no\.toml is not there; give a TOML file or one of activations, paper-"
+        InputError, match=r"GRID .*no\.toml does not exist\. Use a TOML file or one of activations, paper-"
     ):
         read_grid(str(tmp_path / "no.toml"))
 
@@ -275,7 +278,7 @@ def test_every_shipped_grid_resolves(name):
     assert re.search(r"caps .*learning rate", re.sub(r"\s+", " ", read_grid(name).source))
     last = [*whole.values()][-1]
     train = last.commands(Launch())[0][4:]
-    assert read_flags(TrainConfig, "train", train, preset_in(train)) == last.train
+    assert read_trainings(train) == [last.train]
 
 
 def test_table_1_is_all_there():
@@ -288,13 +291,26 @@ def test_table_1_is_all_there():
     assert cells["shallow_cnn-at-seed2"].start == "shallow_cnn-natural-seed2"
 
 
-def test_every_net_of_the_shipped_grids_is_built():
-    nets = {}
+def test_every_model_of_the_shipped_grids_is_built():
+    models = {}
     for name in shipped():
         for cell in cells_of(read_grid(name), generated=[Path("edm.npz")]).values():
             train = cell.train
-            if train.dataset in ("mnist", "cifar10"):  # of the others only the number of classes differs, or the size
-                nets[train.model, train.placement, train.dataset] = train
+            if train.dataset in ("mnist", "cifar10"):  # the others differ in the number of classes, or in the size
+                models[train.model, train.placement, train.dataset] = train
     with torch.device("meta"):  # shapes without arithmetic
-        for train in nets.values():
-            assert _net(train).model.num_classes == 10
+        for train in models.values():
+            dataset = DATASETS[train.dataset]
+            side = dataset.side(train.img_size)
+            pixels = torch.zeros(1, dataset.in_chans, side, side, dtype=torch.uint8, device="cpu")
+            images = Images(pixels, torch.tensor([0], device="cpu"), tuple("0123456789"), dataset.title)
+            assert create_model(train, images).model.num_classes == 10
+
+
+def test_a_huge_product_is_refused_before_it_is_listed(grid_of, monkeypatch):
+    monkeypatch.setattr(Grid, "_points", None)
+    values = ", ".join(map(str, range(1, 1001)))
+    text = GRID.replace("seed = [0, 1]", f"seed = [{values}]\nepochs = [{values}]\nsteps = [{values}]")
+    # "cnn" sets epochs itself.
+    with pytest.raises(InputError, match=r"^g has 4,004,000,000 cells\. .*10,000 is the most\.$"):
+        cells_of(grid_of(text))

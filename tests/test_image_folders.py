@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from image_sets import encoded, greys, pack, read, write, write_splits
+from launching import config, image_folder
 from PIL import Image
 
 from drelu_timm.data.image_files import formats
 from drelu_timm.data.readers import holds, load_images
 from drelu_timm.errors import InputError
+from drelu_timm.evaluate import evaluate
+from drelu_timm.evaluation.config import EvaluateConfig
+from drelu_timm.files import read_json
+from drelu_timm.train import train
 
 FLAT = {"cat/1.png": 10, "cat/2.png": 20, "cat/3.png": 30, "dog/1.png": 40, "dog/2.png": 50, "dog/3.png": 60}
 NESTED = {
@@ -311,3 +316,14 @@ def test_tiny_imagenet_of_other_files(tmp_path, changes, split, message):
     write_tiny_imagenet(tmp_path, changes)
     with pytest.raises(InputError, match=message):
         load_images("tiny_imagenet", tmp_path, split)
+
+
+def test_a_run_is_not_evaluated_on_classes_of_other_names(tmp_path):
+    data = image_folder(tmp_path / "images")
+    run = train(config(tmp_path / "run", epochs=1, **data))
+    assert read_json(run / "config.json")["classes"] == ["a", "b"]
+    evaluate(EvaluateConfig(str(run), eps="0.01", n_examples=4))
+    for split in ("train", "test"):
+        (tmp_path / "images" / split / "b").rename(tmp_path / "images" / split / "c")
+    with pytest.raises(InputError, match=r"--data-dir .*images: class 1 is c, but RUN .*run was trained with b there"):
+        evaluate(EvaluateConfig(str(run), eps="0.02", n_examples=4))

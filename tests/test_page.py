@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from drelu_timm.errors import InputError
-from drelu_timm.reports.page import Section, write_page
+from drelu_timm.reports.formats import Section, write_page
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="

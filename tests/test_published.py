@@ -28,7 +28,7 @@ def publish(cards: Path, saved: Path, key: str = KEY) -> Path:
         "key": key,
         "timm": json.loads((saved / "config.json").read_text()),
         "weights": {"sha256": sha256_of(weights), "bytes": weights.stat().st_size},
-        "recipe": f"scripts/digits/Linf/{key}.sh",
+        "recipe": f"scripts/digits/Linf/{key}.toml",
     }
     card = cards / "digits" / "Linf" / f"{key}.json"
     card.parent.mkdir(parents=True, exist_ok=True)
@@ -138,9 +138,9 @@ def test_a_card_without_weights_says_how_to_get_them(cards, saved):
         timm.create_model(NAME, pretrained=True)
     assert str(caught.value) == (
         f"{KEY}: its weights do not come with the package ({weights.stat().st_size:,} bytes, sha256 "
-        f"{sha256_of(weights)}); make them by scripts/digits/Linf/{KEY}.sh and drelu-timm export, then "
-        f"register_robust_model('{KEY}', 'digits', 'Linf', FOLDER), or give the place of these very ones and their "
-        "sha256"
+        f"{sha256_of(weights)}); make them by drelu-timm train --config "
+        f"scripts/digits/Linf/{KEY}.toml and drelu-timm export, then register_robust_model('{KEY}', 'digits', 'Linf', "
+        "FOLDER), or give the place of these very ones and their sha256"
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from synthetic_runs import (
     ATTACKS,
     RELU,
+    examples,
     point,
     write_columns,
     write_json,
@@ -168,7 +169,7 @@ def test_of_several_evaluations_the_lower_accuracies(tmp_path):
     write_result(run, suite="quick", accuracy={"apgd-ce": 0.5, "bpda": 0.4}, worst=0.4, verdict="masked")
     (outcome,) = read_outcomes([tmp_path]).found
     assert outcome.at.accuracy == {**ATTACKS, "apgd-ce": 0.5, "bpda": 0.4}
-    assert (outcome.at.worst, outcome.at.verdict, outcome.at.cw_l2) == (0.4, "masked", 0.3)
+    assert (outcome.at.worst, outcome.verdict, outcome.at.cw_l2) == (0.4, "masked", 0.3)
     survivors = outcome.survivors()
     assert survivors is not None and survivors.sum() == 8
 
@@ -197,7 +198,9 @@ def test_no_image_broken_by_carlini_and_wagner_is_an_accuracy(tmp_path):
     run = write_run(tmp_path / "x")
     write_result(run, suite="standard", accuracy={**ATTACKS, "noise": 0.9}, cw_l2=None)
     path = write_result(run, suite="paper")
-    write_json(path, json.loads(path.read_text()) | {"cw_l2": {"accuracy_at_budget": 1.0, "budget": 2.8}})
+    write_json(
+        path, json.loads(path.read_text()) | {"cw_l2": {"accuracy_at_budget": 1.0, "budget": 2.8, "median_l2": None}}
+    )
     (outcome,) = read_outcomes([tmp_path]).found
     assert (outcome.at.cw_l2, outcome.at.cw_budget, outcome.sources("cw-l2")) == (1.0, 2.8, (path,))
 
@@ -208,7 +211,11 @@ def test_a_masked_verdict_on_fewer_examples_is_that_of_the_run(tmp_path):
     few = write_result(run, suite="all", n_examples=500, worst=0.05, verdict="masked")
     outcomes = read_outcomes([tmp_path])
     (outcome,) = outcomes.found
-    assert (outcome.at.verdict, outcome.verdict, outcome.verdict_images) == ("sound", "masked", 500)
+    assert (outcome.at.points[0].verdict.verdict, outcome.verdict, outcome.at.verdict_images) == (
+        "sound",
+        "masked",
+        500,
+    )
     assert f"{few} counts by its verdict and the images that it broke only: worst case 5.00 %" in outcomes.notes[0]
     assert outcome.at.worst == pytest.approx(0.325)  # of 1000 examples the first 800 withstood, of these 475 not this
 
@@ -216,7 +223,7 @@ def test_a_masked_verdict_on_fewer_examples_is_that_of_the_run(tmp_path):
 def test_a_sweep_on_as_many_images_counts_like_any_evaluation(tmp_path):
     run = evaluated_run(tmp_path / "x", {"worst": 0.5})
     path = write_sweep(run, [point(eps="1/10", accuracy={"bpda": 0.4}, worst=0.4)], n_examples=20)
-    write_columns(path.with_suffix(".csv"), {"index": range(20), "worst": ["0.1"] * 12 + ["0.2"] * 4 + [""] * 4})
+    write_columns(path.with_suffix(".csv"), {**examples(20), "worst": ["0.1"] * 12 + ["0.2"] * 4 + [""] * 4})
     (outcome,) = read_outcomes([tmp_path]).found
     assert (outcome.at.accuracy["bpda"], outcome.at.accuracy["pgd"]) == (0.4, ATTACKS["pgd"])
     assert (outcome.at.worst, outcome.at.at_most) == (0, False)  # each broke the images that the other left
@@ -236,7 +243,7 @@ def test_of_several_sweeps_the_one_on_most_examples(tmp_path):
     few = write_sweep(run, [point(eps=eps, worst=0.5) for eps in ("0.2", "0.3", "0.4")], suite="paper")
     most = write_sweep(run, [point(eps="0.2", worst=0.4)], n_examples=1000)
     outcomes = read_outcomes([tmp_path])
-    assert outcomes.found[0].curve_source == most
+    assert outcomes.found[0].sweep.path == most
     assert outcomes.notes == [
         f"{few} is in no figure: of {run}'s sweeps {most.name} has the most examples, or then radii"
     ]
@@ -254,7 +261,7 @@ def test_a_sweeps_verdict_at_the_radius_counts(tmp_path):
     run = evaluated_run(tmp_path / "x")
     write_sweep(run, [point(eps="0.10", worst=0.5, verdict="undecided"), point(eps="0.2", worst=0, verdict="masked")])
     (outcome,) = read_outcomes([tmp_path]).found
-    assert (outcome.verdict, outcome.verdict_images) == ("undecided", 10)
+    assert (outcome.verdict, outcome.at.verdict_images) == ("undecided", 10)
 
 
 def test_an_evaluation_on_fewer_examples_is_left_out(tmp_path):
@@ -317,9 +324,9 @@ def test_a_run_without_log_has_no_held_out_figure(tmp_path):
         ({"worst": None}, "worst is None, not a share between 0 and 1"),
         ({"clean": 95.0}, "clean is 95.0, not a share between 0 and 1"),
         ({"accuracy": {"pgd": float("nan")}}, "pgd is nan, not a share between 0 and 1"),
-        ({"accuracy": [0.5]}, "accuracy is [0.5], not one an attack"),
+        ({"accuracy": [0.5]}, "accuracy is [0.5], not an object"),
         (
-            {"verdict": {"verdict": "fine"}},
+            {"verdict": {"verdict": "fine", "evidence": [], "numbers": {}}},
             "verdict is 'fine', not a verdict on gradient masking (sound, undecided, masked)",
         ),
         ({"verdict": "sound"}, "verdict is 'sound', not an object"),
@@ -350,13 +357,16 @@ def test_results_that_cannot_be_used(tmp_path, change, message):
         ({"eps": "0.1x"}, "eps is '0.1x', not a radius as text"),
         ({"zero_gradient_share": None}, "zero_gradient_share is None, not a share between 0 and 1"),
         ({"cw_l2": 5}, "cw_l2 is 5, not an object or null"),
-        ({"cw_l2": {"accuracy_at_budget": "x", "budget": 1}}, "accuracy_at_budget is 'x', not a share"),
+        ({"cw_l2": {"accuracy_at_budget": "x", "budget": 1, "median_l2": 1}}, "accuracy_at_budget is 'x', not a share"),
         ({"sequences": []}, "sequences is [], not an object"),
         ({"sequences": {"apgd": [1]}}, "apgd is [1], not an object"),
-        ({"settings": None}, "settings is None, not one an attack"),
+        ({"settings": None}, "settings is None, not an object"),
         ({"settings": {"pgd": 3}}, "pgd is 3, not an object"),
-        ({"versions": 3}, "versions is 3, not an object or null"),
-        ({"verdict": {"verdict": []}}, "verdict is [], not a verdict on gradient masking"),
+        ({"versions": 3}, "versions is 3, not an object"),
+        (
+            {"verdict": {"verdict": [], "evidence": [], "numbers": {}}},
+            "verdict is [], not a verdict on gradient masking",
+        ),
     ],
 )
 def test_results_with_something_else_in_a_field(tmp_path, change, message):
@@ -373,6 +383,12 @@ def test_sweeps_with_something_else_in_a_field(tmp_path, curve):
     write_json(path, json.loads(path.read_text()) | {"curve": curve})
     outcomes = read_outcomes([tmp_path])
     assert len(outcomes.found) == 1 and outcomes.broken[0].startswith(f"{path}: ")
+
+
+def test_a_sweep_whose_eps_are_not_those_of_its_curve_is_named(tmp_path):
+    path = write_sweep(evaluated_run(tmp_path / "x"), [point(eps="0.2", worst=0.5)])
+    write_json(path, json.loads(path.read_text()) | {"eps": ["0.3"]})
+    assert read_outcomes([tmp_path]).broken == [f"{path} has other radii in its curve than under eps; evaluate anew"]
 
 
 @pytest.mark.parametrize(
@@ -443,7 +459,9 @@ def test_a_sweep_cut_short_leaves_the_rest(tmp_path):
     outcomes = read_outcomes([tmp_path])
     assert outcomes.found[0].curve == ()
     (broken,) = outcomes.broken
-    assert broken.startswith(f"{path} lacks clean, accuracy, worst, verdict, zero_gradient_share:")
+    assert broken.startswith(
+        f"{path} lacks settings, clean, accuracy, worst, zero_gradient_share, cw_l2, verdict, seconds:"
+    )
 
 
 def test_results_of_other_weights_are_named(tmp_path):
@@ -473,7 +491,7 @@ def test_rows_that_say_something_else_than_the_result_are_named(tmp_path):
     (outcome,) = read_outcomes([tmp_path]).found
     with pytest.raises(InputError, match=r"paper-Linf-0\.1\.json has another worst case than the rows beside it"):
         outcome.survivors()
-    write_columns(rows, {"index": range(20, 0, -1), "broken_by": [""] * 16 + ["pgd"] * 4})
+    write_columns(rows, {**examples(20), "index": range(20, 0, -1), "broken_by": [""] * 16 + ["pgd"] * 4})
     with pytest.raises(InputError, match=r"paper-Linf-0\.1\.csv does not name the test images in their order"):
         outcome.survivors()
 

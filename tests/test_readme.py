@@ -77,11 +77,12 @@ def test_commands_shown_are_understood(command, tmp_path, monkeypatch):
     arguments = shlex.split(command)
     verb = next(argument for argument in arguments if argument in CONFIGS)
     flags = arguments[arguments.index(verb) + 1 :]
-    config = read(verb, flags)
+    read_config = read(verb, flags)
+    configs = read_config if verb == "train" else [read_config]
     if verb == "train":
-        assert resolve(config).output_dir
+        assert all(resolve(config).output_dir for config in configs)
     if verb == "sweep":
-        assert read_grid(config.grid).train
+        assert read_grid(configs[0].grid).train
 
 
 def run_forked(words: list[str]) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from drelu_timm.errors import InputError
 from drelu_timm.flags import ReportConfig, read
 from drelu_timm.report import main, report
 
-REPORT = {"files.json", "numbers.json", "report.html", "report.md"}
+REPORT = {"numbers.json", "report.html", "report.md"}
 
 
 def make_runs(folder):
@@ -171,44 +171,36 @@ def test_a_report_is_replaced_and_no_run_afterwards(small):
     assert "rows-mnist-linf-eps-0.1" in (small / "report" / "report.md").read_text()
     shutil.rmtree(small / "x")
     write_result(write_run(small / "y", dataset="digits"))
-    (small / "report" / "tables" / "mine.md").write_text("kept")
+    (small / "report" / "mine.md").write_text("kept")
     report(ReportConfig((small,)))
     suffixes = ("md", "tex", "csv")
     names = ("rows", "table", "table-square")
     assert written(small / "report") == {
         *REPORT,
-        "tables/mine.md",
+        "mine.md",
         *(f"tables/{name}-digits-linf-eps-0.1.{suffix}" for name in names for suffix in suffixes),
     }
     assert not list(small.glob(".report*"))
 
 
-def test_what_no_report_wrote_is_not_overwritten(small, tmp_path):
+@pytest.mark.parametrize("name", ["report.md", "notes.txt"])
+def test_a_folder_with_other_files_is_left_alone(small, tmp_path, name):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "report.md").write_text("mine")
-    with pytest.raises(
-        InputError, match=r"report\.md is in the way, and no report wrote it; give another --output-dir"
-    ):
+    (tmp_path / "docs" / name).write_text("mine")
+    with pytest.raises(InputError, match=r"--output-dir .*/docs has other files, and no report\. Use another\."):
         report(ReportConfig((small,), tmp_path / "docs"))
-    assert written(tmp_path / "docs") == {"report.md"}
-    assert (tmp_path / "docs" / "report.md").read_text() == "mine"
-
-
-@pytest.mark.parametrize("files", [{"files": ["../x"]}, {"files": "report.md"}, {"other": 1}])
-def test_a_list_of_files_that_no_report_wrote(small, tmp_path, files):
-    write_json(tmp_path / "r" / "files.json", files)
-    with pytest.raises(InputError, match=r"files\.json is no list of a report's files; move it away"):
-        report(ReportConfig((small,), tmp_path / "r"))
+    assert written(tmp_path / "docs") == {name}
+    assert (tmp_path / "docs" / name).read_text() == "mine"
 
 
 def test_the_root_is_no_place(small):
-    with pytest.raises(InputError, match=r"--output-dir / is the root of all folders; give another one"):
+    with pytest.raises(InputError, match=r"--output-dir / is the root of all folders\. Use another"):
         report(ReportConfig((small,), Path("/")))
 
 
 def test_a_place_that_cannot_be_written(small, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--output-dir .*file/r cannot be written \(.*\); give another one"):
+    with pytest.raises(InputError, match=r"--output-dir .*file/r cannot be written \(.*\)\. Use another"):
         report(ReportConfig((small,), tmp_path / "file" / "r"))
 
 
@@ -378,7 +370,7 @@ def test_attacks_of_other_strength_are_said(small, tmp_path):
 
 
 def test_a_missing_matplotlib_is_said_and_the_tables_are_made(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("drelu_timm.evaluation.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("drelu_timm.results.plotting.find_spec", lambda name: None)
     report(ReportConfig((runs,), tmp_path / "r"))
     text = (tmp_path / "r" / "report.md").read_text()
     assert text.count("Not drawn: matplotlib") == 4

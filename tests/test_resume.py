@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -350,6 +351,20 @@ def test_other_data_is_refused(tmp_path, monkeypatch):
     settings = interrupted(tmp_path / "run", monkeypatch, **data)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "images" / "train" / "a" / "0.png")
     with pytest.raises(InputError, match=r"with other data \(\w+ before, \w+ now\); give what it was begun with"):
+        train(settings)
+
+
+def test_another_order_of_generated_images_is_refused(tmp_path, monkeypatch):
+    data = image_folder(tmp_path / "images")
+    images = np.random.default_rng(1).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "generated.npz", image=images, label=np.repeat([0, 1], 15))
+    mixed = {"generated": (tmp_path / "generated.npz",), "generated_fraction": 0.5}
+    settings = interrupted(tmp_path / "run", monkeypatch, **data, **mixed)
+    (state,) = (tmp_path / "run" / "state").glob("epoch-*")
+    content = json.loads((state / "progress.json").read_text())
+    del content["order_of_generated_images"]  # as it was not recorded once
+    (state / "progress.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"with other order of generated images \(None before, a shuffle per class"):
         train(settings)
 
 

@@ -27,16 +27,16 @@ from drelu_timm import __main__
 from drelu_timm import sweep as sweeping
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
+from drelu_timm.files import locked
 from drelu_timm.flags import SweepConfig, read
 from drelu_timm.launches import Launch
 from drelu_timm.preemption import Preempted
 from drelu_timm.sweep import main, sweep
-from drelu_timm.sweeps import jobs, progress, scheduler
-from drelu_timm.sweeps.cells import Cell
+from drelu_timm.sweeps import jobs, scheduler
+from drelu_timm.sweeps.cell import Cell
 from drelu_timm.sweeps.grids import read_grid
-from drelu_timm.sweeps.jobs import CellJob, Here
-from drelu_timm.sweeps.progress import Ended, Progress, Running, Screen
-from drelu_timm.sweeps.scheduler import Scheduler
+from drelu_timm.sweeps.jobs import CellJob, LocalExecutor
+from drelu_timm.sweeps.scheduler import Ended, Running, Scheduler, Screen
 from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig
 
@@ -86,7 +86,7 @@ def stubs(path: Path, programs: dict[str, str], starts: dict[str, str] | None = 
 
 
 def run(cells: list[Cell], jobs: int = 1) -> bool:
-    return Scheduler("stubs", cells, Here(jobs, 1), Launch()).run()
+    return Scheduler("stubs", cells, LocalExecutor(jobs, 1), Launch()).run()
 
 
 def stamp(path: Path, name: str, until: str = "") -> str:
@@ -120,7 +120,7 @@ def test_a_failed_cell_stops_only_those_that_begin_with_it(tmp_path, capsys):
     assert run(stubs(tmp_path, programs, {"b": "a"}))
     text = re.sub(r" in [\d.]+ s", "", capsys.readouterr().out)
     assert f"failed a: the disk is full (log: {tmp_path / 'a.log'})" in text
-    assert "failed b: not run, since a failed, which it begins with" in text
+    assert "failed b: not run, because a failed, whose weights it starts from" in text
     assert "done   c: no accuracies" in text
     assert "failed d: ended by SIGKILL" in text
     assert "failed e: ZeroDivisionError: division by zero" in text
@@ -171,6 +171,7 @@ def test_what_stops_a_sweep_reaches_its_cells(tmp_path, monkeypatch, how):
     with pytest.raises(Preempted if how == "sigterm" else KeyboardInterrupt):
         run(stubs(tmp_path, {"a": program, "b": program}))
     assert saved.exists() and not (tmp_path / "b.log").exists()
+    locked(tmp_path / "a.log").close()  # no process of the cell is left that would hold it
 
 
 def test_a_training_never_hears_the_signal_by_which_submitit_ends_a_job(tmp_path):
@@ -219,9 +220,9 @@ def test_every_cell_is_told_to_stop():
             self._stopped = True
             time.sleep(0.05)
 
-    here, told = Here(8, 1), [Told([], Path(str(number))) for number in range(8)]
-    pending = [here.submit("x", job) for job in told]
-    threading.Thread(target=here.stop, daemon=True).start()
+    executor, told = LocalExecutor(8, 1), [Told([], Path(str(number))) for number in range(8)]
+    pending = [executor.submit("x", job) for job in told]
+    threading.Thread(target=executor.stop, daemon=True).start()
     try:
         assert [job.result(60) for job in pending] == [""] * 8
     finally:
@@ -230,7 +231,7 @@ def test_every_cell_is_told_to_stop():
 
 
 def test_two_sweeps_in_one_folder(tmp_path, grid):
-    with sweeping._held(tmp_path / "x"), pytest.raises(InputError, match="is in use by another sweep") as caught:
+    with sweeping._lock(tmp_path / "x"), pytest.raises(InputError, match="is in use by another sweep") as caught:
         sweep(SweepConfig(str(grid), output_dir=tmp_path / "x"))
     assert "\n" not in str(caught.value) and f"fuser {tmp_path / 'x' / '.lock'}" in str(caught.value)
 
@@ -248,11 +249,10 @@ def test_a_cell_that_a_killed_sweep_has_left_is_not_begun_twice(tmp_path, grid, 
     killed.kill()
     killed.join()
     try:
-        for cluster in ("", "local"):
-            with pytest.raises(InputError, match=r"cell natural still runs, left by a sweep that was killed") as caught:
-                sweep(SweepConfig(str(grid), output_dir=tmp_path / "x", cluster=cluster))
-            assert "\n" not in str(caught.value) and f"fuser {log_of}" in str(caught.value)
-        assert CellJob([["python", "-c", ""]], log_of)().startswith("runs already; wait, or end it")
+        with pytest.raises(InputError, match=r"cell natural of a sweep that was killed still runs") as caught:
+            sweep(SweepConfig(str(grid), output_dir=tmp_path / "x"))
+        assert "\n" not in str(caught.value) and f"fuser {log_of}" in str(caught.value)
+        assert CellJob([["python", "-c", ""]], log_of)().startswith("it runs already. Wait, or end its processes")
     finally:
         left.kill()
         left.wait(10)
@@ -260,21 +260,21 @@ def test_a_cell_that_a_killed_sweep_has_left_is_not_begun_twice(tmp_path, grid, 
 
 
 def test_an_output_folder_that_cannot_be_one(grid):
-    with pytest.raises(InputError, match=r"--output-dir .*g\.toml/x cannot be written to \(.+\); name another"):
+    with pytest.raises(InputError, match=r"--output-dir .*g\.toml/x cannot be written to \(.+\)\. Use another"):
         sweep(SweepConfig(str(grid), output_dir=grid / "x"))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"jobs": 0}, "--jobs 0 is not possible; give a number above 0"),
-        ({"num_processes": 0}, "--num-processes 0 is not possible; give a number above 0"),
+        ({"jobs": 0}, "--jobs 0 is not possible. Use a number above 0."),
+        ({"num_processes": 0}, "--num-processes 0 is not possible. Use a number above 0."),
         ({"mixed_precision": "fp16"}, "--mixed-precision 'fp16' is unknown; did you mean bf16"),
         ({"cluster": "slrum"}, "--cluster 'slrum' is unknown; did you mean slurm"),
-        ({"partition": "gpu"}, "--partition gpu is for --cluster slurm; add that, or leave it out"),
-        ({"cluster": "local", "jobs": 1}, "--jobs 1 is for this machine, not for --cluster; leave one of them out"),
-        ({"hours": 2.0}, "--hours 2 is for --cluster slurm; add that, or leave it out"),
-        ({"cluster": "slurm", "hours": 0.005}, "--hours 0.005 is no minute; give 0.02 or more"),
+        ({"partition": "gpu"}, "--partition gpu is for --cluster slurm. Add that, or leave it out."),
+        ({"cluster": "slurm", "jobs": 1}, "--jobs 1 is for this machine. Leave out --jobs or --cluster."),
+        ({"hours": 2.0}, "--hours 2 is for --cluster slurm. Add that, or leave it out."),
+        ({"cluster": "slurm", "hours": 0.005}, "--hours 0.005 is less than one minute. Use at least 0.02."),
     ],
 )
 def test_flags_that_cannot_be_used(tmp_path, grid, flags, message):
@@ -288,16 +288,18 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, grid, capsys, mo
     assert main(read("sweep", [str(grid), "--dry-run", "--jobs", "2"])) == 0
     text = capsys.readouterr().out
     assert "g: three small nets\na test\n" in text
-    assert re.search(r"^drelu: about .+ s for [\d,]+ forward passes to train, [\d,]+ to evaluate$", text, re.MULTILINE)
+    assert re.search(r"^drelu: [\d,]+ forward passes to train, [\d,]+ to evaluate$", text, re.MULTILINE)
     assert "    python -m drelu_timm evaluate runs/g/drelu --n-examples 20" in text
-    assert re.search(r"3 cells, about .+ with --jobs 2 .+ attacks on examples that all withstand; .+ come on top", text)
+    assert re.search(
+        r"\n3 cells, at most [\d,]+ forward passes: if no training stops early and no attack succeeds", text
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["g.toml"]
 
 
 def test_a_dry_run_needs_no_generated_images(tmp_path, grid, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid.write_text(GRID.replace("cap_weight = 0.1", "cap_weight = 0.1\ngenerated_fraction = 0.7"))
-    said = "FILE.npz stands for the generated images, which --generated has to name before it can run"
+    said = "--generated has to name the generated images, here FILE.npz, before the sweep can run"
     assert main(read("sweep", [str(grid), "--dry-run"])) == 0
     text = capsys.readouterr().out
     assert text.count("--generated FILE.npz") == 1 and text.endswith(f"{said}\n")
@@ -386,15 +388,21 @@ def test_an_evaluation_of_other_settings_is_not_there(swept_cell, changes):
     assert more.doing() == "evaluates: quick"
 
 
-def test_names_and_titles_are_no_markup(tmp_path, monkeypatch):
+def idle(title: str = "a sweep", jobs: int = 1) -> Scheduler:
+    """A scheduler without cells, to which a test adds them."""
+    return Scheduler(title, [], LocalExecutor(jobs, 1), Launch())
+
+
+def test_names_and_titles_are_not_markup(tmp_path, monkeypatch):
     cell = replace(cell_of(tmp_path / "x"), name="x[red]")
-    progress = Progress({}, ended={"x": Ended(cell, "no [bold]"), "y": Ended(cell)})
-    progress.running["z"] = Running(cell, Future(), time.monotonic())
-    screen = Screen("a [blue] title", progress, 1)
+    shown = idle()
+    shown.ended = {"x": Ended(cell, "no [bold]"), "y": Ended(cell)}
+    shown.running = {"z": Running(cell, Future(), time.monotonic())}
+    screen = Screen("a [blue] title", shown)
     monkeypatch.setattr(screen, "_console", console := Console(record=True, width=100, file=io.StringIO()))
-    screen.begins(cell)
-    screen.end()
-    console.print(screen._table())
+    screen.started(cell)
+    screen.summary()
+    console.print(screen._live_table())
     text = console.export_text()
     assert text.count("x[red]") == 5 and "no [bold]" in text and "a [blue] title" in text
 
@@ -407,11 +415,12 @@ def test_what_a_cell_does_is_read_from_its_files(tmp_path):
     assert cell.doing() == "trains: epoch 3 of 5"
 
 
-def test_time_left_is_that_of_the_cells_that_ended(monkeypatch):
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 100.0))
-    cell = cell_of(Path("x"))
-    shown = Progress({"a": cell, "b": cell})
-    assert shown.seconds_left(1) is None
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_time_left_is_that_of_the_cells_that_ended(monkeypatch, jobs):
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    cell, shown = cell_of(Path("x")), idle(jobs=jobs)
+    shown.waiting = {"a": cell, "b": cell}
+    assert shown.seconds_left() is None
     shown.ended = {
         "c": Ended(cell, "", 10),
         "d": Ended(cell, "", 30),
@@ -419,8 +428,7 @@ def test_time_left_is_that_of_the_cells_that_ended(monkeypatch):
         "f": Ended(cell, "no", 1),
     }
     shown.running = {"g": Running(cell, Future(), 95.0)}
-    assert shown.seconds_left(1) == 2 * 20 + 15
-    assert shown.seconds_left(2) == (2 * 20 + 15) / 2
+    assert shown.seconds_left() == (2 * 20 + 15) / jobs
 
 
 class FakeQueue:
@@ -438,14 +446,14 @@ class FakeQueue:
 
 def test_a_job_that_is_still_in_the_queue_is_not_submitted_again(tmp_path, monkeypatch):
     submitit = pytest.importorskip("submitit")
-    from drelu_timm.sweeps.cluster import Cluster
+    from drelu_timm.sweeps.slurm import SlurmExecutor
 
     in_queue = SimpleNamespace(done=lambda: False)
     monkeypatch.setattr(submitit, "AutoExecutor", FakeQueue)
     monkeypatch.setattr(submitit, "SlurmJob", lambda folder, job_id: in_queue if job_id == "123" else None)
 
     def queue():
-        return Cluster("slurm", tmp_path, partition="gpu", minutes=90, num_processes=2)
+        return SlurmExecutor(tmp_path, partition="gpu", minutes=90, num_processes=2)
 
     job = CellJob([["python", "-c", ""]], tmp_path / "log")
     first = queue().submit("a", job)
@@ -473,12 +481,12 @@ class Clock:
 def limited_queue(tmp_path, monkeypatch):
     """Makes a cluster that takes so many jobs of 90 s of a user at once; when each was submitted."""
     submitit = pytest.importorskip("submitit")
-    from drelu_timm.sweeps.cluster import Cluster
+    from drelu_timm.sweeps.slurm import SlurmExecutor
 
     clock = Clock()
     monkeypatch.setattr(scheduler, "time", clock)
 
-    def make(limit: int) -> tuple[Cluster, list[float]]:
+    def make(limit: int) -> tuple[SlurmExecutor, list[float]]:
         tries: list[float] = []
         jobs: list[SimpleNamespace] = []
 
@@ -495,7 +503,7 @@ def limited_queue(tmp_path, monkeypatch):
                 return done
 
         monkeypatch.setattr(submitit, "AutoExecutor", Limited)
-        return Cluster("slurm", tmp_path / "jobs", partition="", minutes=90, num_processes=1), tries
+        return SlurmExecutor(tmp_path / "jobs", partition="", minutes=90, num_processes=1), tries
 
     return make
 
@@ -504,8 +512,8 @@ def test_a_cell_that_the_cluster_refuses_waits_until_another_one_has_ended(tmp_p
     cluster, tries = limited_queue(1)
     assert not Scheduler("stubs", stubs(tmp_path, dict.fromkeys("abc", "")), cluster, Launch()).run()
     text = capsys.readouterr().out
-    assert re.findall(r"^(?:begins|waits|done)  +\w|^begins \w", text, re.MULTILINE) == [
-        *("begins a", "waits  b", "done   a", "begins b", "done   b", "begins c", "done   c")
+    assert re.findall(r"^(?:starts|waits|done)  +\w|^starts \w", text, re.MULTILINE) == [
+        *("starts a", "waits  b", "done   a", "starts b", "done   b", "starts c", "done   c")
     ]
     assert "waits  b: it was refused (sbatch: error: QOSMaxSubmitJobPerUserLimit sbatch: error: Batch job" in text
     assert tries == pytest.approx([0, 0, 60, 120, 120, 180, 240], abs=1)  # not at every look
@@ -526,9 +534,8 @@ def test_slurm_jobs_that_have_not_ended_are_not_begun_here(tmp_path, grid, monke
     jobs_folder.mkdir(parents=True)
     (jobs_folder / "jobs.json").write_text('{"natural": "123", "at": "124"}')
     monkeypatch.setattr(submitit, "SlurmJob", lambda folder, job_id: SimpleNamespace(done=lambda: job_id == "124"))
-    for cluster in ("", "local"):
-        with pytest.raises(InputError, match=r"has SLURM jobs that have not ended, .*\(natural\); .*jobs.json"):
-            sweep(SweepConfig(str(grid), output_dir=tmp_path / "x", cluster=cluster))
+    with pytest.raises(InputError, match=r"has SLURM jobs that have not ended, .*\(natural\)\. .*jobs.json"):
+        sweep(SweepConfig(str(grid), output_dir=tmp_path / "x"))
     assert {path.name for path in (tmp_path / "x").iterdir()} == {"jobs", ".lock"}
 
 
@@ -563,7 +570,7 @@ def test_a_training_and_its_evaluation_by_their_processes(tmp_path, grid, capsys
     grid.write_text(GRID[: GRID.index('[[method]]\nname = "at"')])
     assert main(read("sweep", [str(grid), "--output-dir", str(tmp_path / "x")])) == 0
     text = capsys.readouterr().out
-    assert re.search(r"begins natural\ndone   natural in \d+ s: clean \d.+ %, worst case .+ % at eps 0.1, \w+\n", text)
+    assert re.search(r"starts natural\ndone   natural in \d+ s: clean \d.+ %, worst case .+ % at eps 0.1, \w+\n", text)
     assert text.endswith(f"next: drelu-timm report {tmp_path / 'x'}\n")
     (cell,) = read_grid(str(grid)).cells(tmp_path / "x", data_dir=Path("data"))
     assert cell.is_done() and len(log(cell.path)) == 2
@@ -596,16 +603,54 @@ def test_a_sweep_that_is_killed_ends_as_one_left_alone(tmp_path, grid):
         assert result(tmp_path / "alone" / name) == result(tmp_path / "x" / name)
 
 
-@pytest.mark.slow
-def test_the_same_through_submitit(tmp_path, grid, capsys):
+# What SLURM does, on one machine: sbatch starts a script as a job, srun runs a command in it.
+SBATCH = """#!/usr/bin/env bash
+script=$(<"$1")  # submitit renames the file as soon as this ends
+SLURM_JOB_ID=$$ setsid bash -c "$script" >/dev/null 2>&1 &
+echo "Submitted batch job $$"
+"""
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do if [[ $1 == --output || $1 == --error ]]; then shift; fi; shift; done
+exec "$@"
+"""
+
+
+@pytest.fixture
+def imitated_slurm(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
+    from drelu_timm.sweeps.slurm import SlurmExecutor
+
+    monkeypatch.setattr(SlurmExecutor, "poll_every", 0.1)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"sbatch": SBATCH, "srun": SRUN, "sacct": "#!/usr/bin/env bash\n"}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+
+def test_a_job_is_submitted_to_slurm_and_gives_its_error(tmp_path, imitated_slurm, capsys):
+    from drelu_timm.sweeps.slurm import SlurmExecutor
+
+    cluster = SlurmExecutor(tmp_path / "x" / "jobs", partition="gpu", minutes=90, num_processes=2)
+    cells = stubs(tmp_path / "x", {"a": "print('up'); print('error: the disk is full'); raise SystemExit(1)"})
+    assert Scheduler("stubs", cells, cluster, Launch()).run()
+    assert "failed a: the disk is full" in re.sub(r" in [\d.]+ s", "", capsys.readouterr().out)
+    assert "\nup\n" in (tmp_path / "x" / "a.log").read_text()
+    assert json.loads((tmp_path / "x" / "jobs" / "jobs.json").read_text()).keys() == {"a"}
+    (script,) = [path.read_text() for path in tmp_path.glob("x/jobs/*_submission.sh")]
+    assert {"--partition=gpu", "--gpus-per-node=2", "--time=90", "--job-name=a"} <= {*script.split()}
+    assert "--signal=USR2@" in script  # in time to save and to be queued again
+
+
+@pytest.mark.slow
+def test_the_same_through_slurm(tmp_path, grid, imitated_slurm, capsys):
     grid.write_text(GRID.replace("cap_weight = 0.1", "cap_weight = 0.1\nbatch_size = 10000"))  # one fails
-    flags = [str(grid), "--output-dir", str(tmp_path / "x"), "--cluster", "local", "--hours", "0.5"]
+    flags = [str(grid), "--output-dir", str(tmp_path / "x"), "--cluster", "slurm", "--hours", "0.5"]
     assert main(read("sweep", flags)) == 1
     text = capsys.readouterr().out
     assert re.search("done   natural in", text) and re.search("done   at in", text)
     assert re.search(r"failed drelu in \d+ s: .*10000", text)
-    assert not psutil.Process().children(recursive=True)
 
 
 def test_a_cell_has_the_worst_verdict_of_all_its_evaluations(tmp_path, capsys):
@@ -614,9 +659,11 @@ def test_a_cell_has_the_worst_verdict_of_all_its_evaluations(tmp_path, capsys):
     write_sweep(run, [point(eps="0.1", worst=0.5, verdict="masked")])
     cell = Cell("a", TrainConfig("dense_drelu", "digits", output_dir=run), ())
     ended = Ended(cell, "", 1.0)
-    screen = Screen("a sweep", Progress({}, ended={"a": ended}), 1)
-    screen.ends(ended)
-    screen.end()
+    shown = idle()
+    shown.ended = {"a": ended}
+    screen = Screen("a sweep", shown)
+    screen.ended(ended)
+    screen.summary()
     line, *table = capsys.readouterr().out.splitlines()
     assert line.endswith("at eps 0.1, masked")
     assert any("masked" in row for row in table) and not any("sound" in row for row in table)

@@ -151,6 +151,11 @@ def test_feature_extractor_of_torchvision():
     assert torch.equal(features["layer4"], model.forward_features(x))
 
 
+def test_torchscript_knows_the_constants_that_the_base_declares():
+    """In fastvit's, TorchScript compiles a branch that its base rules out by a constant, unless it knows that."""
+    assert type(timm.create_model("fastvit_t8_drelu")).__annotations__["fork_feat"] == torch.jit.Final[bool]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_torchscript(name):
     model = create(name)

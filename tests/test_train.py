@@ -26,7 +26,7 @@ from torch import nn
 
 from drelu_timm.__main__ import main
 from drelu_timm.data.readers import load_images
-from drelu_timm.errors import InputError
+from drelu_timm.errors import DReLUWarning, InputError
 from drelu_timm.runs import Run
 from drelu_timm.train import make_accelerator, train
 from drelu_timm.training.config import TrainConfig, resolve
@@ -68,6 +68,11 @@ def test_controls_differ_in_the_activation_only(tmp_path):
         train(config(tmp_path / activation, activation=activation))
         keys[activation] = weights(tmp_path / activation)
     assert {key for key in keys["drelu"] if not key.endswith(".cap")} == set(keys["relu"])
+
+
+def test_a_variant_with_an_imagenet_stem_warns_of_small_images(tmp_path):
+    with pytest.warns(DReLUWarning, match="resnet10t_drelu starts with an ImageNet stem, .* 8x8 images; create"):
+        train(config(tmp_path, model="resnet10t_drelu", epochs=1, n_train=64))
 
 
 @pytest.mark.parametrize("model", ["dense", "shallow_cnn", "resnet10t", "vit_tiny_patch16_224"])
@@ -405,6 +410,7 @@ def test_weight_decay_spares_norms_biases_and_caps(tmp_path):
     assert all(group["nesterov"] for group in one.update.optimizer.param_groups)
 
 
+@pytest.mark.filterwarnings("default::drelu_timm.errors.DReLUWarning")  # of one patch per image
 def test_weight_decay_spares_what_the_model_of_timm_names(tmp_path):
     settings = {"model": "vit_tiny_patch16_224_drelu", "img_size": 16, "weight_decay": 0.1}
     one = trainer(tmp_path, **settings)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ..errors import InputError, unknown
-from ..spelling import written
+from ..formatting import written
 
 if TYPE_CHECKING:  # the command line reads norms and radii without torch
     import torch
@@ -136,7 +136,7 @@ def norm_and_radius(norm: str | None, eps: str | None, default: ThreatModel) -> 
     return norm or default.norm, eps or default.written
 
 
-def threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:
+def parse_threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:
     """One for each radius, from the smallest.
 
     Raises:

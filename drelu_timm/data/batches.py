@@ -127,6 +127,7 @@ class TrainingBatches:
             InputError: A batch size that the number of processes does not divide.
         """
         self._check_share(num_processes)  # here, as workers wrap what they raise
+        self.indices(epoch, first_step)  # shuffles for the pass, which every forked worker would do again
         return DataLoader(
             # A step is made into its batch by what otherwise joins samples: nothing is left to sample.
             range(first_step, self.steps_per_epoch),  # pyright: ignore[reportArgumentType]

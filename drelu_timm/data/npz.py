@@ -1,15 +1,13 @@
-"""The images and labels of a .npz, read where they lie in the file: nothing is unpacked."""
+"""Images of a .npz file, mapped into memory where they are stored, and its labels."""
 
 import math
-import os
+import mmap
 import shutil
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,89 +17,82 @@ from tqdm import tqdm
 from ..errors import InputError, one_line
 from ..files import written_whole
 
-_NAMES = ("image", "label")
-_MEMBERS = tuple(f"{name}.npy" for name in _NAMES)
-_CHUNK = 2**20  # labels, or bytes, at a time
+_MEMBERS = _IMAGES, _LABELS = "image.npy", "label.npy"
+_CHUNK = 2**20  # bytes that are copied at a time
 
 
-@dataclass(frozen=True)
-class StoredArray:
-    """An array that lies uncompressed in a file, such as in a .npz of `numpy.savez`.
+class StoredImages:
+    """Images that are stored uncompressed in a file, such as one of `numpy.savez`, and mapped into memory.
 
-    Rows are read where they lie, by one system call each, and not through a memory map: pages that were touched through
-    a map count as the process's memory until it lets go of them, and to do so after every batch was slower than this.
+    The kernel reads a page of the file when it is first touched and drops it where memory is short. Such pages are part
+    of the resident memory of a process, but not of its anonymous memory, and processes share them.
 
-    Attributes:
-        path: The file.
-        offset: Its first byte of the array.
-        shape: [N, ...].
-        dtype: Of an element.
+    Args:
+        path: File.
+        offset: Place of the first byte of the images in the file.
+        shape: [N, H, W, C]; values are uint8.
     """
 
-    path: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...]):
+        self.path, self.offset, self.shape = path, offset, shape
+        with path.open("rb") as file:
+            # Not `np.memmap`, which hides the size of the file and is pickled as a copy of its content.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map.madvise(mmap.MADV_RANDOM)  # or the kernel reads 128 kB from the disk for every image
+        self._images = np.frombuffer(self._map, np.uint8, math.prod(shape), offset).reshape(shape)
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    @cached_property
-    def _file(self):
-        return self.path.open("rb", buffering=0)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Pickle the place in the file: another process maps it itself."""
+        return StoredImages, (self.path, self.offset, self.shape)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the open file, which cannot be sent to another process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_file"}
-
-    def rows(self, index: np.ndarray) -> np.ndarray:
-        """The rows [n, ...] at ``index``; threads and forked processes may share the file, whose position is not used.
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """Return copies of the images, uint8 [n, H, W, C], at ``index``, integers [n].
 
         Raises:
             InputError: The file has become shorter.
         """
-        rows = np.empty((len(index), *self.shape[1:]), dtype=self.dtype)
-        file, row_bytes = self._file.fileno(), rows[:1].nbytes
-        places = (self.offset + index * row_bytes).tolist()
-        if sum(os.preadv(file, [row], place) for row, place in zip(rows, places, strict=True)) != rows.nbytes:
+        if self._map.size() < len(self._map):  # SIGBUS would kill a process that touches pages past the end
             raise InputError(f"--generated {self.path} was changed while it was read; restore it and resume")
-        return rows
-
-    def chunks(self) -> Iterator[np.ndarray]:
-        """All rows of a flat array, so many at a time that memory does not matter."""
-        for start in range(0, len(self), _CHUNK):
-            offset, count = self.offset + start * self.dtype.itemsize, min(_CHUNK, len(self) - start)
-            yield np.fromfile(self.path, self.dtype, count=count, offset=offset)
+        return np.take(self._images, index, axis=0)  # faster than `[index]`
 
 
 class _Header(NamedTuple):
-    """What a .npy says of itself: of what kind its array is, and after how many bytes it begins."""
+    """Header of a .npy file: shape and type of its array, and the bytes of the header itself."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     n_bytes: int
 
 
-def open_npz(path: Path, image_shape: tuple[int, int, int]) -> list[StoredArray]:
-    """Images, uint8 [N, H, W, C], and labels, integers [N], of one file; a compressed one is converted first.
+def open_npz(path: Path, image_shape: tuple[int, int, int], num_classes: int) -> tuple[StoredImages, np.ndarray]:
+    """Map the images of a .npz file and read its labels; of a file with compressed images a copy is mapped.
 
     Args:
-        path: The .npz.
+        path: File with ``image``, uint8 [N, H, W, C], and ``label``, integers [N].
         image_shape: (H, W, C) that the images must have.
+        num_classes: Number of classes.
+
+    Returns:
+        Images, uint8 [N, H, W, C], and labels [N], in the smallest type that holds them.
 
     Raises:
-        InputError: A file that is missing, no zip, cut short, or holds other keys, types or shapes.
+        InputError: A file that is missing, not a zip file or cut short, or that holds other keys, types, shapes or
+            labels.
     """
     if not path.is_file():
         raise InputError(f"--generated {path} is no file; give .npz files with image and label, every part of them")
     try:
         with zipfile.ZipFile(path) as archive:
             _check(path, archive, image_shape)
-            if all(archive.getinfo(name).compress_type == zipfile.ZIP_STORED for name in _MEMBERS):
-                return [_stored_array(archive, name) for name in _MEMBERS]
+            labels = _labels(path, archive, num_classes)
+            if archive.getinfo(_IMAGES).compress_type == zipfile.ZIP_STORED:
+                return _stored_images(archive), labels
             copy = _stored_copy(archive, path)
         with zipfile.ZipFile(copy) as archive:
-            return [_stored_array(archive, name) for name in _MEMBERS]
+            return _stored_images(archive), labels
     except InputError:
         raise
     # RuntimeError where a member is encrypted.
@@ -112,13 +103,13 @@ def open_npz(path: Path, image_shape: tuple[int, int, int]) -> list[StoredArray]
 
 
 def _check(path: Path, archive: zipfile.ZipFile, image_shape: tuple[int, int, int]) -> None:
-    """Whether a .npz has images of this shape and labels for them, by its headers alone.
+    """Check by the headers that a file has images of this shape and labels for them.
 
     Raises:
         InputError: It has others.
     """
-    names = [name.removesuffix(".npy") for name in archive.namelist()]
-    if missing := [name for name in _NAMES if name not in names]:
+    names = archive.namelist()
+    if missing := [name for name in _MEMBERS if name not in names]:
         raise InputError(
             f"--generated {path} lacks {' and '.join(missing)} (it holds {', '.join(names[:10]) or 'nothing'}); give a "
             ".npz with image and label"
@@ -163,19 +154,35 @@ def _header(archive: zipfile.ZipFile, name: str) -> _Header:
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def _stored_array(archive: zipfile.ZipFile, name: str) -> StoredArray:
-    """Where the array of an uncompressed member lies in the file."""
-    path, header, start = Path(str(archive.filename)), _header(archive, name), archive.getinfo(name).header_offset
+def _labels(path: Path, archive: zipfile.ZipFile, num_classes: int) -> np.ndarray:
+    """Read the labels [N] in the smallest type that holds them.
+
+    Raises:
+        InputError: Labels outside the classes.
+    """
+    with archive.open(_LABELS) as file:
+        labels = np.lib.format.read_array(file)
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise InputError(
+            f"--generated {path} has labels from {labels.min()} to {labels.max()}; allowed are 0 to {num_classes - 1}: "
+            "give images of the classes of --dataset"
+        )
+    return labels.astype(np.min_scalar_type(num_classes - 1))
+
+
+def _stored_images(archive: zipfile.ZipFile) -> StoredImages:
+    """Map images that are not compressed."""
+    path, header, start = Path(str(archive.filename)), _header(archive, _IMAGES), archive.getinfo(_IMAGES).header_offset
     with path.open("rb") as file:
         # The local header, whose length zipfile keeps to itself: 30 bytes, the last 4 of them the lengths of the name
         # and of what follows it (4.3.7 of https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT).
         file.seek(start)
         name_bytes, extra_bytes = struct.unpack("<26xHH", file.read(30))
-    return StoredArray(path, start + 30 + name_bytes + extra_bytes + header.n_bytes, header.shape, header.dtype)
+    return StoredImages(path, start + 30 + name_bytes + extra_bytes + header.n_bytes, header.shape)
 
 
 def _stored_copy(archive: zipfile.ZipFile, path: Path) -> Path:
-    """An uncompressed copy beside a compressed .npz, made if it is not there or was made of another file.
+    """Return an uncompressed copy of a compressed file, made unless there is one of the same content in its folder.
 
     Raises:
         InputError: It cannot be written.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from ..attacks.threat_model import ThreatModel, norm_and_radius, threat_models
+from ..attacks.threat_model import ThreatModel, norm_and_radius, parse_threat_models
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 
@@ -71,10 +71,10 @@ def attacked_in(config: EvaluateConfig, default: ThreatModel) -> list[ThreatMode
         default: What the model was trained in, or else the dataset's.
 
     Raises:
-        InputError: As `norm_and_radius` and `threat_models` do.
+        InputError: As `norm_and_radius` and `parse_threat_models` do.
     """
     norm, eps = norm_and_radius(config.norm, config.eps, default)
-    return threat_models(norm, eps.split(","))
+    return parse_threat_models(norm, eps.split(","))
 
 
 def result_path(folder: Path, suite: str, balls: Sequence[ThreatModel]) -> Path:

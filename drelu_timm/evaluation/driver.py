@@ -1,10 +1,9 @@
-"""The driver: runs measurements over examples batch by batch, keeps what they gave, and judges what attacks return."""
+"""The driver: runs measurements over examples batch by batch, checkpoints them, and judges what attacks return."""
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +15,14 @@ from ..attacks.threat_model import ThreatModel, per_image
 from ..data.images import as_float
 from ..models.modes import device_of
 from .attacked import Attacked, label_margin
+from .checkpoint import Checkpoint, Measurement
 from .processes import Processes
-from .rows import Rows
 
-Value = TypeVar("Value")
 Columns = dict[str, Tensor]  # one value an example, [B], by field
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What a stage measures on a batch.
-
-    Attributes:
-        columns: By field.
-        images: Those that are to be kept, by example: float32 [C, H, W] on the CPU.
-    """
-
-    columns: Columns
-    images: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
+class AttackOutcome:
     """What an attack did to every example.
 
     Attributes:
@@ -58,7 +43,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Driver:
-    """Everything that decides what is measured, and where the rows go.
+    """Everything that decides what is measured, and where the measurements go.
 
     Attributes:
         model: Frozen, see `models.modes.frozen`; one that people bring is a `UserModel`.
@@ -68,7 +53,7 @@ class Driver:
         seed: Keys the randomness of every example and attack.
         batch_size: Images a pass, at most.
         search_dtype: What attacks compute in; what they find is judged in float32 whatever it is.
-        rows: What has been measured.
+        checkpoint: What has been measured.
         processes: Who shares the work.
     """
 
@@ -78,8 +63,8 @@ class Driver:
     threat_models: Sequence[ThreatModel]
     seed: int
     batch_size: int
+    checkpoint: Checkpoint
     search_dtype: torch.dtype = torch.float32
-    rows: Rows = field(default_factory=Rows)
     processes: Processes = field(default_factory=Processes)
 
     @property
@@ -95,19 +80,19 @@ class Driver:
         *,
         so_far: Callable[[], str] | None = None,
     ) -> None:
-        """Measure the examples that are marked in [N], save those whose rows are there already.
+        """Measure the examples that are marked in [N], except those that the checkpoint has.
 
-        A batch is measured whole even where a part of it is known: an evaluation that goes on then computes in the
+        A batch is measured whole even where a part of it is known: an evaluation that resumes then computes in the
         same batches, and so gets the same numbers, as one that was never stopped.
 
         Args:
             stage: Name of what is measured.
             examples: [N].
             measurement: Of a batch: the positions [B] of its examples, on the CPU, and the batch.
-            so_far: What to say behind the progress bar.
+            so_far: What to show behind the progress bar.
         """
-        known = set(self.rows.stages[stage])
-        mine: set[int] = set()
+        measured: list[Measurement] = []
+        known = self.checkpoint.known(stage).clone()
         with tqdm(
             total=int(examples.sum()),
             desc=f"{stage:>10}",
@@ -116,34 +101,35 @@ class Driver:
             disable=None if self.processes.index == 0 else True,
         ) as progress:
             for positions, is_mine in self.processes.claimed(stage, self._split(examples)):
-                missing = set(positions.tolist()) - known
-                if is_mine and missing:
-                    measured = measurement(positions, self._load(stage, positions))
-                    rows = _by_example(positions, measured.columns)
-                    self.rows.append(stage, _only(missing, rows), _only(missing, measured.images))
-                    mine |= missing
+                missing = ~known[positions]
+                if is_mine and missing.any():
+                    of_batch = measurement(positions, self._load(stage, positions))[missing]
+                    self.checkpoint.add(stage, of_batch)
+                    measured.append(replace(of_batch, images=None))
                 if so_far is not None:
                     progress.set_postfix_str(so_far(), refresh=False)
                 progress.update(len(positions))
-        self.rows.merge(stage, self.processes.gather(_only(mine, self.rows.stages[stage])))
+        for by_another in self.processes.others(measured):
+            for of_batch in by_another:
+                self.checkpoint.merge(stage, of_batch)
 
     def column(self, stage: str, name: str) -> Tensor:
-        """A field of a stage, float64 [N]; NaN where it was not measured."""
-        return self.rows.column(stage, name, len(self.labels))
+        """Return a field of a stage, float64 [N]; NaN where it was not measured."""
+        return self.checkpoint.column(stage, name)
 
-    def attack(self, stage: str, attack: Attack, limit: Tensor, *, keep: Tensor | None = None) -> Outcome:
+    def attack(self, stage: str, attack: Attack, limit: Tensor, *, keep: Tensor | None = None) -> AttackOutcome:
         """Attack every example in the threat models before ``limit`` [N], from the smallest, until it is misclassified.
 
         Args:
             stage: Name of the attack in this evaluation; it keys the randomness.
             attack: The attack.
             limit: [N], positions of threat models.
-            keep: [N], of which examples the image that breaks them is kept, see `Rows.images`; by default of none.
+            keep: [N], of which examples the image that breaks them is kept; by default of none.
         """
         keep = torch.zeros_like(limit, dtype=torch.bool) if keep is None else keep
         count = len(self.threat_models)
         weakest = sum(threat_model.eps == 0 for threat_model in self.threat_models)  # there is nothing to search
-        started, anew = time.monotonic(), not self.rows.stages[stage]
+        started, from_scratch = time.monotonic(), not self.checkpoint.known(stage).any()
 
         def so_far() -> str:
             left = torch.minimum(limit, self.column(stage, "broken_at").nan_to_num(count).long())
@@ -151,17 +137,16 @@ class Driver:
 
         def search(examples: Tensor, batch: Batch) -> Measurement:
             columns, images = (self._nearest if attack.minimum_norm else self._grow)(attack, limit[examples], batch)
-            kept = keep[examples] & (columns["broken_at"].cpu() < count)
-            found = images[kept.to(images.device)].cpu()
-            return Measurement(columns, dict(zip(examples[kept].tolist(), found, strict=True)))
+            broken = columns["broken_at"].cpu() < count
+            return Measurement.of(examples, columns, images, keep[examples] & broken)
 
         self.measure(stage, limit > weakest, search, so_far=so_far)
-        return Outcome(
+        return AttackOutcome(
             broken_at=self.column(stage, "broken_at").nan_to_num(count).long(),
             steps=self.column(stage, "steps"),
             margin=self.column(stage, "margin"),
             l2=self.column(stage, "l2") if attack.minimum_norm else torch.full(limit.shape, torch.inf),
-            seconds=time.monotonic() - started if anew else None,
+            seconds=time.monotonic() - started if from_scratch else None,
         )
 
     def _split(self, examples: Tensor) -> list[Tensor]:
@@ -251,12 +236,3 @@ def _steps(found: Candidates, batch: Batch) -> Tensor:
     """[B]; NaN where they are not known."""
     unknown = torch.full(batch.labels.shape, torch.nan, device=batch.labels.device)
     return unknown if found.steps is None else found.steps.to(unknown)
-
-
-def _by_example(examples: Tensor, columns: Columns) -> dict[int, dict[str, float]]:
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return {example: dict(zip(columns, row, strict=True)) for example, row in zip(examples.tolist(), rows, strict=True)}
-
-
-def _only(examples: set[int], entries: Mapping[int, Value]) -> dict[int, Value]:
-    return {example: entry for example, entry in entries.items() if example in examples}

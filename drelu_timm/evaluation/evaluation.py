@@ -19,117 +19,65 @@ from torch import Tensor
 from ..attacks.adaptive import Transfer, substitutable_layers
 from ..attacks.attack import Attack
 from ..attacks.suites import Suite, find_suite, single_attacks
-from ..attacks.threat_model import ThreatModel, threat_models
+from ..attacks.threat_model import ThreatModel, parse_threat_models
 from ..digests import digest
 from ..errors import DReLUWarning, InputError
-from .adversarial import Adversarial
+from ..results.examples import Adversarial, Broken, Rows, share
+from ..results.result import CarliniWagner, EpsResult, Verdict
+from .checkpoint import Checkpoint
 from .checks import channels_hint, check_labels, checked
-from .driver import Driver, Outcome, example_seed
-from .masking import Verdict
+from .driver import AttackOutcome, Driver, example_seed
 from .processes import Processes
-from .rows import Rows
 from .stages import CLEAN, CleanPass, ProbeRun, SuiteRun, run_clean, run_probes, run_suite
 from .torch_state import Defaults, evaluation_state
 from .user_model import AnyModel, UserModel, opened
 
 
-@dataclass(frozen=True)
-class CarliniWagner:
-    """What a minimum-norm attack says beside a robust accuracy.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(EpsResult):
+    """Result of a model in one threat model, with its rows per example and its adversarial images.
 
     Attributes:
-        median_l2: Median L2 distance it needs over the correctly classified examples; None where it breaks fewer
-            than half of them.
-        budget: An L2 radius: eps for L2; for Linf that of the ball's corners, eps * sqrt(C * H * W).
-        accuracy_at_budget: Share of all examples that are right and have no adversarial example found within it.
-    """
-
-    median_l2: float | None
-    budget: float
-    accuracy_at_budget: float
-
-
-@dataclass(frozen=True)
-class Broken:
-    """What broke each example first, in the order of the suite.
-
-    Attributes:
-        by: Name of the attack; "clean" for an example that is wrong as it is, "" for one that withstood all. What
-            only a probe for masking broke is broken by "probe <attack> at <eps>".
-        steps: [N], the gradients or queries that it took; NaN where not known.
-        margin: [N], logit of the label minus the largest other one, on the image that broke it; for one that withstood
-            all, the smallest on any image that an attack gave.
-        seed: What keyed the randomness of that attack on that example; None where nothing broke it.
-    """
-
-    by: list[str]
-    steps: Tensor
-    margin: Tensor
-    seed: list[int | None]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How a model did under a suite of attacks.
-
-    Attributes:
-        threat_model: The balls.
+        threat_model: The one it was attacked in.
         suite: Name of the suite.
         seed: Keys all randomness.
-        labels: [N].
-        predictions: [N], of the clean images.
-        robust: For each attack (or column of the suite, such as "autoattack"), [N]: right on the clean image and on
-            what the attack returned.
-        sequences: For each column of several attacks, such as "autoattack", the accuracy in [0, 1] that each of its
-            attacks left, with those before it; that of the last is the column's.
-        broken: What broke each example.
-        adversarial: The images that did it; None of a sweep, and in all processes but the first.
-        settings: For each attack, what decides what it finds.
-        zero_gradient_share: Share of the correctly classified examples with an input gradient (of the cross-entropy)
-            of exactly zero.
-        cw_l2: Of the suites that hold "cw-l2".
-        verdict: Whether white-box accuracies can be believed.
-        seconds: Wall-clock time, of a sweep that of the whole; what was measured before it went on is not in it.
-        attack_seconds: The same for each attack of the suite; those that had begun before it went on are left out.
+        rows: What was found on each example.
+        adversarial: The images that fooled the model; None of a sweep, and in all processes but the first.
         model_dtype: Of the model's weights, such as "float32"; images and logits are float32 whatever it is.
     """
 
     threat_model: ThreatModel
     suite: str
     seed: int
-    labels: Tensor = field(repr=False)
-    predictions: Tensor = field(repr=False)
-    robust: dict[str, Tensor] = field(repr=False)
-    sequences: dict[str, dict[str, float]]
-    broken: Broken = field(repr=False)
+    rows: Rows = field(repr=False)
     adversarial: Adversarial | None = field(repr=False)
-    settings: dict[str, dict[str, Any]] = field(repr=False)
-    zero_gradient_share: float
-    cw_l2: CarliniWagner | None
-    verdict: Verdict
-    seconds: float
-    attack_seconds: dict[str, float]
     model_dtype: str = "float32"
 
     @property
-    def clean(self) -> float:
-        """Clean accuracy, in [0, 1]."""
-        return _share(self.predictions == self.labels)
+    def labels(self) -> Tensor:
+        """Labels [N]."""
+        return self.rows.labels
 
     @property
-    def accuracy(self) -> dict[str, float]:
-        """Robust accuracy under each attack, in [0, 1]."""
-        return {attack: _share(robust) for attack, robust in self.robust.items()}
+    def predictions(self) -> Tensor:
+        """Classes [N] of the clean images."""
+        return self.rows.predictions
 
     @property
-    def worst(self) -> float:
-        """Share of the examples that nothing broke, in [0, 1]: the robust accuracy."""
-        return _share(self.survivors)
+    def robust(self) -> dict[str, Tensor]:
+        """For each attack, on which examples [N] the model stayed right."""
+        return self.rows.robust
 
     @property
     def survivors(self) -> Tensor:
-        """Which examples [N] nothing broke, neither an attack of the suite nor a probe for masking."""
-        return torch.tensor([not by for by in self.broken.by])
+        """On which examples [N] neither an attack of the suite nor a probe for masking fooled the model."""
+        return self.rows.survivors
+
+    @property
+    def broken(self) -> Broken:
+        """What fooled the model on each example first."""
+        assert self.rows.broken is not None
+        return self.rows.broken
 
 
 def evaluate_model(
@@ -168,12 +116,11 @@ def evaluate_model(
     Raises:
         InputError: Images, labels, a model or options that cannot be used, or a state of something else.
     """
-    (evaluation,) = evaluate_sweep(
+    (evaluation,) = evaluate_under(
+        parse_threat_models(norm, [eps]),
         model,
         images,
         labels,
-        eps=[eps],
-        norm=norm,
         suite=suite,
         seed=seed,
         batch_size=batch_size,
@@ -197,34 +144,66 @@ def evaluate_sweep(
     search_dtype: torch.dtype = torch.float32,
     transfer_from: AnyModel | None = None,
     state: Path | None = None,
-    processes: Processes | None = None,
 ) -> list[Evaluation]:
-    """`evaluate_model` for several radii at once; accuracies can only fall from one to the next.
+    """Evaluate a model as `evaluate_model` does at several radii at once.
 
-    What breaks an example in a ball breaks it in every larger one, and is not searched again; attacks that begin at a
-    point begin a larger ball where they ended in the smaller one.
+    An image that fools the model at one eps counts at every larger eps and is not attacked again, so that accuracies
+    can only fall. Attacks with a starting point start where they ended at the eps before.
 
     Args:
-        model: As of `evaluate_model`, which says what the rest is.
+        model: See `evaluate_model`, as for all other arguments.
         images: [N, C, H, W].
         labels: [N].
         eps: Radii, in any order.
         norm: "Linf" or "L2".
         suite: Name of the suite.
         seed: Keys all randomness.
-        batch_size: Images a pass, at most.
-        search_dtype: What attacks compute in.
+        batch_size: Images per pass, at most.
+        search_dtype: dtype of the search.
         transfer_from: A second model.
-        state: Folder for what is measured.
-        processes: Who shares the work; each of them makes the same call.
+        state: Folder of the checkpoint.
 
     Returns:
-        An evaluation a radius, from the smallest.
+        One evaluation per radius, from the smallest.
+
+    Raises:
+        InputError: See `evaluate_model`.
+    """
+    return evaluate_under(
+        parse_threat_models(norm, eps),
+        model,
+        images,
+        labels,
+        suite=suite,
+        seed=seed,
+        batch_size=batch_size,
+        search_dtype=search_dtype,
+        transfer_from=transfer_from,
+        state=state,
+    )
+
+
+def evaluate_under(
+    threat_models: Sequence[ThreatModel],
+    model: AnyModel,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    suite: str,
+    seed: int,
+    batch_size: int,
+    search_dtype: torch.dtype,
+    transfer_from: AnyModel | None,
+    state: Path | None,
+    processes: Processes | None = None,
+) -> list[Evaluation]:
+    """Evaluate a model under parsed threat models of one norm, from the smallest eps; see `evaluate_sweep`.
+
+    ``processes`` share the work: each of them makes the same call.
     """
     started = time.monotonic()
     if batch_size < 1:
         raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more")
-    balls = threat_models(norm, eps)
     caller, processes = Defaults.current(), processes or Processes()
     with evaluation_state(), ExitStack() as stack:
         images, labels = checked(images, labels)
@@ -237,8 +216,10 @@ def evaluate_sweep(
         if transfer_from is not None:
             source = stack.enter_context(opened(transfer_from, images, called="--transfer-from", **how))
         columns = _columns(suite, user_model, source)
-        driver = Driver(user_model, images, labels, balls, seed, batch_size, search_dtype, processes=processes)
-        driver = replace(driver, rows=Rows(state, _identity(driver, user_model, suite, columns), processes.index))
+        nothing = Checkpoint(len(labels))
+        driver = Driver(user_model, images, labels, threat_models, seed, batch_size, nothing, search_dtype, processes)
+        identity = _identity(driver, user_model, suite, columns)
+        driver = replace(driver, checkpoint=Checkpoint(len(labels), state, identity))
         evaluations = _measured(driver, suite, columns)
     seconds, dtype = time.monotonic() - started, str(user_model.dtype).removeprefix("torch.")
     notes = (*user_model.notes, *(f"The model of --transfer-from: {note}" for note in (source.notes if source else ())))
@@ -277,7 +258,7 @@ def _noted(verdict: Verdict, notes: Sequence[str]) -> Verdict:
 
 
 def _identity(driver: Driver, model: UserModel, suite: str, columns: Suite) -> dict[str, Any]:
-    """Everything that decides what rows say."""
+    """Return everything that decides what is measured."""
     return {
         "model": model.digest,
         "images": digest([driver.images, driver.labels]),
@@ -297,22 +278,27 @@ def _evaluation(
     position = len(probed) - 1
     threat_model = driver.threat_models[position]
     broken = _broken(driver, clean, suite_run, probed)
+    robust = {column: suite_run.broken_at[column] > position for column in columns}
+    survivors = torch.tensor([not by for by in broken.by])
+    rows = Rows(driver.labels, clean.predictions, robust, survivors, broken)
+    shares = rows.shares
     cw = suite_run.outcomes.get("cw-l2")
     return Evaluation(
         threat_model=threat_model,
         suite=suite,
         seed=driver.seed,
-        labels=driver.labels,
-        predictions=clean.predictions,
-        robust={column: suite_run.broken_at[column] > position for column in columns},
+        rows=rows,
+        adversarial=_adversarial(driver, broken),
+        eps=threat_model.written,
+        settings=_settings(columns),
+        clean=shares["clean"],
+        accuracy={column: shares[column] for column in columns},
+        worst=shares["worst"],
         sequences={
-            column: {attack: _share(broken_at > position) for attack, broken_at in after.items()}
+            column: {attack: share(broken_at > position) for attack, broken_at in after.items()}
             for column, after in suite_run.sequences.items()
         },
-        broken=broken,
-        adversarial=_adversarial(driver, broken),
-        settings=_settings(columns),
-        zero_gradient_share=_share(clean.signals["zero_gradient_ce"][clean.correct]),
+        zero_gradient_share=share(clean.signals["zero_gradient_ce"][clean.correct]),
         cw_l2=_carlini_wagner(cw.l2, clean.correct, threat_model, driver.images[0].numel()) if cw else None,
         verdict=probed[-1].verdict,
         seconds=0.0,
@@ -339,7 +325,7 @@ def _broken(driver: Driver, clean: CleanPass, suite_run: SuiteRun, probed: Seque
     return Broken(by, steps, margins, seeds)
 
 
-def _breaks(suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Iterator[tuple[str, Outcome, Tensor]]:
+def _breaks(suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Iterator[tuple[str, AttackOutcome, Tensor]]:
     """By stage, in the order in which they ran: what it did, and which examples [N] it broke in the last ball probed.
 
     What breaks an example in a smaller ball breaks it in this one.
@@ -357,7 +343,7 @@ def _adversarial(driver: Driver, broken: Broken) -> Adversarial | None:
     if len(driver.threat_models) > 1 or driver.processes.index:
         return None
     stages = {example: by for example, by in enumerate(broken.by) if by not in ("", CLEAN)}
-    images = driver.rows.images(stages, driver.images.shape[1:])
+    images = driver.checkpoint.images(stages, driver.images.shape[1:])
     return Adversarial(torch.tensor(list(stages), dtype=torch.int64), images)
 
 
@@ -375,9 +361,5 @@ def _carlini_wagner(l2: Tensor, correct: Tensor, threat_model: ThreatModel, pixe
     return CarliniWagner(
         median_l2=median if isfinite(median) else None,
         budget=budget,
-        accuracy_at_budget=_share(correct & (l2 > budget)),
+        accuracy_at_budget=share(correct & (l2 > budget)),
     )
-
-
-def _share(flags: Tensor) -> float:
-    return float(flags.double().mean()) if len(flags) else 0.0

@@ -9,7 +9,7 @@ are the same whatever suite a model is evaluated under, and know of no particula
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..attacks.losses import LOSSES, cross_entropy, margin
 from ..attacks.pgd import PGD, SignNoise, drawn
 from ..attacks.square import Square
 from ..attacks.threat_model import ThreatModel, per_image
+from ..results.result import Verdict, Word
 
 SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")  # what `signals` measures
 PROBED = 200  # examples, the first that are classified right: they bound a share of 0 by 2 %
@@ -29,29 +30,6 @@ _MASKED_ABOVE = 0.05  # share of examples that one attack leaves and another bre
 _SOUND_BELOW = 0.10
 # Adversarial training with capped units, whose zero gradients hide nothing at eps, leaves some 20 % there.
 _STUCK_ABOVE = 1 / 3  # share of examples that withstand, beyond chance, a radius which nothing can withstand
-
-
-Word = Literal["sound", "undecided", "masked"]
-VERDICTS: tuple[Word, ...] = get_args(Word)  # from good to bad
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is to be thought of white-box robust accuracies.
-
-    Attributes:
-        verdict: "sound": white-box attacks find nearly all that is to be found; "masked": they do not, by far;
-            "undecided": neither is shown.
-        evidence: A sentence for each signal.
-        numbers: The same by name: shares in [0, 1] of the ``examples`` that were probed.
-    """
-
-    verdict: Word
-    evidence: tuple[str, ...]
-    numbers: dict[str, float]
-
-    def __str__(self) -> str:
-        return self.verdict
 
 
 @dataclass(frozen=True)

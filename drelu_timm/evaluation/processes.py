@@ -53,9 +53,12 @@ class Processes:
             return False
         return True
 
-    def gather(self, entries: dict[int, Value]) -> dict[int, Value]:
-        """The entries of every process; all processes call this, and wait for each other."""
-        return entries if self.count == 1 else dict(gather_object(list(entries.items())))
+    def others(self, value: Value) -> list[Value]:
+        """Return what the other processes give; all of them call this, and wait for each other."""
+        if self.count == 1:
+            return []
+        values = gather_object([value])
+        return values[: self.index] + values[self.index + 1 :]
 
     def wait(self) -> None:
         """Wait until every process is here."""

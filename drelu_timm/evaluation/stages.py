@@ -11,9 +11,11 @@ from ..attacks.attack import Batch
 from ..attacks.suites import Suite, single_attacks
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError
+from ..results.result import Verdict
 from .attacked import Attacked, label_margin
-from .driver import Driver, Measurement, Outcome
-from .masking import PROBED, SIGNALS, Probe, Verdict, probes, signals, verdict
+from .checkpoint import Measurement
+from .driver import AttackOutcome, Driver
+from .masking import PROBED, SIGNALS, Probe, probes, signals, verdict
 
 CLEAN = "clean"  # the stage of the clean images
 
@@ -41,14 +43,14 @@ class SuiteRun:
 
     broken_at: dict[str, Tensor]
     sequences: dict[str, dict[str, Tensor]]
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, AttackOutcome]
 
 
 @dataclass(frozen=True)
 class ProbeRun:
     """What the probes for masking did in one threat model, by the name of their stage, and what they say."""
 
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, AttackOutcome]
     verdict: Verdict
 
 
@@ -73,7 +75,7 @@ def _measure_clean(model: nn.Module, examples: Tensor, batch: Batch) -> Measurem
     with torch.no_grad():
         logits = model(batch.images)
     columns = {"prediction": logits.argmax(dim=1), "margin": label_margin(logits, batch.labels)}
-    return Measurement(columns | signals(model, batch.images, batch.labels))
+    return Measurement.of(examples, columns | signals(model, batch.images, batch.labels))
 
 
 def run_suite(driver: Driver, columns: Suite, correct: Tensor) -> SuiteRun:
@@ -98,7 +100,7 @@ def run_probes(driver: Driver, position: int, columns: Suite, clean: CleanPass, 
     threat_model = driver.threat_models[position]
     examples = clean.correct & (clean.correct.cumsum(0) <= PROBED)
     broken: dict[str, Tensor] = {}
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, AttackOutcome] = {}
     left: dict[ThreatModel, Tensor] = {}
     for probe in probes(driver.model, threat_model, driver.images[0].numel()):
         standing = left.setdefault(probe.threat_model, examples)
@@ -120,7 +122,7 @@ def _stage(probe: Probe) -> str:
     return f"probe {probe.name} at {probe.threat_model.written}"
 
 
-def _first_images(driver: Driver, correct: Tensor, outcomes: Iterable[Outcome]) -> Tensor:
+def _first_images(driver: Driver, correct: Tensor, outcomes: Iterable[AttackOutcome]) -> Tensor:
     """Of which examples [N] the next image that breaks them is the first one; of several radii no images are kept."""
     if len(driver.threat_models) > 1:
         return torch.zeros_like(correct)

@@ -36,6 +36,8 @@ class Subject:
         defaults: Dataset, data_dir, norm and eps where they are not given.
         img_size: Side of the images, in pixels; None for the dataset's own.
         in_chans: Channels of the images; None for the dataset's own.
+        classes: Names of the classes that it was trained on, in the order of its outputs; None where the dataset
+            determines them, or where they are not known.
         results_folder: Where results go.
     """
 
@@ -47,6 +49,7 @@ class Subject:
     img_size: int | None
     in_chans: int | None
     results_folder: Path
+    classes: tuple[str, ...] | None = None
 
 
 def find_subject(flag: str, name: str, *, dataset: str | None = None, norm: str | None = None) -> Subject:
@@ -80,6 +83,7 @@ def _run_subject(name: str, run: Run) -> Subject:
         img_size=run.config["img_size"],
         in_chans=run.config["in_chans"],
         results_folder=run.results_folder,
+        classes=tuple(run.config["classes"]) if "classes" in run.config else None,
     )
 
 

@@ -4,6 +4,7 @@ import copyreg
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from inspect import get_annotations
 from posixpath import commonpath
 from typing import Any
 
@@ -46,7 +47,12 @@ class _Mixed(type):
 
 @cache
 def _mixed(mixin: type, cls: type) -> type:
-    return _Mixed(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    # TorchScript reads the annotations of one class, and with them which attributes are constants (torch.jit.Final).
+    annotations: dict[str, Any] = {}
+    for each in (*reversed(cls.__mro__), mixin):
+        annotations |= get_annotations(each)
+    namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__annotations__": annotations}
+    return _Mixed(cls.__name__, (mixin, cls), namespace)
 
 
 copyreg.pickle(_Mixed, lambda cls: (_mixed, cls.__bases__))  # so they are pickled as the call that makes them

@@ -6,10 +6,11 @@ from typing import Any
 import yaml
 
 from ..attacks.suites import ATTACKS
-from ..evaluation.curves import verdict_at
+from ..results.plotting import verdict_at
+from ..results.result import CarliniWagner, EpsResult
 from .entries import architecture, generated_images, is_pretrained, told_of_data
 from .measured import AUTOATTACK, PROBES, Measured, further_called, percent, spread
-from .recipes import OBJECTIVES, evaluation_time, made_with, training_commands, training_time
+from .recipes import OBJECTIVES, evaluation_time, made_with, train_command, train_tables, training_time
 
 CITATION = """\
 @article{sooksatra2024dynamic,
@@ -64,12 +65,11 @@ def model_card(measured: Measured, *, source: str | None = None) -> str:
 
 def _header(measured: Measured) -> dict[str, Any]:
     """The YAML that the Hub reads; no accuracy under attack but the worst case, with the verdict in its name."""
-    results = measured.results
     preliminary = ", preliminary" if measured.preliminary else ""
     robust = f"Robust accuracy, worst case ({measured.threat_model}; gradient masking: {measured.verdict}{preliminary})"
     metrics = [
-        {"type": "accuracy", "name": f"Clean accuracy{preliminary}", "value": _number(results["clean"])},
-        {"type": "accuracy", "name": robust, "value": _number(results["worst"])},
+        {"type": "accuracy", "name": f"Clean accuracy{preliminary}", "value": _number(measured.point.clean)},
+        {"type": "accuracy", "name": robust, "value": _number(measured.point.worst)},
     ]
     return {
         "license": _licence_name(measured),
@@ -82,7 +82,7 @@ def _header(measured: Measured) -> dict[str, Any]:
                 "results": [
                     {
                         "task": {"type": "image-classification", "name": "Image classification"},
-                        "dataset": {"type": measured.dataset, "name": results["dataset_title"], "split": "test"},
+                        "dataset": {"type": measured.dataset, "name": measured.results.dataset_title, "split": "test"},
                         "metrics": metrics,
                     }
                 ],
@@ -102,30 +102,30 @@ def _summary(measured: Measured) -> str:
         f"{architecture(measured)}, {measured.num_parameters:,} parameters, trained on {config['dataset_title']} by "
         f"{OBJECTIVES[config['train']['objective']]}. It takes images in [0, 1], {images}, and gives the logits of "
         f"{config['num_classes']} classes; normalisation is its first layer. Threat model: {measured.threat_model}. "
-        f"On this test set it classifies {percent(measured.results['clean'])} % right, and "
-        f"{percent(measured.results['worst'])} % under every attack tried; gradient masking: {measured.verdict}."
+        f"On this test set it classifies {percent(measured.point.clean)} % right, and "
+        f"{percent(measured.point.worst)} % under every attack tried; gradient masking: {measured.verdict}."
     )
 
 
 def _accuracy(measured: Measured) -> str:
-    results = measured.results
-    attacks = {_called(attack): accuracy for attack, accuracy in results["accuracy"].items()}
-    rows = {"clean": results["clean"], **attacks, "**worst case**": results["worst"]}
+    results, point = measured.results, measured.point
+    attacks = {_called(attack): accuracy for attack, accuracy in point.accuracy.items()}
+    rows = {"clean": point.clean, **attacks, "**worst case**": point.worst}
     table = "\n".join(f"| {attack} | {percent(accuracy)} |" for attack, accuracy in rows.items())
     paragraphs = [
         f"{measured.sample} The worst case is the share of the images that the model classifies right under every "
         f"attack, {PROBES} among them.",
         f"| attack | accuracy in % |\n| --- | ---: |\n{table}",
-        *_stages(results),
+        *_stages(point),
         *_further(measured),
         f"Gradient masking: {measured.verdict}. {MEANINGS[measured.verdict]} The evidence:",
-        _list(results["verdict"]["evidence"]),
-        f"The input gradient is exactly zero for {percent(results['zero_gradient_share'])} % of the images classified "
+        _list(point.verdict.evidence),
+        f"The input gradient is exactly zero for {percent(point.zero_gradient_share)} % of the images classified "
         "right.",
-        _cw_l2(results.get("cw_l2")),
-        f"Evaluation: suite {results['suite']}, seed {results['seed']}, attacks search in {results['precision']} and "
-        f"are judged in float32, {evaluation_time(results)}; {made_with(results)}. The attacks' settings:",
-        _list(f"{attack}: {_settings(settings)}" for attack, settings in results["settings"].items()),
+        _cw_l2(point.cw_l2),
+        f"Evaluation: suite {results.suite}, seed {results.seed}, attacks search in {results.precision} and "
+        f"are judged in float32, {evaluation_time(point)}; {made_with(results.environment)}. The attacks' settings:",
+        _list(f"{attack}: {_settings(settings)}" for attack, settings in point.settings.items()),
     ]
     return "\n\n".join(paragraphs)
 
@@ -136,9 +136,9 @@ def _called(attack: str) -> str:
     return f"{attack} (what it finds in the ball)" if minimum_norm else attack
 
 
-def _stages(results: dict[str, Any]) -> Iterator[str]:
+def _stages(point: EpsResult) -> Iterator[str]:
     """What AutoAttack left after each of its attacks, and what its own check of Square says of that."""
-    left = results.get("sequences", {}).get(AUTOATTACK)
+    left = point.sequences.get(AUTOATTACK)
     if not left:
         return
     shares = ", ".join(f"{name} {percent(share)}" for name, share in left.items())
@@ -153,24 +153,23 @@ def _stages(results: dict[str, Any]) -> Iterator[str]:
 
 def _further(measured: Measured) -> Iterator[str]:
     """What other evaluations contribute to the worst case."""
-    if measured.further:
+    if measured.results.further:
         yield "The worst case counts, beside this evaluation, every image that one of these broke:"
         yield _list(
-            f"{further_called(one)}: {percent(one['worst'])} % of them in its worst case, gradient masking: "
-            f"{one['verdict']}"
-            for one in measured.further
+            f"{further_called(one)}: {percent(one.worst)} % of them in its worst case, gradient masking: {one.verdict}"
+            for one in measured.results.further
         )
 
 
-def _cw_l2(cw: dict[str, Any] | None) -> str:
+def _cw_l2(cw: CarliniWagner | None) -> str:
     """A sentence on what CW needs, beside its robust accuracy in the threat model."""
     if cw is None:
         return "CW-L2 was not run."
-    median = "is out of its reach" if cw["median_l2"] is None else f"is {cw['median_l2']:.3g}"
-    accuracy = percent(cw["accuracy_at_budget"])
+    median = "is out of its reach" if cw.median_l2 is None else f"is {cw.median_l2:.3g}"
+    accuracy = percent(cw.accuracy_at_budget)
     return (
         f"CW-L2: the median L2 distance to an adversarial image {median}; "
-        f"the accuracy within an L2 distance of {cw['budget']:.3g} is {accuracy} %."
+        f"the accuracy within an L2 distance of {cw.budget:.3g} is {accuracy} %."
     )
 
 
@@ -178,13 +177,13 @@ def _curve(measured: Measured) -> str:
     assert measured.curve is not None
     curve = measured.curve
     rows = "\n".join(
-        f"| {at['eps']} | {percent(at['clean'])} | {percent(at['worst'])} | {verdict_at(at)} |" for at in curve["curve"]
+        f"| {at.eps} | {percent(at.clean)} | {percent(at.worst)} | {verdict_at(at)} |" for at in curve.points
     )
     return "\n\n".join(
         [
             f"![Accuracy under every attack against eps]({measured.key}.png)",
-            f"{'Preliminary: ' if measured.is_preliminary(curve['n_examples']) else ''}{curve['norm']}, suite "
-            f"{curve['suite']}, the first {curve['n_examples']:,} test images:",
+            f"{'Preliminary: ' if measured.is_preliminary(curve.n_examples) else ''}{curve.norm}, suite "
+            f"{curve.suite}, the first {curve.n_examples:,} test images:",
             f"| eps | clean, % | worst case, % | gradient masking |\n| ---: | ---: | ---: | --- |\n{rows}",
         ]
     )
@@ -213,7 +212,7 @@ def _seeds(measured: Measured) -> str:
 
 def _loading(measured: Measured) -> str:
     """Of a model that comes with this package, or whose card does."""
-    recipe = f"`{measured.recipe}` makes the model, its evaluation and this card. "
+    recipe = f"`{measured.recipe}` states how the model, its evaluation and this card are made. "
     if measured.weights.bytes > SHIPPED:
         return (
             f"{recipe}Its weights do not come with `drelu_timm`: model.safetensors, {measured.weights.bytes:,} bytes, "
@@ -273,7 +272,6 @@ Both give a Sequential of `normalize` and `model`, in eval mode, for images in [
 
 def _training(measured: Measured) -> str:
     config, training = measured.config, measured.training
-    commands = "\n".join(training_commands(config, f"runs/{measured.key}"))
     kept = training["epoch"]
     facts = [
         f"Data: {config['dataset_title']}; a part of its training images is held out to choose the epoch by.",
@@ -295,7 +293,14 @@ def _training(measured: Measured) -> str:
         f"Time: {training_time(measured)} on {config['hardware']}, {training['images_per_second']:,.0f} images/s.",
         f"Versions: {made_with(config)}.",
     ]
-    return f"```bash\n{commands}\n```\n\n{_list(facts)}"
+    file = f"{measured.key}.toml"
+    return "\n\n".join(
+        [
+            f"Trained by `{train_command(measured, file)}`, where `{file}` holds",
+            f"```toml\n{train_tables(measured)}```",
+            _list(facts),
+        ]
+    )
 
 
 def _settings(settings: dict[str, Any]) -> str:

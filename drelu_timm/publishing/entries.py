@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
 from ..errors import InputError
+from ..schema import dump
 from .measured import Measured, percent
 
 # Made from the 188 entries that RobustBench's repository holds at revision 78fcc9e for Linf and L2: the same fields,
@@ -35,8 +35,8 @@ def model_info(measured: Measured) -> dict[str, Any]:
         "venue": paper.venue,
         "architecture": architecture(measured),
         "eps": measured.threat_model.written,
-        "clean_acc": percent(measured.results["clean"]),
-        "reported": percent(measured.results["worst"]),
+        "clean_acc": percent(measured.point.clean),
+        "reported": percent(measured.point.worst),
         "autoattack_acc": percent(measured.autoattack),
         **external,
         "footnote": _footnote(measured),
@@ -114,4 +114,4 @@ def check_entry(entry: Mapping[str, Any]) -> None:
 
 def card_record(measured: Measured) -> dict[str, Any]:
     """What lies beside a card: RobustBench's entry, and in ``measured`` what it and the card are made from."""
-    return {**model_info(measured), "measured": {**asdict(measured), "recipe": measured.recipe}}
+    return {**model_info(measured), "measured": {**dump(measured), "recipe": measured.recipe}}

@@ -11,9 +11,9 @@ import torch
 from ..data.images import Images, to_float
 from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..evaluation.curves import draw_curve
 from ..files import write_json, write_text, written_whole
 from ..models.saved import CONFIG, WEIGHTS
+from ..results.plotting import draw_curve
 from ..runs import Run
 from .cards import SHIPPED, model_card
 from .entries import card_record, model_info
@@ -45,13 +45,11 @@ def write_model(folder: Path, measured: Measured, run: Run) -> None:
     if measured.weights.bytes <= SHIPPED:
         shutil.copyfile(hub / WEIGHTS, cards / f"{measured.key}.safetensors")
     if measured.curve is not None:
-        curve, dataset = measured.curve, measured.results["dataset_title"]
-        title = f"{measured.key}\n{dataset}, {measured.norm}, first {curve['n_examples']:,} test images"
-        draw_curve(curve["curve"], cards / f"{measured.key}.png", title=title)
+        curve, dataset = measured.curve, measured.results.dataset_title
+        title = f"{measured.key}\n{dataset}, {measured.norm}, first {curve.n_examples:,} test images"
+        draw_curve(curve.points, cards / f"{measured.key}.png", title=title)
         shutil.copyfile(cards / f"{measured.key}.png", hub / f"{measured.key}.png")
-    script = folder / measured.recipe
-    write_text(script, recipe(measured))
-    script.chmod(0o755)
+    write_text(folder / measured.recipe, recipe(measured))
 
 
 def _registration(measured: Measured) -> str:
@@ -83,7 +81,7 @@ def write_submission(folder: Path, measured: Measured, test: Images, evaluated: 
         images = f"{measured.key}_adversarial.pt"
         write_text(submission / "new-external-evaluation.md", new_evaluation(measured, images, evaluated.without_image))
         whole = to_float(test.images)
-        whole[evaluated.index[evaluated.broken]] = evaluated.adversarial
+        whole[evaluated.broken] = evaluated.adversarial
         with written_whole(submission / images) as beside:
             torch.save(whole, beside)
 

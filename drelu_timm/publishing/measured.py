@@ -1,8 +1,8 @@
-"""What was measured of an evaluated run: all that its card, its entry and its recipe say, and the record of it."""
+"""What was measured of an evaluated run: all that its card, its entry and its recipe state, gathered from its files."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,6 +11,8 @@ from typing import Any
 from ..attacks.threat_model import ThreatModel
 from ..data.datasets import DATASETS
 from ..files import json_text
+from ..results.result import EpsResult, Further, Result
+from ..schema import load
 from ..zoo.robust_models import robust_model_name
 
 AUTOATTACK = "autoattack"
@@ -81,8 +83,8 @@ class Measured:
         config: The run's config.json.
         training: Of log.jsonl: epochs, the epoch whose weights these are, seconds, images a second; and whether the
             weights are the "last" epoch's or the best "model".
-        results: The evaluation's JSON file.
-        curve: A sweep's JSON file; None where the run has none of this norm.
+        results: The evaluation, with the worst case and the verdict of all in this threat model; see `with_further`.
+        curve: A sweep; None where the run has none of this norm.
         seeds: The run and those that differ by the seed only, where any were given.
         caps: Mean, min and max of the learned caps; empty without a D-ReLU.
         num_parameters: Of the model.
@@ -95,9 +97,9 @@ class Measured:
     key: str
     config: dict[str, Any]
     training: dict[str, Any]
-    results: dict[str, Any]
-    curve: dict[str, Any] | None
-    seeds: list[Seed]
+    results: Result
+    curve: Result | None
+    seeds: tuple[Seed, ...]
     caps: dict[str, float]
     num_parameters: int
     test_size: int
@@ -111,19 +113,24 @@ class Measured:
         return robust_model_name(self.key, self.dataset, self.norm)
 
     @property
+    def point(self) -> EpsResult:
+        """Accuracies in the threat model."""
+        return self.results.point
+
+    @property
     def dataset(self) -> str:
         """As ``--dataset`` and RobustBench spell it."""
-        return self.results["dataset"]
+        return self.results.dataset
 
     @property
     def norm(self) -> str:
         """As ``--norm`` and RobustBench spell it."""
-        return self.results["norm"]
+        return self.results.norm
 
     @cached_property
     def threat_model(self) -> ThreatModel:
         """What the attacks were allowed."""
-        return ThreatModel.parse(self.norm, self.results["eps"])
+        return ThreatModel.parse(self.norm, self.point.eps)
 
     @property
     def place(self) -> Path:
@@ -132,8 +139,8 @@ class Measured:
 
     @property
     def recipe(self) -> str:
-        """Where the commands that make it lie in this project."""
-        return f"scripts/{self.place.as_posix()}.sh"
+        """Where the file that trains it is stored in this project."""
+        return f"scripts/{self.place.as_posix()}.toml"
 
     @property
     def config_sha256(self) -> str:
@@ -143,17 +150,17 @@ class Measured:
     @property
     def verdict(self) -> str:
         """On gradient masking: "sound", "masked" or "undecided"."""
-        return self.results["verdict"]["verdict"]
+        return self.point.verdict.verdict
 
     @property
     def autoattack(self) -> float | None:
         """Robust accuracy under AutoAttack, in [0, 1]; None where it was not run."""
-        return self.results["accuracy"].get(AUTOATTACK)
+        return self.point.accuracy.get(AUTOATTACK)
 
     @property
     def external(self) -> float | None:
         """What RobustBench ranks by in AutoAttack's stead: the worst case, where AutoAttack's number does not hold."""
-        worst = self.results["worst"]
+        worst = self.point.worst
         holds = self.autoattack is not None and worst >= self.autoattack and self.verdict != "masked"
         return None if holds else worst
 
@@ -172,20 +179,20 @@ class Measured:
         A folder's always are, as it is read in an order and at a size of our own, and the board's 5,000 are others.
         """
         known = DATASETS.get(self.dataset)
-        return self.dataset in BOARD_EXAMPLES and (known is None or self.results["dataset_title"] != known.title)
+        return self.dataset in BOARD_EXAMPLES and (known is None or self.results.dataset_title != known.title)
 
     @property
     def images_needed(self) -> list[str]:
         """A sentence on where a training has to find the images, if they are none that it would download."""
         if not self.is_copy:
             return []
-        title = self.results["dataset_title"]
+        title = self.results.dataset_title
         return [f"{title} is not what a training finds or downloads by itself: give each its folder by --data-dir."]
 
     @property
     def preliminary(self) -> bool:
         """Whether the results are: see `is_preliminary`."""
-        return self.is_preliminary(self.results["n_examples"])
+        return self.is_preliminary(self.results.n_examples)
 
     def is_preliminary(self, n_examples: int) -> bool:
         """Whether numbers are from fewer images than the leaderboard asks for, or from a copy of them."""
@@ -194,27 +201,27 @@ class Measured:
     @property
     def attacks(self) -> str:
         """What the worst case is over."""
-        evaluations = (self.results, *self.further)
-        return ", ".join([*dict.fromkeys(attack for one in evaluations for attack in one["accuracy"]), PROBES])
+        return ", ".join([*self.attacks_tried, PROBES])
 
     @property
-    def further(self) -> list[dict[str, Any]]:
-        """Other evaluations of the same weights in the threat model: what they broke is in the worst case."""
-        return self.results.get("further", [])
+    def attacks_tried(self) -> list[str]:
+        """The attacks of all evaluations that count in the worst case."""
+        evaluations = (self.point, *self.results.further)
+        return list(dict.fromkeys(attack for one in evaluations for attack in one.accuracy))
 
     @property
     def sample(self) -> str:
         """How many of which images every number is from."""
-        n, title = self.results["n_examples"], self.results["dataset_title"]
+        n, title = self.results.n_examples, self.results.dataset_title
         sample = f"the first {n:,} of the {self.test_size:,}" if n < self.test_size else f"all {n:,}"
         return f"{'Preliminary: measured' if self.preliminary else 'Measured'} on {sample} test images of {title}."
 
 
-def further_called(evaluation: Mapping[str, Any]) -> str:
-    """Suite, radii and images of an evaluation, in words."""
-    eps = evaluation["eps"]
-    over = f" over eps {', '.join(eps)}" if isinstance(eps, list) else ""
-    return f"the suite {evaluation['suite']}{over} on the first {evaluation['n_examples']:,} test images"
+def further_called(evaluation: Result | Further) -> str:
+    """Return suite, radii and images of an evaluation, in words."""
+    eps = evaluation.eps
+    over = "" if isinstance(eps, str) else f" over eps {', '.join(eps)}"
+    return f"the suite {evaluation.suite}{over} on the first {evaluation.n_examples:,} test images"
 
 
 def percent(accuracy: float | None) -> str | None:
@@ -227,9 +234,10 @@ def spread(accuracies: Sequence[float], digits: int = 2) -> str:
     return f"{100 * mean(accuracies):.{digits}f} ± {100 * stdev(accuracies):.{digits}f}"
 
 
-def from_record(record: Mapping[str, Any]) -> Measured:
-    """The inverse of `card_record`."""
-    held = record["measured"]
-    given = {field.name: held[field.name] for field in fields(Measured)}
-    seeds = [Seed(**seed) for seed in held["seeds"]]
-    return Measured(**{**given, "seeds": seeds, "paper": Paper(**held["paper"]), "weights": Weights(**held["weights"])})
+def from_record(record: dict[str, Any], path: Path) -> Measured:
+    """Return what a card record, as of `card_record`, is made from; the inverse of that function.
+
+    Raises:
+        InputError: A record that is not whole; the error names its path.
+    """
+    return load(Measured, record.get("measured"), path)

@@ -1,26 +1,25 @@
-"""What an evaluated run's files say, gathered for its card and its entry."""
+"""Files of an evaluated run, gathered for its card and its entry."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
-from ..evaluation.masking import VERDICTS
-from ..evaluation.result_files import ResultFile, best_sweep, read_result, read_survivors
 from ..files import read_json
-from ..kinds import ANYTHING, check_fields
 from ..models.caps import cap_statistics
 from ..models.saved import CONFIG, WEIGHTS
+from ..results.combined import Combined
+from ..results.examples import read_survivors
+from ..results.result import EpsResult, Further, Result, best_sweep, read_result
 from ..runs import Run
 from .measured import AUTOATTACK, Measured, Paper, Seed, Weights, further_called
 
-_OF_ATTACKS = ("settings", "sequences", "adversarial_sha256", "attack_seconds")
-_FIELDS = (*_OF_ATTACKS, "seed", "precision", "seconds", "versions", "hardware")
 
-
-def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> ResultFile:
+def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> Result:
     """The evaluation of that name, or the best in the threat model: with AutoAttack, then most examples and attacks.
 
     Raises:
@@ -29,16 +28,17 @@ def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> Res
     """
     results = _read_all(run)
     if not results:
-        raise InputError(f"{run.path} has no evaluation; make one: drelu-timm evaluate {run.path} --suite standard")
-    names = {file.path.stem: file for file in results}
+        raise InputError(
+            f"{run.path} has no evaluation; make one: drelu-timm evaluate {quote(str(run.path))} --suite standard"
+        )
+    names = {file.file.stem: file for file in results}
     if name is not None and name not in names:
         raise unknown("--results", name, names)
     dataset = run.config["train"]["dataset"]
     found = [
         file
         for file in (results if name is None else [names[name]])
-        if (file.content["dataset"], file.content["norm"]) == (dataset, threat_model.norm)
-        and file.at(threat_model.written)
+        if (file.dataset, file.norm) == (dataset, threat_model.norm) and file.at(threat_model.written)
     ]
     if not found:
         raise InputError(
@@ -46,89 +46,77 @@ def choose_results(run: Run, threat_model: ThreatModel, name: str | None) -> Res
             f"{', '.join(str(file.path) for file in results)}; evaluate it so, or export what there is by --norm and "
             "--eps"
         )
-    chosen = max(found, key=_size)
-    check_fields(chosen.path, chosen.content, dict.fromkeys(_FIELDS, ANYTHING))
-    return chosen
+    return max(found, key=_size)
 
 
-def _size(file: ResultFile) -> tuple[bool, int, int]:
+def _size(file: Result) -> tuple[bool, int, int]:
     """Whether an evaluation has AutoAttack, how many examples, and how many attacks."""
-    accuracy = file.content["accuracy"]
+    accuracy = file.point.accuracy
     return AUTOATTACK in accuracy, file.n_examples, len(accuracy)
 
 
-def _read_all(run: Run, folder: str = "results") -> list[ResultFile]:
+def _read_all(run: Run, folder: str = "results") -> list[Result]:
     """The result files of a run, of one radius each or the sweeps, all of the weights that it has now."""
     files = [read_result(path) for path in sorted(run.results_folder.with_name(folder).glob("*.json"))]
     for file in files:
-        if (digest := file.content["model_digest"]) != run.model_digest:
+        if (digest := file.model_digest) != run.model_digest:
             raise InputError(
-                f"{file.path} was measured on other weights (sha256 {digest[:12]}) than {run.model_folder} holds "
-                f"({run.model_digest[:12]}); delete it and evaluate anew: drelu-timm evaluate {run.path}"
+                f"{file.path} was measured on other weights (sha256 {str(digest)[:12]}) than {run.model_folder} holds "
+                f"({run.model_digest[:12]}); delete it and evaluate anew: drelu-timm evaluate {quote(str(run.path))}"
             )
     return files
 
 
-def further_evaluations(run: Run, chosen: ResultFile) -> list[ResultFile]:
+def further_evaluations(run: Run, chosen: Result) -> list[Result]:
     """What else was measured of the run's weights in the threat model of an evaluation on images of its test set.
 
     Raises:
         InputError: One that is not whole, or was measured on other weights than the run has now.
     """
-    same = ("dataset", "dataset_title", "norm")
     return [
         file
         for file in (*_read_all(run), *_read_all(run, "sweeps"))
-        if file.path != chosen.path
-        and all(file.content[field] == chosen.content[field] for field in same)
-        and file.at(chosen.content["eps"])
+        if file.path != chosen.path and file.images == chosen.images and file.at(chosen.point.eps)
     ]
 
 
-def with_further(chosen: ResultFile, further: Sequence[ResultFile]) -> dict[str, Any]:
-    """An evaluation's results with what others add: what they broke counts as broken, and the worst verdict holds.
+def with_further(chosen: Result, further: Sequence[Result]) -> Result:
+    """Return an evaluation with what others add: what they broke counts as broken, and the worst verdict holds.
 
     Returns:
-        The content of the file, its worst case and verdict those over all, and under "further" what the others are.
+        The evaluation, its worst case and verdict those over all, and under "further" what the others are.
 
     Raises:
-        InputError: The rows an example of one are missing, or not whole.
+        InputError: The rows of one are missing, or not whole.
     """
-    results, eps = chosen.content, chosen.content["eps"]
     if not further:
-        return results
+        return chosen
+    eps = chosen.point.eps
     survivors = read_survivors([chosen, *further], chosen.n_examples, eps)
     if survivors is None:
-        without = [str(file.path) for file in (chosen, *further) if not file.path.with_suffix(".csv").is_file()]
+        without = [str(file.path) for file in (chosen, *further) if not file.file.with_suffix(".csv").is_file()]
         raise InputError(
             f"beside {', '.join(without)} the .csv with a row an example is missing; restore it, or evaluate anew"
         )
-    files = (chosen, *further)
-    verdicts = [_point(file, eps)["verdict"] for file in files]
-    worst, verdict = max(zip(files, verdicts, strict=True), key=lambda of: VERDICTS.index(of[1]["verdict"]))
-    if worst is not chosen:
-        evidence = [f"So says {further_called(worst.content)}.", *verdict["evidence"]]
-        verdict = {**verdict, "evidence": evidence}
-    asked = ("suite", "eps", "n_examples", "seed", "precision", "transfer_from")
-    told = [
-        without_paths({field: file.content.get(field) for field in asked})
-        | {field: _point(file, eps)[field] for field in ("accuracy", "worst")}
-        | {"verdict": verdict_of_it["verdict"]}
-        for file, verdict_of_it in zip(further, verdicts[1:], strict=True)
-    ]
-    return {**results, "worst": float(survivors.mean()), "verdict": verdict, "further": told}
+    combined = Combined(eps, (chosen,), tuple(further), survivors)
+    verdict = combined.verdict
+    if (worst := combined.decisive[0]) is not chosen:
+        verdict = replace(verdict, evidence=(f"So says {further_called(worst)}.", *verdict.evidence))
+    point = replace(chosen.point, worst=combined.worst, verdict=verdict)
+    return replace(chosen, points=(point,), further=tuple(_further(one, combined.point_of(one)) for one in further))
 
 
-def _point(file: ResultFile, eps: str) -> dict[str, Any]:
-    """What a file's content says at a radius."""
-    contents = file.content["curve"] if file.is_sweep else [file.content]
-    return next(at for at, point in zip(contents, file.points, strict=True) if point is file.at(eps))
+def _further(result: Result, point: EpsResult) -> Further:
+    published = result.published()
+    names = ("suite", "eps", "n_examples", "seed", "precision", "transfer_from")
+    about = {name: getattr(published, name) for name in names}
+    return Further(**about, accuracy=point.accuracy, worst=point.worst, verdict=point.verdict.verdict)
 
 
 def measured_run(
     run: Run,
-    chosen: ResultFile,
-    results: dict[str, Any],
+    chosen: Result,
+    results: Result,
     *,
     key: str,
     paper: Paper,
@@ -154,7 +142,7 @@ def measured_run(
         key=key,
         config=without_paths(run.config),
         training=_training(run),
-        results=without_paths(results),
+        results=results.published(),
         curve=_curve(run, results),
         seeds=_seeds(run, chosen, results, other_seeds),
         caps=cap_statistics(model),
@@ -166,16 +154,13 @@ def measured_run(
     )
 
 
-def without_paths(record: dict[str, Any]) -> dict[str, Any]:
-    """A config.json or a result without what only this machine knows: it is going to be published."""
-    kept = {name: value for name, value in record.items() if name not in ("command", "run")}
-    if record.get("transfer_from"):
-        kept["transfer_from"] = Path(record["transfer_from"]).name  # of a folder, whose path is nobody's business
-    if "train" in kept:
-        train = kept["train"]
-        generated = [Path(file).name for file in train.get("generated", ())]
-        published = {name: value for name, value in train.items() if name not in ("data_dir", "init_from")}
-        kept["train"] = {**published, "generated": generated}
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json without what concerns this machine only: it is going to be published."""
+    kept = {name: value for name, value in config.items() if name not in ("command", "run")}
+    train = config["train"]
+    generated = [Path(file).name for file in train.get("generated", ())]
+    published = {name: value for name, value in train.items() if name not in ("data_dir", "init_from")}
+    kept["train"] = {**published, "generated": generated}
     if isinstance(kept.get("init_from"), dict):
         kept["init_from"] = without_paths(kept["init_from"])
     return kept
@@ -195,15 +180,13 @@ def _training(run: Run) -> dict[str, Any]:
     return {"epochs": last["epoch"], "epoch": kept, "weights": run.weights, **times}
 
 
-def _curve(run: Run, results: dict[str, Any]) -> dict[str, Any] | None:
+def _curve(run: Run, results: Result) -> Result | None:
     """The run's sweep over eps in that norm, of several the best."""
-    same = ("norm", "dataset", "dataset_title")
-    sweeps = [file for file in _read_all(run, "sweeps") if all(file.content[name] == results[name] for name in same)]
-    best = best_sweep(sweeps)
-    return None if best is None else without_paths(best.content)
+    best = best_sweep(file for file in _read_all(run, "sweeps") if file.images == results.images)
+    return None if best is None else best.published()
 
 
-def _seeds(run: Run, chosen: ResultFile, results: dict[str, Any], others: Sequence[Path]) -> list[Seed]:
+def _seeds(run: Run, chosen: Result, results: Result, others: Sequence[Path]) -> tuple[Seed, ...]:
     """The run and those of other seeds, by seed; none where there are no others."""
     seeds = {run.config["train"]["seed"]: _seed(run, results)} if others else {}
     for path in others:
@@ -213,16 +196,17 @@ def _seeds(run: Run, chosen: ResultFile, results: dict[str, Any], others: Sequen
         seed = other.config["train"]["seed"]
         if seed in seeds or other.model_digest in [one.model_digest for one in seeds.values()]:
             raise InputError(f"--seeds {path}: its seed, {seed}, or its weights are there twice; give each run once")
-        found = choose_results(other, ThreatModel.parse(results["norm"], results["eps"]), chosen.path.stem)
-        alike = ("dataset", "dataset_title", "norm", "eps", "suite", "n_examples", "seed", "precision", "settings")
-        unlike = ", ".join(field for field in alike if found.content[field] != results[field])
+        found = choose_results(other, ThreatModel.parse(results.norm, results.point.eps), chosen.file.stem)
+        alike = ("dataset", "dataset_title", "norm", "eps", "suite", "n_examples", "seed", "precision")
+        unlike = [name for name in alike if getattr(found, name) != getattr(results, name)]
+        unlike += ["settings"] if found.point.settings != results.point.settings else []
         if unlike:
-            raise InputError(f"{found.path} and {chosen.path} differ in {unlike}; evaluate both alike")
+            raise InputError(f"{found.path} and {chosen.path} differ in {', '.join(unlike)}; evaluate both alike")
         of_seed = with_further(found, further_evaluations(other, found))
-        if of_seed["verdict"]["verdict"] == "masked" != results["verdict"]["verdict"]:
+        if of_seed.point.verdict.verdict == "masked" != results.point.verdict.verdict:
             raise InputError(f"--seeds {path}: its gradients are masked, those of {run.path} are not; leave it out")
         seeds[seed] = _seed(other, of_seed)
-    return [seeds[seed] for seed in sorted(seeds)]
+    return tuple(seeds[seed] for seed in sorted(seeds))
 
 
 def _differing(config: dict[str, Any], other: dict[str, Any]) -> str:
@@ -237,13 +221,13 @@ def _differing(config: dict[str, Any], other: dict[str, Any]) -> str:
     return ", ".join(names)
 
 
-def _seed(run: Run, results: dict[str, Any]) -> Seed:
+def _seed(run: Run, results: Result) -> Seed:
     return Seed(
         seed=run.config["train"]["seed"],
-        n_examples=results["n_examples"],
-        clean=results["clean"],
-        autoattack=results["accuracy"].get(AUTOATTACK),
-        worst=results["worst"],
-        verdict=results["verdict"]["verdict"],
-        model_digest=results["model_digest"],
+        n_examples=results.n_examples,
+        clean=results.point.clean,
+        autoattack=results.point.accuracy.get(AUTOATTACK),
+        worst=results.point.worst,
+        verdict=results.point.verdict.verdict,
+        model_digest=run.model_digest,
     )

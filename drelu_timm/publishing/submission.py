@@ -4,9 +4,9 @@ The forms are those of https://github.com/RobustBench/robustbench/tree/master/.g
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from ..attacks.suites import ATTACKS, SUITES
+from ..results.result import Result
 from .cards import licences
 from .entries import architecture, model_info, told_of_data
 from .measured import AUTOATTACK, Measured, percent
@@ -44,7 +44,7 @@ Title: [New Model] {measured.key}
 - **Threat Model**: {measured.norm}
 - **eps**: {entry["eps"]}
 - **Clean accuracy**: {entry["clean_acc"]}
-- **Robust accuracy**: {percent(measured.results["worst"])}
+- **Robust accuracy**: {percent(measured.point.worst)}
 - **Additional data**: {additional}
 - **Evaluation method**: {_method(measured)}
 - **Checkpoint and code**: {where}, sha256 of model.safetensors {measured.weights.sha256}
@@ -63,10 +63,10 @@ def _method(measured: Measured) -> str:
     results = measured.results
     sentences = [
         f"AutoAttack standard: {percent(measured.autoattack)}.",
-        f"Worst case, image by image, of {measured.attacks}: {percent(results['worst'])}.",
+        f"Worst case, image by image, of {measured.attacks}: {percent(measured.point.worst)}.",
         f"Gradient masking: {measured.verdict}.",
         measured.sample,
-        f"Attacks searched in {results['precision']} and were judged in float32; {made_with(results)}.",
+        f"Attacks searched in {results.precision} and were judged in float32; {made_with(results.environment)}.",
     ]
     return " ".join(sentences)
 
@@ -76,7 +76,7 @@ def is_external(measured: Measured) -> bool:
 
     Not of a copy of the board's images, as an image in the ball of the copy may be outside of the original's.
     """
-    tried = (attack for one in (measured.results, *measured.further) for attack in one["accuracy"])
+    tried = measured.attacks_tried
     adaptive = any(attack in ATTACKS and ATTACKS[attack].kind == "adaptive" for attack in tried)
     return (adaptive or measured.external is not None) and not measured.is_copy
 
@@ -89,7 +89,6 @@ def new_evaluation(measured: Measured, images: str, without_image: int) -> str:
         images: Name of the file of adversarial images.
         without_image: How many images of the worst case are not in it, as they fell in a sweep over eps only.
     """
-    results = measured.results
     missing = f"; so are {without_image} that fell in a sweep over eps only" if without_image else ""
     return f"""\
 Title: [New evaluation] {measured.key}
@@ -101,24 +100,24 @@ Title: [New evaluation] {measured.key}
 ## New evaluation
 + **Link to adversarial images:** (the address of {images}, once it is uploaded: a tensor of the size of the test set, \
 in its order; images that withstood, are wrong as they are, or were not evaluated are clean{missing})
-+ **Robust accuracy:** {percent(results["worst"])} (AutoAttack: {percent(measured.autoattack)}). {measured.sample}
++ **Robust accuracy:** {percent(measured.point.worst)} (AutoAttack: {percent(measured.autoattack)}). {measured.sample}
 + **Author(s):** {measured.paper.authors}
 + **Description of the method used:** for every image, whatever first broke it of {measured.attacks}. Gradient \
-masking: {measured.verdict}. {" ".join(results["verdict"]["evidence"])}
+masking: {measured.verdict}. {" ".join(measured.point.verdict.evidence)}
 """
 
 
-def autoattack_log(results: dict[str, Any]) -> str:
-    """What AutoAttack's own log says, from an evaluation's JSON file."""
-    return "\n".join(_log(results)) + "\n"
+def autoattack_log(result: Result) -> str:
+    """Return what AutoAttack's own log would hold of an evaluation."""
+    return "\n".join(_log(result)) + "\n"
 
 
-def _log(results: dict[str, Any]) -> Iterator[str]:
-    stages = SUITES["autoattack"][AUTOATTACK]
-    yield f"AutoAttack standard including {', '.join(stages)}; {results['norm']}, eps {results['eps']}"
-    yield f"{results['n_examples']} test images of {results['dataset_title']}, seed {results['seed']}"
-    yield f"{made_with(results)}; attacks search in {results['precision']}, and are judged in float32"
-    yield f"initial accuracy: {results['clean']:.2%}"
-    for attack, left in results["sequences"][AUTOATTACK].items():
+def _log(result: Result) -> Iterator[str]:
+    stages, point = SUITES["autoattack"][AUTOATTACK], result.point
+    yield f"AutoAttack standard including {', '.join(stages)}; {result.norm}, eps {point.eps}"
+    yield f"{result.n_examples} test images of {result.dataset_title}, seed {result.seed}"
+    yield f"{made_with(result.environment)}; attacks search in {result.precision}, and are judged in float32"
+    yield f"initial accuracy: {point.clean:.2%}"
+    for attack, left in point.sequences[AUTOATTACK].items():
         yield f"robust accuracy after {attack.upper()}: {left:.2%}"
-    yield f"robust accuracy: {results['accuracy'][AUTOATTACK]:.2%}"
+    yield f"robust accuracy: {point.accuracy[AUTOATTACK]:.2%}"

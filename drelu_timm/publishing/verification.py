@@ -1,6 +1,5 @@
 """What is verified of an exported folder before it takes its name: that its users get the model that was evaluated."""
 
-import csv
 import runpy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,16 +9,15 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.images import Images, to_float
 from ..digests import sha256_of
 from ..errors import InputError
-from ..evaluation.adversarial import ADVERSARIAL
-from ..evaluation.result_files import ResultFile, read_survivors
 from ..models.saved import WEIGHTS
+from ..results.examples import read_adversarial, read_rows, read_survivors
+from ..results.result import ROUNDING, Result
 from .entries import check_entry, model_info
 from .measured import AUTOATTACK, Measured
 
@@ -44,10 +42,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The images that were evaluated, and what the evaluation wrote down of each.
+    """The images that were evaluated, the first of the test set, and what the evaluation wrote down of each.
 
     Attributes:
-        index: [N], their positions in the test set.
         images: [N, C, H, W] floats in [0, 1].
         labels: [N].
         predictions: [N], the classes predicted for them.
@@ -57,7 +54,6 @@ class Evaluated:
         without_image: How many more were broken in a sweep over eps, which keeps no images.
     """
 
-    index: Tensor
     images: Tensor
     labels: Tensor
     predictions: Tensor
@@ -72,7 +68,7 @@ class Evaluated:
         return (self.predictions == self.labels).double().mean().item()
 
 
-def read_evaluated(chosen: ResultFile, further: Sequence[ResultFile], test: Images) -> Evaluated:
+def read_evaluated(chosen: Result, further: Sequence[Result], test: Images) -> Evaluated:
     """What an evaluation wrote of every example, and the adversarial images that it and others found.
 
     Args:
@@ -83,56 +79,43 @@ def read_evaluated(chosen: ResultFile, further: Sequence[ResultFile], test: Imag
     Raises:
         InputError: Files that are cut, were changed since, do not say the same, or are of other test images.
     """
-    results, rows = chosen.content, chosen.path.with_suffix(".csv")
-    attacks = list(results["accuracy"])
-    try:
-        with rows.open(newline="") as file:
-            read = list(csv.DictReader(file))
-        index, labels, predictions, *robust = torch.tensor(
-            [[int(row[column]) for column in ("index", "label", "clean_prediction", *attacks)] for row in read]
-        ).T.contiguous()
-        withstood = torch.tensor([row["broken_by"] == "" for row in read])
-        evaluated = test[index]
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise InputError(f"{rows} is no whole table of an evaluation ({error!r}); {_AGAIN}") from error
-    if len(labels) != results["n_examples"]:
-        raise InputError(f"{rows} has {len(labels)} rows, the evaluation {results['n_examples']} examples; {_AGAIN}")
-    if not torch.equal(labels, evaluated.labels):
-        raise InputError(
-            f"{rows} has other labels than the test images of {test.title}; give their place by --data-dir"
-        )
-    columns = dict(zip(attacks, robust, strict=True))
-    told = {"clean": results["clean"], "worst": results["worst"], **results["accuracy"]}
-    for name, flags in {"clean": predictions == labels, "worst": withstood, **columns}.items():
-        if abs(flags.double().mean().item() - told[name]) > 1e-9:
-            raise InputError(f"{rows} has another {name} accuracy than {chosen.path}; {_AGAIN}")
+    point = chosen.point
+    rows = read_rows(chosen, point.eps)
+    if rows is None:
+        raise InputError(f"{chosen.file.with_suffix('.csv')} is missing; {_AGAIN}")
+    csv = chosen.file.with_suffix(".csv")
+    n = chosen.n_examples
+    if n > len(test) or not torch.equal(rows.labels, test[:n].labels):
+        raise InputError(f"{csv} has other labels than the test images of {test.title}; give their place by --data-dir")
+    shares, stated = rows.shares, {"clean": point.clean, **point.accuracy}
+    for name, accuracy in stated.items():
+        if name not in shares or abs(shares[name] - accuracy) > ROUNDING:
+            raise InputError(f"{csv} has another {name} accuracy than {chosen.path}; {_AGAIN}")
     broken = _adversarial(chosen)
+    left = rows.survivors.nonzero().squeeze(1).tolist()
     for file in further:
         if not file.is_sweep:
             others = _adversarial(file)
-            broken |= {at: others[at] for at in index[withstood].tolist() if at in others and at not in broken}
-    positions = {at: position for position, at in enumerate(index.tolist())}
-    survivors = read_survivors([chosen, *further], len(index), results["eps"])
-    fallen = len(index) if survivors is None else int((predictions == labels).sum()) - int(survivors.sum())
+            broken |= {at: others[at] for at in left if at in others and at not in broken}
+    images = to_float(test[:n].images)
+    survivors = read_survivors([chosen, *further], n, point.eps)
+    right = rows.predictions == rows.labels
+    fallen = n if survivors is None else int(right.sum()) - int(survivors.sum())
     return Evaluated(
-        index=index,
-        images=to_float(evaluated.images),
-        labels=labels,
-        predictions=predictions,
-        autoattack=columns[AUTOATTACK].bool(),
-        broken=torch.tensor([positions[at] for at in sorted(broken)], dtype=torch.int64),
-        adversarial=torch.stack([broken[at] for at in sorted(broken)]) if broken else to_float(evaluated.images[:0]),
+        images=images,
+        labels=rows.labels,
+        predictions=rows.predictions,
+        autoattack=rows.robust[AUTOATTACK],
+        broken=torch.tensor(sorted(broken), dtype=torch.int64),
+        adversarial=torch.stack([broken[at] for at in sorted(broken)]) if broken else images[:0],
         without_image=fallen - len(broken),
     )
 
 
-def _adversarial(file: ResultFile) -> dict[int, Tensor]:
-    """What broke the images of an evaluation [C, H, W], by their positions in the test set."""
-    path = file.path.with_suffix(ADVERSARIAL)
-    if not path.is_file() or sha256_of(path) != file.content.get("adversarial_sha256"):
-        raise InputError(f"{path} is not there, or not what the evaluation wrote (by its sha256); {_AGAIN}")
-    found = load_file(path)
-    return dict(zip(found["index"].tolist(), found["images"], strict=True))
+def _adversarial(result: Result) -> dict[int, Tensor]:
+    """The adversarial images [C, H, W] of an evaluation, by their positions in the test set."""
+    found = read_adversarial(result)
+    return dict(zip(found.index.tolist(), found.images, strict=True))
 
 
 def verify(
@@ -161,7 +144,7 @@ def verify(
         Check(
             "input gradients",
             "share of the examples classified right whose gradient is exactly zero, in the evaluation",
-            f"{100 * measured.results['zero_gradient_share']:.2f} %; gradient masking: {measured.verdict}",
+            f"{100 * measured.point.zero_gradient_share:.2f} %; gradient masking: {measured.verdict}",
         ),
     ]
     if isinstance(robustbench, str):
@@ -193,7 +176,7 @@ def _check_files(folder: Path, measured: Measured) -> Check:
     for name, digest in sums.items():
         if sha256_of(folder / "weights" / name) != digest:
             raise InputError(f"weights/{name} is not what its sha256 says; export again")
-    if sha256_of(folder / "hub" / WEIGHTS) != measured.results["model_digest"]:
+    if sha256_of(folder / "hub" / WEIGHTS) != measured.results.model_digest:
         raise InputError("hub/model.safetensors is not what was evaluated; export again")
     check_entry(model_info(measured))
     how = "sha256 of the weights against the evaluation's; the entry against a schema made from RobustBench's entries"
@@ -238,7 +221,7 @@ def _check_adversarial(model: nn.Module, evaluated: Evaluated, measured: Measure
         raise InputError(f"{int((~inside).sum())} adversarial images leave the ball or [0, 1]; evaluate the run anew")
     predictions = evaluated.predictions.clone()
     predictions[evaluated.broken] = _predictions(model, images)
-    n, worst = len(predictions), measured.results["worst"]
+    n, worst = len(predictions), measured.point.worst
     left = (predictions == evaluated.labels).double().mean().item()
     if abs(round((left - worst) * n) - evaluated.without_image) > _allowed(n):
         raise InputError(

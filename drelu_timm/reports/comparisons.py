@@ -9,15 +9,14 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import InputError
-from ..evaluation.points import worst_verdict
-from .averages import Lines
+from ..results.combined import worst_verdict
+from .averages import Average, Lines
+from .comparability import incomparable, unequal
 from .figures import draw_critical_difference
-from .means import Average
-from .page import Section
+from .formats import Section
 from .paper import COLUMNS, net_name, paper_scores
 from .reading import Outcomes
 from .statistics import Comparison, compare_methods, compare_pair
-from .strength import incomparable, unequal
 from .tables import HEADINGS, papers_number, slug
 
 

@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from scikit_posthocs import critical_difference_diagram
 
 from ..errors import InputError, one_line
-from ..evaluation.pictures import (
+from ..models.saved import WEIGHTS
+from ..results.combined import Combined, worst_verdict
+from ..results.plotting import (
     CLEAN,
     POINTS,
     WORST_CASE,
@@ -22,8 +24,7 @@ from ..evaluation.pictures import (
     require_matplotlib,
     save_figure,
 )
-from ..evaluation.points import Point, worst_verdict
-from ..models.saved import WEIGHTS
+from ..results.result import EpsResult
 from .outcomes import Outcome
 from .statistics import Comparison
 
@@ -52,7 +53,7 @@ def draw_balancers(outcomes: Sequence[Outcome], path: Path, *, title: str) -> No
     save_figure(_balancers(outcomes, title), path)
 
 
-def draw_eps(curves: Mapping[str, Sequence[Sequence[Point]]], path: Path, *, title: str) -> None:
+def draw_eps(curves: Mapping[str, Sequence[Sequence[EpsResult]]], path: Path, *, title: str) -> None:
     """Draw accuracy under APGD-CE over eps, as in the paper's Figures 25 to 27, and the worst case beside it.
 
     Two lines of one colour a method, the worst case dashed; means over seeds at the radii that all of them have, with
@@ -127,7 +128,7 @@ def _balancers(outcomes: Sequence[Outcome], title: str) -> "Figure":
     figure, axes = accuracy_axes(_wrapped(title, 68))
     place = _logarithmic_with_zero(axes, list(by_balancer))
 
-    def line(accuracy: Callable[[Point], float | None], label: str, **style: Any) -> None:
+    def line(accuracy: Callable[[Combined], float | None], label: str, **style: Any) -> None:
         measured = [_present(accuracy(one.at) for one in of_it) or [math.nan] for of_it in by_balancer.values()]
         _line_of_means(axes, [place(balancer) for balancer in by_balancer], measured, label=label, **style)
 
@@ -145,7 +146,7 @@ def _balancers(outcomes: Sequence[Outcome], title: str) -> "Figure":
     return figure
 
 
-def _eps(curves: Mapping[str, Sequence[Sequence[Point]]], title: str) -> "Figure":
+def _eps(curves: Mapping[str, Sequence[Sequence[EpsResult]]], title: str) -> "Figure":
     by_method = {label: at for label, of_seeds in curves.items() if (at := _by_radius(of_seeds))}
     if not by_method:
         raise InputError(f"no curve under {_ATTACK} among the runs: evaluate them with several --eps first")
@@ -154,11 +155,11 @@ def _eps(curves: Mapping[str, Sequence[Sequence[Point]]], title: str) -> "Figure
 
     entries = []
     for (label, at), style in zip(by_method.items(), _method_styles(), strict=False):
-        under_attack = [[point.accuracy[_ATTACK] for point in points] for points in at.values()]
+        under_attack = [[point.accuracies[_ATTACK] for point in points] for points in at.values()]
         _line_of_means(axes, list(at), under_attack, label=label, **style)
         worst = [[point.worst for point in points] for points in at.values()]
         _line_of_means(axes, list(at), worst, label=f"{label}, worst case", **style, linestyle="--")
-        verdict = worst_verdict(point.verdict for points in at.values() for point in points)
+        verdict = worst_verdict(point.verdict.verdict for points in at.values() for point in points)
         entries.append(Line2D([], [], label=_wrapped(f"{label} ({verdict})", 40), **style))
     entries += [Line2D([], [], color="black", label="under APGD-CE")]
     entries += [Line2D([], [], color="black", linestyle="--", label="worst case")]
@@ -180,9 +181,9 @@ def _logarithmic_with_zero(axes: "Axes", values: Sequence[float]) -> Callable[[f
     return lambda value: value if value > 0 else zero
 
 
-def _by_radius(curves: Sequence[Sequence[Point]]) -> dict[float, list[Point]]:
+def _by_radius(curves: Sequence[Sequence[EpsResult]]) -> dict[float, list[EpsResult]]:
     """The points of all seeds, by the radii that each of them was attacked at."""
-    of_seeds = [{point.radius: point for point in curve if _ATTACK in point.accuracy} for curve in curves]
+    of_seeds = [{point.radius: point for point in curve if _ATTACK in point.accuracies} for curve in curves]
     radii = set.intersection(*(set(at) for at in of_seeds)) if of_seeds else set()
     return {radius: [at[radius] for at in of_seeds] for radius in sorted(radii)}
 

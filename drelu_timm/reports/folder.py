@@ -1,4 +1,4 @@
-"""The folder of a report: made beside its place, then moved there file by file; what no report wrote is left alone."""
+"""The folder of a report, which is made next to its place and moved there when it is complete."""
 
 import os
 import shutil
@@ -7,58 +7,39 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError, one_line
-from ..files import read_json, write_json
 
-FILES = "files.json"  # what the last report wrote, relative to its folder
+_NUMBERS = "numbers.json"  # in every report, by which its folder is recognized
+_FOLDERS = ("tables", "figures")
 
 
 @contextmanager
 def replaced(output_dir: Path) -> Iterator[Path]:
-    """A new folder whose files take the place of an earlier report's at the end; with an error nothing is changed.
+    """Yield a new folder whose files replace those of an earlier report at the end; with an error nothing is changed.
+
+    Other files in ``output_dir`` are kept, except in its folders tables and figures.
 
     Args:
-        output_dir: Where they go.
+        output_dir: Folder of the report. It must not exist, be empty, or hold an earlier report.
 
     Raises:
-        InputError: A place that cannot be written to, or files in the way that no report wrote.
+        InputError: A folder with other files, or one that cannot be written to.
     """
     output_dir = output_dir.resolve()
     if not output_dir.name:
-        raise InputError(f"--output-dir {output_dir} is the root of all folders; give another one")
-    before = _written_before(output_dir)
+        raise InputError(f"--output-dir {output_dir} is the root of all folders. Use another.")
     new = output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
     try:
+        if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / _NUMBERS).is_file():
+            raise InputError(f"--output-dir {output_dir} has other files, and no report. Use another.")
         new.mkdir(parents=True)
         yield new
-        files = {path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()}
-        for name in sorted(files - before):
+        output_dir.mkdir(exist_ok=True)
+        for name in _FOLDERS:
             if (output_dir / name).exists():
-                raise InputError(
-                    f"{output_dir / name} is in the way, and no report wrote it; give another --output-dir"
-                )
-        write_json(output_dir / FILES, {"files": sorted(before | files)})  # whatever stops this, all stay known
-        for name in sorted(files):
-            (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-            (new / name).replace(output_dir / name)
-        for name in before - files:
-            (output_dir / name).unlink(missing_ok=True)
-        write_json(output_dir / FILES, {"files": sorted(files)})
+                shutil.rmtree(output_dir / name)
+        for path in new.iterdir():
+            path.replace(output_dir / path.name)
     except OSError as error:
-        raise InputError(
-            f"--output-dir {output_dir} cannot be written ({one_line(error)}); give another one"
-        ) from error
+        raise InputError(f"--output-dir {output_dir} cannot be written ({one_line(error)}). Use another.") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def _written_before(output_dir: Path) -> set[str]:
-    """The files of an earlier report, by their paths relative to its folder."""
-    path = output_dir / FILES
-    if not path.is_file():
-        return set()
-    files = read_json(path).get("files")
-    if not isinstance(files, list) or not all(
-        isinstance(name, str) and (output_dir / name).resolve().is_relative_to(output_dir) for name in files
-    ):
-        raise InputError(f"{path} is no list of a report's files; move it away, or give another --output-dir")
-    return set(files)

@@ -1,13 +1,18 @@
-"""Tables and sections of a report as Markdown, LaTeX and CSV."""
+"""Sections and tables of a report as HTML, Markdown, LaTeX and CSV."""
 
-from collections.abc import Iterable
+import base64
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from jinja2 import Environment, StrictUndefined
 
-from .page import Section
+from ..errors import InputError
+from ..files import written_whole
 from .tables import Table
 
+_TEMPLATE = Path(__file__).with_name("page.html")
 _MARKDOWN = str.maketrans({"|": r"\|", "\n": " "})
 _LATEX = str.maketrans(
     {
@@ -20,6 +25,73 @@ _LATEX = str.maketrans(
         "–": "--",
     }
 )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands beneath it, in this order.
+
+    Attributes:
+        title: The heading, and the picture's alternative text.
+        text: Plain text; a blank line ends a paragraph.
+        table: Its cells are shown as `str` gives them, missing ones empty; its index is not shown.
+        picture: A PNG.
+    """
+
+    title: str
+    text: str = ""
+    table: pd.DataFrame | None = None
+    picture: Path | None = None
+
+    @property
+    def paragraphs(self) -> list[str]:
+        """The text's, without blank ones."""
+        return [paragraph.strip() for paragraph in self.text.split("\n\n") if paragraph.strip()]
+
+    @property
+    def headings(self) -> list[str]:
+        """Of the table's columns."""
+        assert self.table is not None
+        return [*map(str, self.table.columns)]
+
+    @property
+    def rows(self) -> Iterator[list[str]]:
+        """The table's cells."""
+        assert self.table is not None
+        for row in self.table.itertuples(index=False, name=None):
+            yield ["" if pd.isna(cell) else str(cell) for cell in row]
+
+    @property
+    def picture_base64(self) -> str:
+        """What the picture's file holds.
+
+        Raises:
+            InputError: The picture cannot be read.
+        """
+        assert self.picture is not None
+        try:
+            return base64.b64encode(self.picture.read_bytes()).decode()
+        except OSError as error:
+            raise InputError(f"{self.picture} cannot be read ({error.strerror}); make the report anew") from error
+
+
+def write_page(path: Path, sections: Sequence[Section], *, title: str) -> None:
+    """Write sections as a page with a table of contents; nothing in them is taken as HTML.
+
+    Args:
+        path: The HTML file; a reader sees it whole or not at all.
+        sections: In their order on the page.
+        title: Of the page.
+
+    Raises:
+        InputError: A picture that cannot be read.
+    """
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    html = template.render(title=title, sections=sections)
+    with written_whole(path) as beside:
+        beside.write_text(html, encoding="utf-8")
 
 
 def markdown_table(cells: pd.DataFrame) -> str:

@@ -5,17 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from ..attacks.threat_model import radius_written
 from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..evaluation.points import together
-from ..evaluation.result_files import ResultFile, best_sweep, read_result, read_survivors
 from ..models.saved import CONFIG, WEIGHTS
-from .naming import Flags
-from .outcomes import Group, Outcome, point_in
-from .run_files import read_config, read_held_out
+from ..results.combined import Combined
+from ..results.examples import read_survivors
+from ..results.result import Result, best_sweep, read_result
+from .outcomes import Group, Outcome, Training, read_held_out, read_training
 
 
 @dataclass
@@ -97,87 +96,62 @@ def _is_run(folder: Path) -> bool:
 def _read_run(run: Path, outcomes: Outcomes) -> list[Outcome]:
     """The outcomes of a run, one a threat model; what cannot be used is noted down."""
     try:
-        train, *starts = read_config(run / CONFIG)
+        training = read_training(run / CONFIG)
         held_out = read_held_out(run)
     except InputError as error:
         outcomes.skip(error)
         return []
     results, sweeps = (_read_all(run, folder, outcomes) for folder in ("results", "sweeps"))
-    if len({one.content["model_digest"] for one in (*results, *sweeps)}) > 1:
+    if len({one.model_digest for one in (*results, *sweeps)}) > 1:
         outcomes.skip(InputError(f"{run} holds evaluations of several weights, not these themselves; delete the older"))
         return []
     if not results:
         outcomes.notes.append(_without_results(run, sweeps))
-    training = _Training(run, train, tuple(starts), held_out)
-    by_group: dict[Group, list[ResultFile]] = {}
+    by_group: dict[Group, list[Result]] = {}
     for result in results:
-        by_group.setdefault(training.group_of(result), []).append(result)
-    return [_outcome(training, group, of_group, sweeps, outcomes) for group, of_group in by_group.items()]
+        by_group.setdefault(_group(training, result), []).append(result)
+    return [
+        Outcome(
+            run=run,
+            train=training.train,
+            start=training.start,
+            group=group,
+            at=_combined(run, group, of_group, sweeps, outcomes),
+            held_out=held_out,
+            sweep=_sweep(run, group, sweeps, outcomes),
+        )
+        for group, of_group in by_group.items()
+    ]
 
 
-@dataclass(frozen=True)
-class _Training:
-    """What a run directory says of its training."""
-
-    run: Path
-    train: Flags
-    starts: tuple[Flags, ...]
-    held_out: float | None
-
-    def group_of(self, result: ResultFile) -> Group:
-        """With what one of its evaluations can be compared."""
-        content = result.content
-        generated = any(flags["generated_fraction"] for flags in (self.train, *self.starts))
-        eps = radius_written(content["eps"])
-        return Group(content["dataset"], content["dataset_title"], content["norm"], eps, generated)
+def _group(training: Training, result: Result) -> Group:
+    """With what an evaluation of a training can be compared."""
+    generated = any(one.train["generated_fraction"] for one in (training, *training.starts))
+    return Group(*result.images, radius_written(result.point.eps), generated)
 
 
-def _outcome(
-    training: _Training,
-    group: Group,
-    results: Sequence[ResultFile],
-    sweeps: Sequence[ResultFile],
-    outcomes: Outcomes,
-) -> Outcome:
+def _combined(
+    run: Path, group: Group, results: Sequence[Result], sweeps: Sequence[Result], outcomes: Outcomes
+) -> Combined:
     """All evaluations of a run in one group together."""
-    same = [one for one in sweeps if _attacked(one) == (group.dataset, group.title, group.norm)]
-    with_eps = [one for one in same if one.at(group.eps)]
-    kept, others = _most_examples(training.run, results, with_eps, group, outcomes)
-    points, further = ([point_in(one, group) for one in files] for files in (kept, others))
-    sweep = _sweep(training.run, same, outcomes)
-    return Outcome(
-        run=training.run,
-        train=training.train,
-        starts=training.starts,
-        group=group,
-        at=together(points, further, _survivors((*kept, *others), group, outcomes)),
-        held_out=training.held_out,
-        files=tuple(kept),
-        others=tuple(others),
-        curve=() if sweep is None else sweep.points,
-        curve_source=sweep and sweep.path,
-        curve_suite="" if sweep is None else sweep.suite,
-        measured_with=tuple(dict.fromkeys(one.measured_with for one in kept)),
-    )
+    with_eps = [one for one in sweeps if one.images == group.images and one.at(group.eps)]
+    kept, others = _most_examples(run, results, with_eps, group, outcomes)
+    return Combined(group.eps, tuple(kept), tuple(others), _survivors((*kept, *others), group, outcomes))
 
 
-def _attacked(result: ResultFile) -> tuple[str, str, str]:
-    """Which images, in which norm."""
-    return result.content["dataset"], result.content["dataset_title"], result.content["norm"]
-
-
-def _sweep(run: Path, sweeps: Sequence[ResultFile], outcomes: Outcomes) -> ResultFile | None:
+def _sweep(run: Path, group: Group, sweeps: Sequence[Result], outcomes: Outcomes) -> Result | None:
     """The sweep that figures are drawn from; the others are named."""
+    sweeps = [one for one in sweeps if one.images == group.images]
     best = best_sweep(sweeps)
     for one in sweeps:
         if one is not best and best is not None:
             outcomes.notes.append(
-                f"{one.path} is in no figure: of {run}'s sweeps {best.path.name} has the most examples, or then radii"
+                f"{one.path} is in no figure: of {run}'s sweeps {best.file.name} has the most examples, or then radii"
             )
     return best
 
 
-def _without_results(run: Path, sweeps: Sequence[ResultFile]) -> str:
+def _without_results(run: Path, sweeps: Sequence[Result]) -> str:
     """Why a run is not in any table, and what mends it."""
     makes_one = f"drelu-timm evaluate {run} makes one"
     if sweeps:
@@ -187,7 +161,7 @@ def _without_results(run: Path, sweeps: Sequence[ResultFile]) -> str:
     return f"{run} has no evaluation that could be read; {makes_one}"
 
 
-def _read_all(run: Path, folder: str, outcomes: Outcomes) -> list[ResultFile]:
+def _read_all(run: Path, folder: str, outcomes: Outcomes) -> list[Result]:
     """The result files of a run's folder that are whole and of its weights, the one with the most attacks first."""
     read = []
     weights = run / "model" / WEIGHTS
@@ -202,20 +176,20 @@ def _read_all(run: Path, folder: str, outcomes: Outcomes) -> list[ResultFile]:
         except InputError as error:
             outcomes.skip(error)
             continue
-        if digest not in (None, result.content["model_digest"]):
+        if digest not in (None, result.model_digest):
             outcomes.skip(InputError(f"{path} was measured on other weights than {weights}; delete it, evaluate anew"))
             continue
         read.append(result)
-    return sorted(read, key=lambda one: -len(one.points[0].accuracy))
+    return sorted(read, key=lambda one: -len(one.points[0].accuracies))
 
 
 def _most_examples(
     run: Path,
-    results: Sequence[ResultFile],
-    sweeps: Sequence[ResultFile],
+    results: Sequence[Result],
+    sweeps: Sequence[Result],
     group: Group,
     outcomes: Outcomes,
-) -> tuple[list[ResultFile], list[ResultFile]]:
+) -> tuple[list[Result], list[Result]]:
     """Those evaluations that were made on the most examples, and the others, whose accuracies are of other images.
 
     How many are the most say the evaluations at one eps, as a sweep has fewer attacks.
@@ -223,15 +197,16 @@ def _most_examples(
     most = max(one.n_examples for one in results)
     kept, others = ([one for one in (*results, *sweeps) if (one.n_examples == most) == many] for many in (True, False))
     for one in others:
-        at = point_in(one, group)
+        at = one.at(group.eps)
+        assert at is not None  # of those that have none, none is among them
         outcomes.notes.append(
             f"{one.path} counts by its verdict and the images that it broke only: worst case {100 * at.worst:.2f} % of "
-            f"{at.n_examples} examples, {at.verdict}; another evaluation of {run} has {most} examples"
+            f"{one.n_examples} examples, {at.verdict}; another evaluation of {run} has {most} examples"
         )
     return kept, others
 
 
-def _survivors(results: Sequence[ResultFile], group: Group, outcomes: Outcomes) -> np.ndarray | None:
+def _survivors(results: Sequence[Result], group: Group, outcomes: Outcomes) -> Tensor | None:
     """Of several evaluations together; None where the rows of one are not there, or cannot be read."""
     if len(results) == 1:
         return None

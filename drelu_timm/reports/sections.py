@@ -7,13 +7,11 @@ import numpy as np
 import pandas as pd
 
 from ..errors import InputError
-from ..spelling import written
-from .averages import Lines, families
+from ..formatting import written
+from .averages import Average, Lines, families
 from .figures import draw_balancers, draw_caps, draw_eps, read_caps
-from .means import Average
-from .naming import Flags, activation_of, method_of, settings_of
-from .outcomes import Outcome
-from .page import Section
+from .formats import Section
+from .outcomes import Outcome, Training
 from .paper import net_name
 from .reading import Outcomes
 from .tables import slug
@@ -91,8 +89,8 @@ def over_eps(groups: Iterable[Lines], folder: Path) -> list[Section]:
             name = f"{net_name(one.first.net)}, {group.title}, {group.norm}"
             training = one.training + (" + generated images" if group.generated else "")
             for outcome in one.outcomes:
-                if outcome.curve:
-                    kind = (name, group.dataset, outcome.curve_suite, outcome.curve[0].n_examples)
+                if sweep := outcome.sweep:
+                    kind = (name, group.dataset, sweep.suite, sweep.n_examples)
                     kinds.setdefault(kind, {}).setdefault(training, {})[outcome.run] = outcome  # once, of several radii
     names = [name for name, *_ in kinds]
     sections = []
@@ -111,7 +109,7 @@ def over_eps(groups: Iterable[Lines], folder: Path) -> list[Section]:
 def trainings(groups: Iterable[Lines]) -> Section:
     """How the nets were trained, by the flags of train: what is the same in all rows as text, the rest a row each."""
     lines_of_groups = [(str(lines.group), one) for lines in groups for one in lines.all]
-    settings = [_settings(one.first.train) for _, one in lines_of_groups]
+    settings = [_settings(one.first) for _, one in lines_of_groups]
     same = [text for text in settings[0] if all(text in others for others in settings)]
     table = pd.DataFrame(
         {
@@ -119,9 +117,7 @@ def trainings(groups: Iterable[Lines]) -> Section:
             "Model": net_name(one.first.net),
             "Training": one.training,
             "Settings": ", ".join(text for text in of_it if text not in same),
-            "Begins with": "; ".join(
-                f"{method_of(start)}: {', '.join(_settings(start))}" for start in one.first.starts
-            ),
+            "Begins with": "; ".join(f"{start.method}: {', '.join(_settings(start))}" for start in one.first.starts),
         }
         for (group, one), of_it in zip(lines_of_groups, settings, strict=True)
     )
@@ -132,11 +128,11 @@ def trainings(groups: Iterable[Lines]) -> Section:
     return Section("How the nets were trained", text, table)
 
 
-def _settings(flags: Flags) -> list[str]:
+def _settings(training: Training) -> list[str]:
     """What a training was set to, beside what its names say, but for flags without a value or without an effect."""
-    idle = set() if flags.get("schedule") == "onecycle" else {"warmup"}
-    idle |= set() if activation_of(flags) == "drelu" else {"cap", "cap_lr"}
-    named = ((name, value) for name, value in settings_of(flags).items() if name not in idle | _SAID)
+    idle = set() if training.train.get("schedule") == "onecycle" else {"warmup"}
+    idle |= set() if training.activation == "drelu" else {"cap", "cap_lr"}
+    named = ((name, value) for name, value in training.own_flags.items() if name not in idle | _SAID)
     return [
         f"{name} {value if isinstance(value, str) else written(value)}"
         for name, value in named
@@ -168,9 +164,9 @@ def attacks(groups: Iterable[Lines]) -> Section:
 def origin(outcomes: Outcomes, groups: Sequence[Lines], files: Iterable[str]) -> list[Section]:
     """What the report was made from, what was noted on the way, and the files beside it."""
     found = outcomes.found
-    evaluations = {file.path: file for outcome in found for file in (*outcome.files, *outcome.others)}
-    results = {path for path, file in evaluations.items() if not file.is_sweep}
-    sweeps = ({*evaluations} - results) | ({outcome.curve_source for outcome in found} - {None})
+    evaluations = {result.path: result for outcome in found for result in outcome.at.all}
+    results = {path for path, result in evaluations.items() if not result.is_sweep}
+    sweeps = ({*evaluations} - results) | {outcome.sweep.path for outcome in found if outcome.sweep}
     measured = dict.fromkeys(line for outcome in found for line in outcome.measured_with)
     runs = len({outcome.run for outcome in found})
     counts = f"{_count(runs, 'run')}, {_count(len(results), 'result file')} and {_count(len(sweeps), 'sweep')} over eps"

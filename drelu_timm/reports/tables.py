@@ -8,11 +8,10 @@ from typing import Any
 import pandas as pd
 
 from ..attacks.suites import ATTACKS, SUITES
-from .averages import Lines
-from .means import HELD_OUT, Average
+from .averages import HELD_OUT, Average, Lines
+from .comparability import incomparable, unequal
 from .outcomes import Group
 from .paper import COLUMNS, CW_BOUND, EPS, SQUARE_COLUMNS, net_name, read_paper, table_number
-from .strength import incomparable, unequal
 
 NONE = "–"
 HEADINGS = {

@@ -1,1 +1,1 @@
-"""What `drelu-timm sweep` is made of: grids, their cells, what these cost, and where and when they run."""
+"""Grids of trainings and evaluations: their cells, and the executors and the scheduler that run them."""

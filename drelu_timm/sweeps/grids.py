@@ -1,11 +1,11 @@
-"""A grid: many trainings with their evaluations, as the product of its axes, in a TOML file.
+"""Grids of trainings with their evaluations: the product of the axes in a TOML file.
 
     title = "Balancers on MNIST"
-    source = "where its settings are from, and what of them is a choice"
+    source = "where its settings are from, and which of them are our choice"
     [train]                        # fields of `training.config.TrainConfig`, for every cell; a list is an axis
     dataset = "mnist"
     seed = [0, 1, 2]
-    [[evaluate]]                   # fields of `evaluate.EvaluateConfig`: an evaluation of every cell; one or several
+    [[evaluate]]                   # fields of `evaluation.config.EvaluateConfig`, for every cell; one or several
     suite = "standard"
     [[net]]                        # an axis whose alternatives set several fields at once, over those of [train]
     name = "dense"
@@ -17,15 +17,15 @@
     name = "at"
     activation = "relu"
     objective = "at"
-    init_from = "natural"          # begins with the weights of the cell that differs in the method alone
+    init_from = "natural"          # starts from the weights of the cell that differs in the method alone
     [[method]]
     name = "drelu"
     cap_weight = [0.0, 0.001]      # an axis within one alternative
-    [smoke]                        # NAME-smoke, which ends in minutes:
-    net = ["dense"]                # the alternatives that stay, all where none are named;
-    [smoke.train]                  # fields in the place of the grid's own, wherever it sets them;
+    [smoke]                        # NAME-smoke, which takes minutes:
+    net = ["dense"]                # the alternatives to keep; without this line, all;
+    [smoke.train]                  # fields that replace the grid's own, wherever it sets them;
     epochs = 1
-    [[smoke.evaluate]]             # evaluations in the place of its own
+    [[smoke.evaluate]]             # evaluations that replace the grid's own
     n_examples = 20
 
 A cell is named by its alternatives and its value on every axis that is a list: ``dense-drelu-cap_weight0.001-seed0``.
@@ -33,34 +33,30 @@ A cell is named by its alternatives and its value on every axis that is a list: 
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from math import prod
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
 from ..evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
-from ..evaluation.pictures import require_matplotlib
+from ..files import read_toml
+from ..results.plotting import require_matplotlib
+from ..settings import typed
 from ..training.config import TrainConfig, resolve
-from .cells import Cell
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+from .cell import Cell
 
 FOLDER = Path(__file__).with_name("grids")
 SMOKE = "-smoke"
 AXES = ("net", "method")
 _TABLES = ("title", "source", "train", "evaluate", *AXES, "smoke")
-# What belongs to the machine, and is given to the sweep.
+_MOST_CELLS = 10_000  # a larger product is a mistake, and takes minutes to list
+# Fields that belong to the machine are flags of the sweep.
 _TRAIN = {field.name for field in fields(TrainConfig)} - {"data_dir", "generated", "output_dir", "resume", "init_from"}
 _EVALUATE = {field.name for field in fields(EvaluateConfig)} - {"run", "data_dir"}
-_KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 _NOWHERE = Path(os.devnull) / "run"  # never there, so that no folder in use is in the way of checking a cell's flags
 
 Table = dict[str, Any]
@@ -68,16 +64,16 @@ Table = dict[str, Any]
 
 @dataclass(frozen=True)
 class Grid:
-    """What a grid's file says, checked but for the values of single cells.
+    """Content of a grid's file, checked except for the values of single cells.
 
     Attributes:
-        name: Of the file, with ``-smoke`` behind it for its short version.
-        title: What it is, in a line.
+        name: Name of the file, with ``-smoke`` appended for the short version.
+        title: One line about the grid.
         source: Where its settings are from.
         train: Fields of `TrainConfig`; a list is an axis.
-        evaluate: Fields of `EvaluateConfig`, a table an evaluation.
+        evaluate: Fields of `EvaluateConfig`, one table per evaluation.
         net: Alternatives, each with a name.
-        method: Likewise.
+        method: Alternatives, each with a name.
     """
 
     name: str
@@ -89,24 +85,25 @@ class Grid:
     method: tuple[Table, ...] = ()
 
     def cells(self, output_dir: Path, *, data_dir: Path, generated: Sequence[Path] = ()) -> list[Cell]:
-        """Every cell, with its run directory in ``output_dir``.
+        """Return every cell, with its run directory in ``output_dir``.
 
         Args:
             output_dir: Folder of the sweep.
-            data_dir: Where the datasets lie.
-            generated: Generated images, for the cells that mix some in.
+            data_dir: Folder of the datasets.
+            generated: Generated images, for the cells that use some.
 
         Raises:
-            InputError: No cells, two of one name, or one whose flags `train` or `evaluate` would refuse. (What images
-                and other models have to say is found when the cell runs.)
+            InputError: No cells or too many, two of one name, or one whose flags `train` or `evaluate` would refuse.
+                (What depends on the images or on other models is checked when the cell runs.)
         """
+        count = self._count()
+        if not 0 < count <= _MOST_CELLS:
+            raise InputError(f"{self.name} has {count:,} cells. Every list needs a value; {_MOST_CELLS:,} is the most.")
         points = list(self._points())
-        if not points:
-            raise InputError(f"{self.name} has no cells; every list needs a value")
         cells: dict[str, Cell] = {}
         for point in points:
             if point.name in cells:
-                raise InputError(f"{self.name} has two cells called {point.name}; give them other names or values")
+                raise InputError(f"{self.name} has two cells called {point.name}. Give them other names or values.")
             start = self._start(point, points)
             settings = {**point.settings, "data_dir": data_dir, "output_dir": output_dir / point.name, "resume": True}
             if start is not None:
@@ -117,19 +114,27 @@ class Grid:
                 raise InputError(f"{self.name}, cell {point.name}: {error}") from error
         return list(cells.values())
 
-    def _points(self) -> Iterator["_Point"]:
+    def _count(self) -> int:
+        """Return the number of cells, without listing them."""
+        return sum(prod(map(len, axes.values())) for _, _, axes in self._products())
+
+    def _products(self) -> Iterator[tuple[Table, Table, dict[str, list[Any]]]]:
+        """Return, for each pair of alternatives, their names by axis, all fields, and those fields that are axes."""
         for net, method in product(self.net or ({},), self.method or ({},)):
             own = {**net, **method}
             table = own | {key: value for key, value in self.train.items() if key not in own}
             table.pop("name", None)
-            coordinates = {axis: one["name"] for axis, one in zip(AXES, (net, method), strict=True) if one}
-            axes = {key: value for key, value in table.items() if isinstance(value, list)}
+            names = {axis: one["name"] for axis, one in zip(AXES, (net, method), strict=True) if one}
+            yield names, table, {key: value for key, value in table.items() if isinstance(value, list)}
+
+    def _points(self) -> Iterator["_Point"]:
+        for names, table, axes in self._products():
             for values in product(*axes.values()):
                 chosen = dict(zip(axes, values, strict=True))
-                yield _Point({**coordinates, **chosen}, {**table, **chosen})
+                yield _Point({**names, **chosen}, {**table, **chosen})
 
     def _start(self, point: "_Point", points: Sequence["_Point"]) -> str | None:
-        """Name of the cell that another one begins with."""
+        """Return the name of the cell whose weights another one starts from."""
         method = point.settings.get("init_from")
         if method is None:
             return None
@@ -138,13 +143,13 @@ class Grid:
         if len(fit) != 1:
             raise InputError(
                 f'{self.name}, cell {point.name}: init_from = "{method}" fits {len(fit)} cells '
-                f"({', '.join(fit[:3]) or 'none'}); it must be the one that differs in the method alone"
+                f"({', '.join(fit[:3]) or 'none'}). It must fit the one that differs in the method alone."
             )
         return fit[0]
 
     def _cell(self, name: str, settings: Table, generated: tuple[Path, ...], start: str | None) -> Cell:
         if missing := {"model", "dataset"} - settings.keys():
-            raise InputError(f"it has no {' and no '.join(sorted(missing))}; [train] or [[net]] sets it")
+            raise InputError(f"it has no {' and no '.join(sorted(missing))}. Set it in [train] or [[net]].")
         preset = settings.pop("preset", None)
         config = TrainConfig(**settings) if preset is None else TrainConfig.from_preset(preset, **settings)
         if config.generated_fraction:  # of the grid, or of its preset
@@ -156,26 +161,26 @@ class Grid:
 
 
 def _check_evaluations(evaluations: Sequence[EvaluateConfig], trained: ThreatModel) -> None:
-    """Refuse what `evaluate` would refuse, and two evaluations whose results would go into one file."""
+    """Refuse flags that `evaluate` would refuse, and two evaluations whose results would have the same file."""
     paths = set()
     for evaluation in evaluations:
         check_flags(evaluation)
-        balls = attacked_in(evaluation, trained)
-        if len(balls) > 1:
+        threat_models = attacked_in(evaluation, trained)
+        if len(threat_models) > 1:
             require_matplotlib()
-        path = result_path(Path("results"), evaluation.suite, balls)
+        path = result_path(Path("results"), evaluation.suite, threat_models)
         if path in paths:
-            raise InputError(f"two [[evaluate]] would write {path}; give them other suites, norms or radii")
+            raise InputError(f"two [[evaluate]] would write {path}. Give them other suites, norms or radii.")
         paths.add(path)
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A place in the product.
+    """Point of the product.
 
     Attributes:
-        coordinates: The alternative or the value on every axis.
-        settings: All fields of `TrainConfig` that are set there; ``init_from`` is a method.
+        coordinates: Name of the alternative, or the value, on every axis.
+        settings: All fields of `TrainConfig` that are set; ``init_from`` names a method.
     """
 
     coordinates: Table
@@ -187,39 +192,36 @@ class _Point:
 
 
 def _written(axis: str, value: Any) -> str:
-    """A coordinate in a name: text as it is, other values behind their axis."""
+    """Return a coordinate for a name: text unchanged, other values after the name of their axis."""
     if isinstance(value, str):
         return value
     return f"{axis}{value:g}" if isinstance(value, float) else f"{axis}{value}"
 
 
 def shipped() -> list[str]:
-    """Names of the grids that come with the package, without their short versions."""
+    """Return the names of the grids in the package, without their short versions."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def read_grid(name: str) -> Grid:
-    """A grid that comes with the package, or one of a TOML file; ``-smoke`` behind either is its short version.
+    """Read a grid of the package, or a TOML file; with ``-smoke`` appended, its short version.
 
     Raises:
-        InputError: No such grid, a file that is no TOML, or anything in it that is not understood.
+        InputError: No such grid, a file that is not TOML, or unknown or impossible content.
     """
     which = name.removesuffix(SMOKE)
     path = FOLDER / f"{which}.toml" if which in shipped() else Path(which)
     if not path.is_file():
         if path.suffix == ".toml":
-            raise InputError(f"GRID {which} is not there; give a TOML file or one of {', '.join(shipped())}")
+            raise InputError(f"GRID {which} does not exist. Use a TOML file or one of {', '.join(shipped())}.")
         raise unknown("GRID", name, [*shipped(), *(grid + SMOKE for grid in shipped())])
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"GRID {path} cannot be read as TOML ({error}); mend it there") from error
+    content = read_toml(path, "GRID")
     _check_tables(path, content)
     smoke = content.pop("smoke", None)
     if which == name:
         return _grid(path.stem, content)
     if smoke is None:
-        raise InputError(f"GRID {path} has no table [smoke], which says what its short version is")
+        raise InputError(f"GRID {path} has no table [smoke], which defines the short version. Add it, or omit -smoke.")
     return _grid(path.stem + SMOKE, _shortened(path, content, smoke))
 
 
@@ -229,14 +231,14 @@ def _grid(name: str, content: Table) -> Grid:
 
 
 def _check_tables(path: Path, content: Table) -> None:
-    """Refuse what no grid has, and values of a wrong kind."""
+    """Refuse unknown tables and fields, and values of a wrong type."""
     for key in content:
         if key not in _TABLES:
             raise unknown(f"GRID {path}:", key, _TABLES)
     for key, kind in {"title": str, "source": str, "train": dict, "evaluate": list}.items():
         if not isinstance(content.get(key), kind) or not content[key]:
             form = {str: f'{key} = "..."', dict: f"[{key}]", list: f"[[{key}]]"}[kind]
-            raise InputError(f"GRID {path} needs {form}, with something in it")
+            raise InputError(f"GRID {path} needs {form}, not empty.")
     _check_fields(path, "[train]", content["train"], TrainConfig, _TRAIN)
     _check_array(path, "evaluate", content["evaluate"])
     for key in AXES:
@@ -249,7 +251,7 @@ def _check_tables(path: Path, content: Table) -> None:
         if key not in (*AXES, "train", "evaluate"):
             raise unknown(f"GRID {path}: [smoke]", key, (*AXES, "train", "evaluate"))
     if smoke.get("evaluate") == []:
-        raise InputError(f"GRID {path}: [smoke] evaluate = [] leaves no evaluation; give one, or leave it out")
+        raise InputError(f"GRID {path}: [smoke] evaluate = [] leaves no evaluation. Add one, or omit the line.")
     _check_fields(path, "[smoke.train]", smoke.get("train", {}), TrainConfig, _TRAIN)
     _check_array(path, "evaluate", smoke.get("evaluate", []))
 
@@ -257,7 +259,7 @@ def _check_tables(path: Path, content: Table) -> None:
 def _check_array(path: Path, key: str, tables: Any) -> None:
     """Check an array of tables: evaluations, or the alternatives of an axis."""
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise InputError(f"GRID {path}: {key} must be one or several tables, each begun by [[{key}]]")
+        raise InputError(f"GRID {path}: {key} must be one or several tables, each with the header [[{key}]]")
     for table in tables:
         if key == "evaluate":
             _check_fields(path, "[[evaluate]]", table, EvaluateConfig, _EVALUATE)
@@ -270,7 +272,7 @@ def _check_array(path: Path, key: str, tables: Any) -> None:
 
 
 def _check_fields(path: Path, where: str, table: Any, config: type, allowed: set[str]) -> None:
-    """Refuse unknown fields and values of a wrong kind; whole numbers become floats where those are meant."""
+    """Refuse unknown fields and values of a wrong type; integers become floats where the field is a float."""
     if not isinstance(table, dict):
         raise InputError(f"GRID {path}: {where} must be a table")
     hints = get_type_hints(config)
@@ -280,24 +282,15 @@ def _check_fields(path: Path, where: str, table: Any, config: type, allowed: set
         if key in ("name", "init_from"):
             continue
         if value == []:
-            raise InputError(f"GRID {path}: {where} {key} = [] leaves no cell; give a value")
+            raise InputError(f"GRID {path}: {where} {key} = [] leaves no cell. Give it a value.")
         if config is EvaluateConfig or not isinstance(value, list):
-            table[key] = _typed(f"GRID {path}: {where} {key}", value, hints[key])
+            table[key] = typed(f"GRID {path}: {where} {key}", value, hints[key])
         else:
-            table[key] = [_typed(f"GRID {path}: {where} {key}", one, hints[key]) for one in value]
-
-
-def _typed(what: str, value: Any, hint: Any) -> Any:
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
-    if type(value) is int and float in kinds:
-        return float(value)
-    if type(value) not in kinds:
-        raise InputError(f"{what} = {value!r} must be {' or '.join(_KINDS[kind] for kind in kinds)}")
-    return value
+            table[key] = [typed(f"GRID {path}: {where} {key}", one, hints[key]) for one in value]
 
 
 def _check_starts(path: Path, methods: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse an ``init_from`` that names no method, or comes back to where it began."""
+    """Refuse an ``init_from`` that names no method, or a circle of them."""
     starts = {method["name"]: method.get("init_from") for method in methods}
     for name, start in starts.items():
         chain = [name]
@@ -311,7 +304,7 @@ def _check_starts(path: Path, methods: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _shortened(path: Path, content: Table, smoke: Table) -> Table:
-    """A grid's content with that of its table [smoke] in place."""
+    """Return the content of a grid with the changes of its table [smoke]."""
     train = content["train"]
     for key, value in smoke.get("train", {}).items():
         tables = [train, *(table for axis in AXES for table in content.get(axis, []))]

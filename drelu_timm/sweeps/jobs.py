@@ -1,4 +1,8 @@
-"""The commands of a cell, run one after the other as processes of their own: here, some cells at once, or in a job."""
+"""The commands of a cell as one job, and the executor that runs such jobs on this machine.
+
+submitit has a local executor too, but its jobs cannot be stopped so that they save their state: it ignores SIGTERM,
+kills a job one second after it is cancelled, and leaves the processes of the job running.
+"""
 
 import contextlib
 import os
@@ -23,12 +27,12 @@ _END_OF_LOG = 20_000  # bytes of a log that are searched for what went wrong
 
 @dataclass
 class CellJob:
-    """A callable that runs commands until one fails; it can be sent to another machine.
+    """A callable that runs commands until one fails. It can be pickled, to run on another machine.
 
     Attributes:
-        commands: "python" stands for this one.
-        log: File that everything they print is added to. It is locked as long as any of them runs, be it one that
-            a killed sweep has left: no cell is begun twice at once.
+        commands: Words of each command; "python" stands for the running interpreter.
+        log: File that the output of the commands is appended to. It is locked while any of them runs, also after their
+            sweep was killed, so that no cell runs twice at the same time.
     """
 
     commands: Sequence[Sequence[str]]
@@ -37,12 +41,16 @@ class CellJob:
     _stopped: bool = field(default=False, init=False, repr=False)
 
     def __call__(self, environment: Mapping[str, str] | None = None) -> str:
-        """Run them; "" when all are done, else what the failed one said last."""
+        """Run the commands with ``environment`` added to this process' own.
+
+        Returns:
+            "" if all succeeded, else the error of the one that failed.
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         try:
             log = locked(self.log)
         except BlockingIOError:
-            return f"runs already; wait, or end it (fuser {self.log} names its processes)"
+            return f"it runs already. Wait, or end its processes (fuser {self.log} lists them)"
         try:
             with log:
                 return next(filter(None, (self._run(command, log, environment or {}) for command in self.commands)), "")
@@ -50,25 +58,26 @@ class CellJob:
             self.stop()
 
     def stop(self) -> None:
-        """Send SIGTERM to what runs, on which `train` saves its state, and start nothing more."""
+        """Send SIGTERM to the running command, on which `train` saves its state, and start no other."""
         self._stopped = True
         if self._process is None or self._process.poll() is not None:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self._process.pid)
-            # A launcher does not always pass it on.
+            # accelerate's launcher does not always pass the signal on.
             launched = process.children() if "accelerate.commands.launch" in process.cmdline() else []
             for each in [*launched, process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.terminate()
 
     def checkpoint(self, *args: Any) -> Any:
-        """What submitit calls when a job is preempted or at its limit: save, and go on by the same commands later."""
+        """Save the state and return the job to queue again: submitit calls this on preemption and at the time limit."""
         from submitit.helpers import DelayedSubmission
 
         self.stop()
         if self._process is not None:
-            with contextlib.suppress(ChildProcessError):  # not Popen.wait, whose lock the interrupted one may hold
+            # Popen.wait would deadlock: this is called by a signal handler, and the interrupted code may hold its lock.
+            with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(CellJob(self.commands, self.log))
 
@@ -77,7 +86,7 @@ class CellJob:
             return "stopped"
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
-        begun = self.log.stat().st_size
+        start = self.log.stat().st_size
         with _blocked(signal.SIGUSR2):
             self._process = subprocess.Popen(
                 [sys.executable if word == "python" else word for word in command],
@@ -85,17 +94,17 @@ class CellJob:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C goes to its whole group; `stop` says it so that they save
+                start_new_session=True,  # else Ctrl-C in a terminal kills the commands before `stop` lets them save
             )
-        if self._stopped:  # between the two
+        if self._stopped:  # by another thread, after the check above
             self.stop()
         code = self._process.wait()
-        return self._last_words(begun, code) if code else ""
+        return self._error(start, code) if code else ""
 
-    def _last_words(self, begun: int, code: int) -> str:
-        """Our own error line if there is one, else the last line of the log."""
+    def _error(self, start: int, code: int) -> str:
+        """Return the last error line that a command printed after byte ``start`` of the log, else its last line."""
         with self.log.open("rb") as log:
-            log.seek(max(begun, self.log.stat().st_size - _END_OF_LOG))
+            log.seek(max(start, self.log.stat().st_size - _END_OF_LOG))
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -104,7 +113,7 @@ class CellJob:
 
 @contextlib.contextmanager
 def _blocked(number: signal.Signals) -> Iterator[None]:
-    """What is started here never hears of a signal: submitit's comes to all processes of a job, and would end them."""
+    """Block a signal in the processes that are started here: SLURM sends submitit's to all of a job and ends them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
@@ -113,89 +122,91 @@ def _blocked(number: signal.Signals) -> Iterator[None]:
 
 
 class Pending(Protocol):
-    """What is known of a job that was begun: as of `concurrent.futures.Future`, and of submitit's jobs."""
+    """A submitted job: a `concurrent.futures.Future` or a job of submitit."""
 
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Return whether it has ended."""
         ...
 
     def result(self) -> Any:
-        """What it returned; raises what it raised."""
+        """Return what it returned, or raise what it raised."""
         ...
 
 
 class Refused(Exception):
-    """A place takes no more cells, for now at least; the message is its own, in one line."""
+    """An executor takes no more jobs for now. The message is its own, in one line."""
 
 
-class Place(Protocol):
-    """Where cells run."""
+class Executor(Protocol):
+    """Runs the jobs of cells."""
 
     @property
     def capacity(self) -> float:
-        """Cells at once."""
+        """Largest number of jobs at once."""
+        ...
+
+    @property
+    def poll_every(self) -> float:
+        """Time between two questions whether jobs have ended, in seconds."""
         ...
 
     def submit(self, name: str, job: CellJob) -> Pending:
-        """Begin a cell; ``name`` is its name.
+        """Start the job of the cell ``name``.
 
         Raises:
-            Refused: It was not begun, and may be tried again.
+            Refused: It was not started; it may be submitted again later.
         """
         ...
 
     def stop(self) -> None:
-        """End what runs where nobody else will."""
+        """Stop the jobs that would not outlive this process."""
         ...
 
 
-class Here:
-    """Runs cells on this machine.
+class LocalExecutor:
+    """Runs jobs on this machine.
 
     Args:
-        jobs: Cells at once.
-        num_processes: Processes a cell; each job gets so many GPUs of its own where there are enough.
+        jobs: Largest number of jobs at once.
+        num_processes: Processes per job, one GPU each. Jobs share GPUs only if there are too few.
     """
+
+    poll_every = 0.2
 
     def __init__(self, jobs: int, num_processes: int):
         self.capacity = jobs
         self._pool = ThreadPoolExecutor(jobs)
-        self._running: list[CellJob] = []
-        self._slots: SimpleQueue[dict[str, str]] = SimpleQueue()
+        self._jobs: list[CellJob] = []
+        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()  # those that no job uses
         for slot in range(jobs):
-            self._slots.put(_environment(slot, jobs, num_processes))
+            self._environments.put(_environment(slot, jobs, num_processes))
 
     def submit(self, name: str, job: CellJob) -> Future[str]:
-        """Begin a cell; ``name`` is its name."""
+        """Start a job as soon as one of those before it has ended."""
         del name
-        self._running.append(job)
+        self._jobs.append(job)
         return self._pool.submit(self._run, job)
 
     def stop(self) -> None:
-        """Stop all cells, and wait until they have saved their state."""
-        for job in [*self._running]:  # a copy, as threads take out what ends
+        """Stop all jobs, and wait until they have saved their state."""
+        for job in self._jobs:
             job.stop()
         self._pool.shutdown()
 
     def _run(self, job: CellJob) -> str:
-        slot = self._slots.get()
+        environment = self._environments.get()
         try:
-            return job(slot)
+            return job(environment)
         finally:
-            self._slots.put(slot)
-            self._running.remove(job)
-
-
-def threads_of_a_process(jobs: int, num_processes: int) -> int:
-    """How many threads a process of a cell computes with, where OMP_NUM_THREADS does not say it."""
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // (jobs * num_processes)))
+            self._environments.put(environment)
 
 
 def _environment(slot: int, jobs: int, num_processes: int) -> dict[str, str]:
-    """Threads and GPUs of the cells that run in a slot."""
-    environment = {"OMP_NUM_THREADS": str(threads_of_a_process(jobs, num_processes))}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    """Return the threads and GPUs of one of ``jobs`` jobs."""
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // (jobs * num_processes))
+    environment = {"OMP_NUM_THREADS": str(threads)}
     if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         gpus = visible.split(",")
         first = slot % (len(gpus) // num_processes) * num_processes
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + num_processes])

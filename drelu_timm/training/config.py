@@ -1,20 +1,15 @@
 """Everything a training is made with: the flags of `drelu-timm train`, and what is allowed."""
 
-from argparse import ArgumentParser
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
 from ..attacks.threat_model import ThreatModel, norm_and_radius
-from ..command_line import flag
+from ..command_line import flag, group
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 from ..files import read_json
-from ..kinds import OBJECT, check_fields
-from . import flags
+from ..schema import load
 from .presets import PRESETS
 
 if TYPE_CHECKING:
@@ -29,10 +24,120 @@ _SAME_UPDATES = ("grad_accum_steps", "compile")  # up to rounding
 
 
 @dataclass(frozen=True)
-class TrainConfig(
-    flags.Machine, flags.Augmentation, flags.Optimisation, flags.Layer, flags.Objective, flags.Start, flags.Task
-):
-    """Train a timm model and write a run directory."""  # fields come in the order of the bases from the last
+class TrainConfig:
+    """Train a timm model and write a run directory."""
+
+    model: str = field(metadata=group("task", "What is trained, and on what."))
+    """timm architecture, plain or with its D-ReLU: resnet50, wide_resnet28_10, resnet50_drelu, dense_drelu, ..."""
+    dataset: str
+    """digits, mnist, cifar10, cifar100, tiny_imagenet, or folder for any folder of images."""
+    data_dir: Path = Path("data")
+    """Where the dataset lies, or is downloaded to. For folder: DIR/train and DIR/val (or test), folders or .tar files
+    with a folder per class at the top and its images at any depth below."""
+    img_size: int | None = None
+    """Side of an image, in pixels; by default the dataset's own, and needed for folder."""
+    n_train: int | None = None
+    """Use the first so many training images only; any first ones are a fair sample."""
+    generated: tuple[Path, ...] = ()
+    """Generated images to mix in: .npz files with `image` and `label`, such as EDM's; several are read as one."""
+    generated_fraction: float = 0.0
+    """Share of generated images in every batch; an epoch keeps the size of the real training set."""
+    output_dir: Path | None = field(
+        default=None, metadata=group("run", "Where the run is written, and what it starts from.")
+    )
+    """Run directory to write; by default runs/ and a name of what the run holds."""
+    resume: bool = False
+    """Resume the run in the output directory; start from scratch where there is none."""
+    init_from: Path | None = None
+    """Run whose trained weights to start from."""
+    preset: str | None = None
+    """Named settings, printed with their source; flags and a file (--config) win over them:
+    paper-drelu, paper-at, paper-trades, paper-drelu-edm, paper-trades-edm, wang2023, wang2023-tiny-imagenet.
+    (From Python: `TrainConfig.from_preset`.)"""
+    pretrained: bool = False
+    """Start from the base architecture's ImageNet weights."""
+    seed: int = 0
+    """Keys all randomness."""
+    objective: str = field(default="natural", metadata=group("objective", "The loss, and the inner attack."))
+    """natural, at (adversarial training by PGD), trades or mart."""
+    beta: float = 6.0
+    """TRADES and MART: weight of the KL term."""
+    awp_gamma: float = 0.0
+    """Adversarial weight perturbation, of this size relative to the weights (0.005 is common); 0 for none."""
+    label_smoothing: float = 0.0
+    """Share of the label that goes to all classes evenly, in the loss (not in the attack)."""
+    norm: str | None = None
+    """Norm of the inner attack, Linf or L2; by default the dataset's. Another one needs --eps."""
+    eps: str | None = None
+    """Radius of the inner attack, such as 8/255; by default the dataset's."""
+    steps: int = 10
+    """Gradients of the inner attack."""
+    step_size: float | None = None
+    """Length of a step, in units of a [0, 1] pixel; by default eps / 4."""
+    placement: str | None = field(
+        default=None, metadata=group("layer", "The added layer of a *_drelu model, and its caps.")
+    )
+    """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
+    activation: str | None = None
+    """What stands there: drelu (the default), srelu, relu, relu6, silu, gelu, prelu or pssilu."""
+    width: int | None = None
+    """Units of the added dense layer, or channels of the added convolution; by default 128."""
+    cap: float | None = None
+    """Initial cap of a D-ReLU, fixed cap of an S-ReLU; by default 100."""
+    cap_weight: float = 0.0
+    """Weight of the caps' penalty in the loss (the paper's balancer, lambda)."""
+    cap_penalty: str = "squared"
+    """squared (the paper's: the sum of squared caps), or effective (each cap times what the next layer makes of it)."""
+    cap_lr: float = 0.1
+    """Learning rate of the caps; at the paper's 1e-3 a cap needs some 100,000 steps from 100 to 1."""
+    small_images: bool = False
+    """A stem for small images: 3x3, stride 1, no pooling, or an upsampling layer where the family has no such stem."""
+    optimizer: str = field(
+        default="adam", metadata=group("optimisation", "How long, how fast, and which epoch is kept.")
+    )
+    """Any optimiser of timm: adam, adamw, sgd (Nesterov, momentum 0.9), ..."""
+    lr: float = 1e-3
+    """Learning rate of everything but the caps, at its highest."""
+    weight_decay: float = 0.0
+    """Weight decay; biases, norms, caps and what timm's model names (position embeddings, ...) are spared."""
+    schedule: str = "constant"
+    """Learning rates: constant, plateau (halved after 5 epochs without a lower loss),
+    cosine (to 0, step by step) or onecycle (up, then as a cosine to 0, step by step)."""
+    warmup: float = 0.025
+    """Share of the steps in which onecycle rises."""
+    ema_decay: float = 0.0
+    """Decay, a step, of an exponential moving average of the weights (0.995 is common); 0 for none.
+    The averaged model is measured beside the raw one, and is what the run keeps."""
+    epochs: int = 10
+    """Passes over the training set, at most."""
+    monitor: str | None = None
+    """Held-out figure that says which epoch is best: loss, or pgd (accuracy under the inner attack).
+    By default loss for natural training and pgd for robust objectives; of the averaged weights if there are any."""
+    patience: int | None = None
+    """Stop after so many epochs without a better held-out figure; by default never."""
+    batch_size: int = 128
+    """Images a step, over all processes together: the same run on any number of GPUs."""
+    grad_accum_steps: int = 1
+    """Parts that each process takes its share of a batch in, one after the other, where memory is short.
+    The same update as without up to rounding, but that BatchNorm takes the statistics of each part."""
+    sync_bn: bool = False
+    """BatchNorm over the batch of all processes; by default each takes the statistics of its own part."""
+    cutout: int = field(
+        default=0, metadata=group("augmentation", "What is done to training images, in addition to crop and flip.")
+    )
+    """Side of the square that Cutout erases, in pixels; 0 for none."""
+    cutmix: float = 0.0
+    """Probability that a batch is mixed by CutMix."""
+    rand_augment: str = ""
+    """timm's RandAugment, such as rand-m9-n2-mstd0.5; empty for none."""
+    compile: bool = field(default=False, metadata=group("machine", "What does not change the result."))
+    """Compile the model by torch.compile: a minute or more at the start, fewer seconds a step on a GPU."""
+    workers: int = 0
+    """Processes that prepare batches, beside each training process; 0 for none."""
+    save_every: int = 0
+    """Save a state after every so many steps as well; by default at the end of an epoch, and on SIGTERM."""
+    log_with: str | None = None
+    """Tracker of accelerate for the figures of every epoch, beside log.jsonl: tensorboard, wandb, ..."""
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> "TrainConfig":
@@ -60,23 +165,9 @@ class TrainConfig(
         return Augmentation(dataset.crop_padding, dataset.flip, self.cutout, self.cutmix, self.rand_augment)
 
 
-def preset_in(argv: Sequence[str]) -> TrainConfig:
-    """The settings of the preset that a command line names, for its flags to be read over.
-
-    Raises:
-        InputError: No such preset.
-    """
-    parser = ArgumentParser("drelu-timm train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    name = parser.parse_known_args(argv)[0].preset
-    if name is None:
-        return TrainConfig(model=tyro.MISSING, dataset=tyro.MISSING)
-    return TrainConfig.from_preset(name, model=tyro.MISSING, dataset=tyro.MISSING)
-
-
 def flag_defaults(preset: str | None) -> dict[str, Any]:
     """What a flag that is not given stands for, beside ``--preset`` or without; None for those that must be given."""
-    defaults = {field.name: None if field.default is MISSING else field.default for field in fields(TrainConfig)}
+    defaults = {each.name: None if each.default is MISSING else each.default for each in fields(TrainConfig)}
     return defaults | (PRESETS[preset].settings | {"preset": None} if preset in PRESETS else {})
 
 
@@ -94,12 +185,47 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config,
         norm=threat_model.norm,
         eps=threat_model.written,
-        step_size=threat_model.eps / 4 if config.step_size is None else config.step_size,
-        monitor=config.monitor or ("loss" if config.objective == "natural" else "pgd"),
-        output_dir=config.output_dir or Path("runs") / _run_name(config),
+        step_size=_default_step_size(threat_model) if config.step_size is None else config.step_size,
+        monitor=config.monitor or _default_monitor(config.objective),
+        output_dir=run_directory(config),
     )
     _check_output(config)
     return config
+
+
+def run_directory(config: TrainConfig) -> Path:
+    """Return the run directory of a config: its own, or the default one."""
+    return config.output_dir or Path("runs") / _run_name(config)
+
+
+def given_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a run's saved settings those that have the value `resolve` fills in.
+
+    They are filled in again, so that ``step_size`` follows another ``eps``, and ``monitor`` another ``objective``.
+
+    Args:
+        saved: What `saved` returned, with the types of `TrainConfig`.
+
+    Raises:
+        InputError: Norm and eps that are no threat model.
+    """
+    filled: dict[str, Any] = {"monitor": _default_monitor(saved.get("objective", "natural"))}
+    if saved.get("norm") is not None and saved.get("eps") is not None:
+        filled["step_size"] = _default_step_size(ThreatModel.parse(saved["norm"], saved["eps"]))
+    of_preset = flag_defaults(saved.get("preset"))  # where a preset sets one, leaving it out gives the preset's value
+    return {
+        name: value
+        for name, value in saved.items()
+        if name not in filled or filled[name] != value or of_preset[name] is not None
+    }
+
+
+def _default_step_size(threat_model: ThreatModel) -> float:
+    return threat_model.eps / 4
+
+
+def _default_monitor(objective: str) -> str:
+    return "loss" if objective == "natural" else "pgd"
 
 
 def _threat_model(config: TrainConfig) -> ThreatModel:
@@ -197,6 +323,13 @@ def _run_name(config: TrainConfig) -> str:
     return "-".join([*filter(None, parts), f"seed{config.seed}"])
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What is read of a config.json to resume its training."""
+
+    train: dict[str, Any]
+
+
 def _check_output(config: TrainConfig) -> None:
     """Refuse a directory that is in use, and a --resume whose flags are not those the run began with."""
     assert config.output_dir is not None
@@ -210,9 +343,7 @@ def _check_output(config: TrainConfig) -> None:
         return
     if not config.resume:
         raise InputError(f"--output-dir {config.output_dir} is in use; add --resume to go on, or name another folder")
-    content = read_json(path)
-    check_fields(path, content, {"train": OBJECT})
-    before, now = content["train"], saved(config)
+    before, now = load(_Saved, read_json(path), path).train, saved(config)
     compared = [key for key in now if key not in (*_MAY_MOVE, *_SAME_UPDATES)]
     differing = [f"{key} ({before.get(key)} before, {now[key]} now)" for key in compared if before.get(key) != now[key]]
     if differing:

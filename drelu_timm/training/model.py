@@ -48,7 +48,9 @@ def create_model(config: TrainConfig, data: Images) -> nn.Module:
         raise InputError(
             f"--pretrained: there are no weights of {config.model} to be had ({one_line(error)})"
         ) from error
-    if "img_size" not in arguments and not config.small_images:
+    # Only for a variant: plain timm models do not take small_images.
+    is_variant = config.model.partition(".")[0].endswith("_drelu")
+    if is_variant and not config.small_images and "img_size" not in arguments:
         first_convs = paths(model.pretrained_cfg["first_conv"])
         warn_of_small_images(model, first_convs, model.pretrained_cfg["input_size"][1:], size)
     model._model_args = getattr(model, "_model_args", arguments)  # timm 1.0.9 does not record a plain model's

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..data.batches import TrainingBatches
 from ..data.datasets import DATASETS
-from ..data.generated import GeneratedImages
+from ..data.generated import ORDER, GeneratedImages
 from ..data.images import Images, hold_out, to_float
 from ..digests import digest
 from ..errors import InputError
@@ -311,11 +311,14 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same when a run goes on, beside its flags."""
-        return {
+        identity = {
             "data": self.data_digest,
             "mixed_precision": self.accelerator.mixed_precision,
             "sharding": "FSDP" if is_sharded(self.accelerator) else "none",
         }
+        if self.batches.generated is not None:
+            identity["order_of_generated_images"] = ORDER
+        return identity
 
     def _arrangement(self) -> dict[str, Any]:
         """What may be otherwise when a run goes on: the updates are the same up to rounding."""
@@ -350,9 +353,10 @@ class Trainer:
         if content is None:
             return
         for key, now in self._identity().items():
-            if content[key] != now:
+            before = content.get(key)  # None in a state of before the key was recorded
+            if before != now:
                 raise InputError(
-                    f"--resume of {self.output_dir} with other {key.replace('_', ' ')} ({content[key]} before, {now} "
+                    f"--resume of {self.output_dir} with other {key.replace('_', ' ')} ({before} before, {now} "
                     "now); give what it was begun with, or another --output-dir"
                 )
         self._say_rearranged(content)

@@ -69,8 +69,8 @@ def _published(card: Path, cache_dir: Path | None) -> SavedModel:
     if not weights.is_file():
         key, dataset, threat_model = _identity(card)
         raise InputError(
-            f"{key}: its weights do not come with the package ({size:,} bytes, sha256 {sha256}); make them by {recipe} "
-            f"and drelu-timm export, then register_robust_model({key!r}, {dataset!r}, {threat_model!r}, FOLDER), or "
-            "give the place of these very ones and their sha256"
+            f"{key}: its weights do not come with the package ({size:,} bytes, sha256 {sha256}); make them by "
+            f"drelu-timm train --config {recipe} and drelu-timm export, then register_robust_model({key!r}, "
+            f"{dataset!r}, {threat_model!r}, FOLDER), or give the place of these very ones and their sha256"
         )
     return SavedModel(config, card, weights, sha256)
