@@ -70,7 +70,7 @@ def test_robustbench_without_setuptools_clashes(environment):
     ("versions", "what", "installed"),
     [
         ({"timm": "1.0.31"}, "timm 1.0.31 is installed, but robustbench needs timm==1.0.9", "timm==1.0.9"),
-        ({"torch": "2.4.1"}, "torch 2.4.1 is installed, but drelu-timm needs torch>=2.5", "torch>=2.5"),
+        ({"torch": "2.4.1"}, "torch 2.4.1 is installed, but drelu-timm needs torch>=2.6", "torch>=2.6"),
         ({"accelerate": "0.9"}, "accelerate 0.9 is installed, but drelu-timm needs accelerate>=1.0", "accelerate>=1.0"),
         ({"packaging": None}, "packaging is not installed", "packaging"),
     ],

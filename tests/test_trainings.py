@@ -185,7 +185,7 @@ def test_each_stage_starts_from_the_one_before(read):
 def test_the_stages_of_a_recipe_are_trained_in_order(tmp_path, capsys):
     (tmp_path / "r.toml").write_text(STAGES)
     argv = ["--config", str(tmp_path / "r.toml"), "--output-dir", str(tmp_path / "a run")]
-    main(argv)
+    main(read_trainings(argv))
     out = capsys.readouterr().out
     assert "next: training 2 of 2" in out and f"next: drelu-timm evaluate '{tmp_path}/a run'\n" in out
     config = read_json(tmp_path / "a run" / "config.json")
@@ -194,13 +194,13 @@ def test_the_stages_of_a_recipe_are_trained_in_order(tmp_path, capsys):
     train(replace(second, output_dir=tmp_path / "alone"))
     weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("a run", "alone")]
     assert weights[0] == weights[1]  # as if each training had a command of its own
-    main([*argv, "--resume"])  # there is nothing left to do
+    main(read_trainings([*argv, "--resume"]))  # there is nothing left to do
     with pytest.raises(InputError, match="a run-stage1 is in use; add --resume"):
-        main(argv)
+        main(read_trainings(argv))
 
 
 def test_a_mistake_in_a_later_stage_is_found_before_the_first_is_trained(tmp_path):
     (tmp_path / "r.toml").write_text(STAGES.replace('"at"', '"art"'))
     with pytest.raises(InputError, match="'art' is unknown"):
-        main(["--config", str(tmp_path / "r.toml"), "--output-dir", str(tmp_path / "run")])
+        main(read_trainings(["--config", str(tmp_path / "r.toml"), "--output-dir", str(tmp_path / "run")]))
     assert not (tmp_path / "run-stage1").exists()
