@@ -47,10 +47,9 @@ class _Mixed(type):
 
 @cache
 def _mixed(mixin: type, cls: type) -> type:
-    # TorchScript reads the annotations of one class, and with them which attributes are constants (torch.jit.Final).
-    annotations: dict[str, Any] = {}
-    for each in (*reversed(cls.__mro__), mixin):
-        annotations |= get_annotations(each)
+    # TorchScript reads which attributes are constants (torch.jit.Final) from the annotations of one class. Those of
+    # further bases would not help: it cannot convert `nn.Module`, for example.
+    annotations = get_annotations(cls) | get_annotations(mixin)
     namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__annotations__": annotations}
     return _Mixed(cls.__name__, (mixin, cls), namespace)
 
