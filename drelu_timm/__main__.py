@@ -11,20 +11,20 @@ from .errors import InputError, unknown
 from .preemption import EXIT_CODE, Preempted
 
 VERBS = {
-    "demo": "the whole way on scikit-learn's digits, in under two minutes on two cores: start here",
-    "train": "train a timm model, naturally, adversarially or by TRADES; writes a run directory",
-    "evaluate": "attack a model by AutoAttack and by what knows how gradients are hidden; writes results into its run",
-    "export": "a run as a RobustBench entry, a timm / Hugging Face folder and a model card",
-    "sweep": "a grid of trainings and evaluations, the paper's or your own, here or on a cluster",
-    "report": "tables, statistics and figures of evaluated runs, beside the paper's",
-    "doctor": "versions of what is installed, what of it clashes, and the one command that fixes it",
+    "demo": "train, attack and export three models on scikit-learn's digits: start here, it takes two minutes",
+    "train": "train a timm model (natural, adversarial, TRADES, MART) and write a run directory",
+    "evaluate": "attack a model with AutoAttack and adaptive attacks; report accuracies and a verdict on masking",
+    "export": "write an evaluated run as a RobustBench entry, a timm / Hugging Face folder and a model card",
+    "sweep": "train and evaluate a grid of settings, the paper's or your own, here or on a SLURM cluster",
+    "report": "write tables, statistics and figures of evaluated runs, next to the paper's numbers",
+    "doctor": "print installed versions, what clashes, and the one command that fixes it",
 }
 
-HOW_TO_GO_ON = {
-    "demo": "; the same command goes on where it was",
-    "train": "; the same command with --resume goes on from the last state",
-    "evaluate": "; the same command goes on where the last batch ended",
-    "sweep": "; the same command goes on with what is not done",
+HOW_TO_RESUME = {
+    "demo": "; the same command resumes it",
+    "train": "; the same command with --resume continues from the last state",
+    "evaluate": "; the same command continues after the last finished batch",
+    "sweep": "; the same command continues with the cells that are not done",
 }
 
 HELP = "usage: drelu-timm VERB [options]\n\n" + "\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items())
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{_process()}error: {error}", file=sys.stderr)
         return 2
     except Preempted as stopped:
-        print(f"{stopped}{HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
+        print(f"{stopped}{HOW_TO_RESUME.get(verb, '')}", file=sys.stderr)
         return EXIT_CODE
     except KeyboardInterrupt:
-        print(f"\nstopped{HOW_TO_GO_ON.get(verb, '')}", file=sys.stderr)
+        print(f"\nstopped{HOW_TO_RESUME.get(verb, '')}", file=sys.stderr)
         return 130
 
 
