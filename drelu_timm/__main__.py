@@ -36,8 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when done, 1 where doctor, sweep or report found something broken, 2 for input that cannot be used, 75 where
-        SIGTERM stopped it, 130 for Ctrl-C.
+        SIGTERM stopped it, 130 for Ctrl-C, 141 where nobody reads the output any more (`| head -1`).
     """
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails, too
+        return 128 + 13
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("-h", "--help"):
         print(HELP)

@@ -11,7 +11,7 @@ from drelu_timm.attacks.attack import Batch
 from drelu_timm.attacks.losses import LOSSES
 from drelu_timm.attacks.pgd import FGSM, pgd
 from drelu_timm.attacks.suites import ATTACKS, SUITES, find_suite
-from drelu_timm.attacks.threat_model import ThreatModel, radius_of
+from drelu_timm.attacks.threat_model import ThreatModel, norm_and_radius, radius_of
 from drelu_timm.errors import InputError
 from drelu_timm.models.modes import frozen
 
@@ -59,6 +59,13 @@ def test_a_radius_above_a_pixels_range_is_one_for_l2_only():
     with pytest.raises(InputError, match=r"--eps 8 is more than a pixel's whole range, which is 1; write 8/255 for 8"):
         ThreatModel.parse("Linf", "8")
     assert ThreatModel.parse("L2", "8").eps == radius_of("8") == 8
+
+
+def test_an_empty_radius_is_not_the_default():
+    norm, eps = norm_and_radius(None, "", ThreatModel.parse("Linf", "8/255"))
+    with pytest.raises(InputError, match="--eps '' is no radius"):
+        ThreatModel.parse(norm, eps)
+    assert norm_and_radius(None, None, ThreatModel.parse("Linf", "8/255")) == ("Linf", "8/255")
 
 
 def test_unknown_norm_names_the_near_miss():

@@ -747,3 +747,89 @@ def test_what_eval_does_is_undone():
     with frozen(nn.Sequential(nn.Identity(), layer).train()):
         assert layer.weight.unique().tolist() == [1.5]
     assert layer.weight.unique().tolist() == [0.5]
+
+
+# What a stranger found
+
+
+class Shifted(Net):
+    """A part of the function is neither a weight nor in the repr."""
+
+    def __init__(self, shift=0.5):
+        super().__init__()
+        self.shift = shift
+
+    def normalized(self, x):
+        return (x - self.shift) / 0.25
+
+
+def test_a_state_of_a_model_that_only_computes_something_else_is_refused(images, labels, plain, tmp_path):
+    first = measured(made(Shifted), images, labels, state=tmp_path / "state")
+    assert numbers(first) == numbers(plain)
+    with pytest.raises(InputError, match="outputs"):
+        measured(made(Shifted, shift=0.1), images, labels, state=tmp_path / "state")
+
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+
+    def normalized(self, x):
+        return super().normalized(self.norm(x))
+
+
+def test_a_model_that_only_a_call_reaches_is_in_eval_mode(images, labels):
+    model = made(Normed)
+    expected = numbers(measured(model, images, labels))
+    model.train()
+    held = {"model": model}
+
+    def averaged(x):
+        return torch.stack([(lambda v: held["model"](v))(x) for _ in range(2)]).mean(0)
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hidden = types.SimpleNamespace(call=averaged)
+    result = measured(lambda x: getattr(hidden, "ca" + "ll")(x), images, labels)
+    assert numbers(result)[:3] == expected[:3]
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Centred(Net):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits - logits.mean(dim=0, keepdim=True)
+
+
+class NoisyWithAMaskedClass(Net):
+    def forward(self, x):
+        logits = super().forward(x)
+        return torch.cat([logits + 0.05 * torch.randn_like(logits), torch.full((len(x), 1), -1e9)], dim=1)
+
+
+@pytest.mark.parametrize("kind", [Centred, NoisyWithAMaskedClass])
+def test_a_model_that_depends_on_more_than_the_image_is_never_sound(kind, images, labels):
+    result = measured(made(kind), images, labels)
+    assert str(result.verdict) != "sound"
+    assert any(
+        "not deterministic or depends on the other images of a batch" in sentence
+        for sentence in result.verdict.evidence
+    )
+
+
+def test_a_finite_mask_of_a_class_is_not_randomness(images, labels):
+    class Masked(Net):
+        def forward(self, x):
+            return torch.cat([super().forward(x), torch.full((len(x), 1), -1e9)], dim=1)
+
+    assert "The forward pass is deterministic." in measured(made(Masked), images, labels).verdict.evidence
+
+
+def test_labels_and_images_that_are_something_else(images, labels):
+    with pytest.raises(InputError, match=r"labels are torch.bool; give integers from 0 to classes - 1"):
+        measured(made(), images, labels == 3)
+    with pytest.raises(
+        InputError, match=r"images are uint8 from 0 to 1; give uint8 from 0 to 255, or floats in \[0, 1\]"
+    ):
+        measured(made(), images.round().byte(), labels)

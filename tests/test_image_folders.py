@@ -318,6 +318,10 @@ def test_tiny_imagenet_of_other_files(tmp_path, changes, split, message):
         load_images("tiny_imagenet", tmp_path, split)
 
 
+def test_a_superscript_in_a_name_is_not_a_number(tmp_path):
+    assert read(write_splits(tmp_path, {"10\u00b2/1.png": 1, "2/1.png": 2})).classes == ("2", "10\u00b2")
+
+
 def test_a_run_is_not_evaluated_on_classes_of_other_names(tmp_path):
     data = image_folder(tmp_path / "images")
     run = train(config(tmp_path / "run", epochs=1, **data))

@@ -129,11 +129,11 @@ def norm_and_radius(norm: str | None, eps: str | None, default: ThreatModel) -> 
     Raises:
         InputError: A norm without a radius, where the default radius is one of another norm.
     """
-    if not eps and norm != default.norm and norm in get_args(Norm):
+    if eps is None and norm is not None and norm != default.norm and norm in get_args(Norm):
         raise InputError(
             f"--norm {norm} needs --eps: {default.written} is a radius for {default.norm}; give one for {norm}"
         )
-    return norm or default.norm, eps or default.written
+    return default.norm if norm is None else norm, default.written if eps is None else eps
 
 
 def parse_threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:

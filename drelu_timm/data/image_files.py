@@ -2,6 +2,7 @@
 
 import io
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,6 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image, ImageOps
-from timm.utils.misc import natural_key
 from torch import Tensor
 from tqdm import tqdm
 
@@ -106,7 +106,8 @@ def _maximum(image: Any) -> int | None:
 
 def natural(name: str) -> tuple[Any, str]:
     """Key of timm's natural order, in which 2 comes before 10; names that differ in case only keep one order, too."""
-    return natural_key(name), name
+    # timm's `natural_key` takes "²" for a number, which int() refuses.
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
 @cache

@@ -28,6 +28,10 @@ def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"images lie in [{low:.4g}, {high:.4g}]; give them in [0, 1], normalisation belongs into the model"
         )
+    if images.dtype == torch.uint8 and 0 < high <= 1:
+        raise InputError("images are uint8 from 0 to 1; give uint8 from 0 to 255, or floats in [0, 1]")
+    if labels.dtype == torch.bool:
+        raise InputError("labels are torch.bool; give integers from 0 to classes - 1")
     if labels.is_floating_point() or labels.min() < 0:
         raise InputError(f"labels are {labels.dtype} from {labels.min()}; give integers from 0 to classes - 1")
     return images, labels.to("cpu", torch.int64, copy=True)

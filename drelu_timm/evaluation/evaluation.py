@@ -262,6 +262,7 @@ def _identity(driver: Driver, model: UserModel, suite: str, columns: Suite) -> d
     return {
         "model": model.digest,
         "images": digest([driver.images, driver.labels]),
+        "outputs": digest([], json.dumps(model.fingerprint)),
         "norm": driver.threat_models[0].norm,
         "eps": [threat_model.eps for threat_model in driver.threat_models],
         "suite": suite,

@@ -2,11 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 _DEPTH = 4  # from the function to a module: through what it holds, and what that holds
 
@@ -14,17 +17,19 @@ _DEPTH = 4  # from the function to a module: through what it holds, and what tha
 class FunctionModel(nn.Module):
     """A function as a module.
 
-    The modules that the function reaches (as its object, arguments, attributes, closure or globals) are its children,
-    so that they are put into eval mode, frozen and found by adaptive attacks like those of any module.
+    The modules that the function reaches (as its object, arguments, attributes, closure or globals), and those that run
+    when it is called, are its children, so that they are put into eval mode, frozen and found by adaptive attacks like
+    those of any module.
 
     Args:
         function: Takes images [B, C, H, W], returns logits [B, K].
+        sample: Images [B, C, H, W] that it is called with once.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor]):
+    def __init__(self, function: Callable[[Tensor], Tensor], sample: Tensor):
         super().__init__()
         self.function = (function,)  # in a tuple, as an attribute that is a module would be a child
-        modules = {id(module): module for module in _modules(function, _DEPTH)}
+        modules = {id(module): module for module in (*_modules(function, _DEPTH), *_called(function, sample))}
         self.reached = nn.ModuleList(modules.values())
 
     def forward(self, images: Tensor) -> Tensor:
@@ -35,6 +40,26 @@ class FunctionModel(nn.Module):
         """Name of the function."""
         function = self.function[0]
         return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _called(function: Callable[[Tensor], Tensor], sample: Tensor) -> list[nn.Module]:
+    """Return the modules that run in a call of a function, which is without effect on their batch statistics."""
+    modes: dict[nn.Module, bool] = {}
+
+    def into_eval_mode(module: nn.Module, args: Any) -> None:
+        modes.setdefault(module, module.training)
+        module.training = False
+
+    hook = register_module_forward_pre_hook(into_eval_mode)
+    try:
+        # An error is reported by the first call that counts. The sample may be on another device than the modules.
+        with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            function(sample.clone())
+    finally:
+        hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return list(modes)
 
 
 def _modules(value: Any, depth: int) -> Iterator[nn.Module]:
@@ -48,7 +73,10 @@ def _modules(value: Any, depth: int) -> Iterator[nn.Module]:
 def _held(value: Any) -> list[Any]:
     """What a function or an object can reach by itself."""
     if isinstance(value, FunctionType):
-        variables = inspect.getclosurevars(value)
+        try:
+            variables = inspect.getclosurevars(value)
+        except ValueError:  # of a variable of the closure that has no value yet
+            return []
         return [*variables.nonlocals.values(), *variables.globals.values(), *(value.__defaults__ or ())]
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]

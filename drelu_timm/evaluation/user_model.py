@@ -50,11 +50,15 @@ def opened(
     Raises:
         InputError: A model that cannot be called, or that does not return logits of two classes or more.
     """
-    module = _with_usable_weights(_as_module(model, called), called)
+    caller = caller or Defaults.current()
+    sample = as_float(images[:_TRIED])
+    with caller.applied():
+        module = _as_module(model, sample, called)
+    module = _with_usable_weights(module, called)
     device = device_of(module, images.device)
     with frozen(module), _seeded(device, seed):
-        user_model = UserModel(module, device, called, caller or Defaults.current())
-        sample = as_float(images[:_TRIED]).to(device)
+        user_model = UserModel(module, device, called, caller)
+        sample = sample.to(device)
         user_model.find_form(sample, batch_size)
         with channels_last(module) if user_model.is_same_in_channels_last(sample) else nullcontext():
             yield user_model
@@ -106,6 +110,14 @@ class UserModel(nn.Module):
         """sha256 of the model; for a function, which need not hold its weights, also of a few of its logits."""
         own = model_digest(self.model)
         return digest([self._logits], own) if isinstance(self.model, FunctionModel) else own
+
+    @property
+    def fingerprint(self) -> list[list[float]]:
+        """Logits of the sample to two digits: they tell models apart whose weights and structure are equal."""
+        lowest, highest = self._logits.amin(dim=1, keepdim=True), self._logits.amax(dim=1, keepdim=True)
+        # Relative and coarse, as other machines round otherwise.
+        share = (self._logits - lowest) / (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)
+        return [[round(value, 2) for value in row] for row in share.tolist()]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] float32 of images [B, C, H, W] in [0, 1].
@@ -278,13 +290,13 @@ def check_logits(logits: Tensor, called: str) -> None:
         )
 
 
-def _as_module(model: AnyModel, called: str) -> nn.Module:
+def _as_module(model: AnyModel, sample: Tensor, called: str) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     if isinstance(model, type) or not callable(model):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise InputError(f"{called} is {what}; give a torch.nn.Module, or a function from images to logits")
-    return FunctionModel(model)
+    return FunctionModel(model, sample)
 
 
 def _with_usable_weights(module: nn.Module, called: str) -> nn.Module:

@@ -15,7 +15,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     An attack in eval mode neither uses nor moves the batch statistics of BatchNorm, and draws no dropout. Weight
     gradients, which nobody uses here, cost about a quarter of an attack's time.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    # What torch.jit.freeze makes has no mode.
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         _set_mode(model, training=False)
