@@ -833,3 +833,22 @@ def test_labels_and_images_that_are_something_else(images, labels):
         InputError, match=r"images are uint8 from 0 to 1; give uint8 from 0 to 255, or floats in \[0, 1\]"
     ):
         measured(made(), images.round().byte(), labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 32.0}, "--batch-size 32.0 is not possible; give 1 or more, a whole number"),
+        ({"search_dtype": "bfloat16"}, "search_dtype 'bfloat16' is not possible; give one of torch.float32, torch.bf"),
+        ({"search_dtype": torch.float64}, "search_dtype torch.float64 is not possible"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, message, images, labels):
+    with pytest.raises(InputError, match=message):
+        measured(made(), images, labels, **options)
+
+
+def test_a_state_may_be_named_by_a_text_and_labels_be_uint16(images, labels, plain, tmp_path):
+    result = measured(made(), images, labels.to(torch.uint16), state=str(tmp_path / "state"))
+    assert numbers(result) == numbers(plain)
+    assert any((tmp_path / "state").iterdir())

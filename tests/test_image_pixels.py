@@ -55,6 +55,13 @@ def test_a_tiff_of_12_bits_is_scaled_by_its_own_maximum(tmp_path):
     np.testing.assert_array_equal(decoded(tmp_path, content, "tif")[0], RAMP)
 
 
+def test_a_tiff_in_which_white_is_0_is_refused(tmp_path):
+    """Pillow inverts such images of 8 bits, and leaves those of 16 as they are."""
+    content = encoded(Image.fromarray(RAMP.astype(np.uint16) * 257), "TIFF", tiffinfo={262: 0})
+    with pytest.raises(InputError, match="has pixels of Pillow's mode 'I;16' in a file of format TIFF"):
+        decoded(tmp_path, content, "tif")
+
+
 @pytest.mark.parametrize(
     ("image", "mode"), [(RAMP / np.float32(255), "F"), (RAMP.astype(np.int32), "I"), (RAMP * np.int32(70_000), "I")]
 )

@@ -97,6 +97,8 @@ _EIGHT_BIT = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK"
 def _maximum(image: Any) -> int | None:
     """Return the value of white in a 16-bit grey image; None where its mode and format do not determine it."""
     if image.format == "TIFF" and image.mode.startswith("I;16"):
+        if image.tag_v2.get(262) == 0:  # PhotometricInterpretation: white is 0, which Pillow inverts in 8 bits only
+            return None
         return 2 ** image.tag_v2[258][0] - 1  # BitsPerSample: 12 bits are stored in 16 without being scaled
     # Pillow scales JPEG 2000 of less than 16 bits, and PGM of any maximum, to 16 bits. "I" are PNG in older versions,
     # and PGM; in a TIFF it may be 32-bit or signed.

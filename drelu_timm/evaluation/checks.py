@@ -30,11 +30,12 @@ def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         )
     if images.dtype == torch.uint8 and 0 < high <= 1:
         raise InputError("images are uint8 from 0 to 1; give uint8 from 0 to 255, or floats in [0, 1]")
-    if labels.dtype == torch.bool:
-        raise InputError("labels are torch.bool; give integers from 0 to classes - 1")
-    if labels.is_floating_point() or labels.min() < 0:
+    if labels.dtype == torch.bool or labels.is_complex():
+        raise InputError(f"labels are {labels.dtype}; give integers from 0 to classes - 1")
+    indices = labels.to("cpu", torch.int64, copy=True)  # torch has no minimum of uint16
+    if labels.is_floating_point() or indices.min() < 0:
         raise InputError(f"labels are {labels.dtype} from {labels.min()}; give integers from 0 to classes - 1")
-    return images, labels.to("cpu", torch.int64, copy=True)
+    return images, indices
 
 
 def _check_images(images: Tensor) -> None:

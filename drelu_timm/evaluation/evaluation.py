@@ -80,6 +80,9 @@ class Evaluation(EpsResult):
         return self.rows.broken
 
 
+SEARCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def evaluate_model(
     model: AnyModel,
     images: Tensor,
@@ -92,7 +95,7 @@ def evaluate_model(
     batch_size: int = 256,
     search_dtype: torch.dtype = torch.float32,
     transfer_from: AnyModel | None = None,
-    state: Path | None = None,
+    state: Path | str | None = None,
 ) -> Evaluation:
     """Measure clean and robust accuracy, and whether the latter can be believed.
 
@@ -143,7 +146,7 @@ def evaluate_sweep(
     batch_size: int = 256,
     search_dtype: torch.dtype = torch.float32,
     transfer_from: AnyModel | None = None,
-    state: Path | None = None,
+    state: Path | str | None = None,
 ) -> list[Evaluation]:
     """Evaluate a model as `evaluate_model` does at several radii at once.
 
@@ -194,7 +197,7 @@ def evaluate_under(
     batch_size: int,
     search_dtype: torch.dtype,
     transfer_from: AnyModel | None,
-    state: Path | None,
+    state: Path | str | None,
     processes: Processes | None = None,
 ) -> list[Evaluation]:
     """Evaluate a model under parsed threat models of one norm, from the smallest eps; see `evaluate_sweep`.
@@ -202,8 +205,13 @@ def evaluate_under(
     ``processes`` share the work: each of them makes the same call.
     """
     started = time.monotonic()
-    if batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more, a whole number")
+    if search_dtype not in SEARCH_DTYPES:
+        raise InputError(
+            f"search_dtype {search_dtype!r} is not possible; give one of {', '.join(map(str, SEARCH_DTYPES))}"
+        )
+    state = None if state is None else Path(state)
     caller, processes = Defaults.current(), processes or Processes()
     with evaluation_state(), ExitStack() as stack:
         images, labels = checked(images, labels)
