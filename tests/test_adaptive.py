@@ -11,12 +11,11 @@ from torch import nn
 
 from drelu_timm.attacks import adaptive
 from drelu_timm.attacks.adaptive import SUBSTITUTES
-from drelu_timm.attacks.attack import Batch
-from drelu_timm.attacks.losses import LOSSES
+from drelu_timm.attacks.attack import LOSSES, Batch
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.models.drelu import DReLU, SReLU
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 
 CAPPED = {
     "drelu": (DReLU(4, cap=1.0), 0.0, 1.0),
@@ -126,7 +125,7 @@ def test_a_layer_of_ones_own_is_made_known_in_one_line():
     model = nn.Sequential(Quantised(), Shifted())
     x = torch.tensor([[0.3, 9.1]])
     assert not adaptive.substitutable_layers(model)
-    with pytest.raises(TypeError, match=r"Quantised has no backward substitute; give it one by adaptive.backward.reg"):
+    with pytest.raises(TypeError, match=r"Quantised has no backward substitute\. Register one with adaptive.back"):
         adaptive.backward(model[0], x, adaptive.leaky)
 
     adaptive.backward.register(Quantised, lambda layer, x, clamp: x)

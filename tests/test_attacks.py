@@ -7,13 +7,12 @@ import torch
 from torch import nn
 
 from drelu_timm.attacks.adaptive import Transfer
-from drelu_timm.attacks.attack import Batch
-from drelu_timm.attacks.losses import LOSSES
+from drelu_timm.attacks.attack import LOSSES, Batch
 from drelu_timm.attacks.pgd import FGSM, pgd
 from drelu_timm.attacks.suites import ATTACKS, SUITES, find_suite
 from drelu_timm.attacks.threat_model import ThreatModel, norm_and_radius, radius_of
 from drelu_timm.errors import InputError
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 
 THREAT_MODELS = [ThreatModel.parse("Linf", "0.0125"), ThreatModel.parse("L2", "0.08")]
 
@@ -51,19 +50,19 @@ def test_eps_is_read_and_kept_as_written(written, value):
 
 @pytest.mark.parametrize("eps", ["hello", "-0.1", "8/0", "nan", "inf", "", "8/255/2"])
 def test_eps_that_is_no_radius(eps):
-    with pytest.raises(InputError, match=r"--eps .* is no radius; give a number >= 0 such as 8/255 or 0.1"):
+    with pytest.raises(InputError, match=r"--eps .* is not a radius. Use a number >= 0 such as 8/255 or 0.1"):
         ThreatModel.parse("Linf", eps)
 
 
 def test_a_radius_above_a_pixels_range_is_one_for_l2_only():
-    with pytest.raises(InputError, match=r"--eps 8 is more than a pixel's whole range, which is 1; write 8/255 for 8"):
+    with pytest.raises(InputError, match=r"--eps 8 is larger than the pixel range \[0, 1\]\. Use 8/255 for 8"):
         ThreatModel.parse("Linf", "8")
     assert ThreatModel.parse("L2", "8").eps == radius_of("8") == 8
 
 
 def test_an_empty_radius_is_not_the_default():
     norm, eps = norm_and_radius(None, "", ThreatModel.parse("Linf", "8/255"))
-    with pytest.raises(InputError, match="--eps '' is no radius"):
+    with pytest.raises(InputError, match="--eps '' is not a radius"):
         ThreatModel.parse(norm, eps)
     assert norm_and_radius(None, None, ThreatModel.parse("Linf", "8/255")) == ("Linf", "8/255")
 

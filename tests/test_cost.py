@@ -11,7 +11,7 @@ from drelu_timm.attacks.attack import Batch
 from drelu_timm.attacks.suites import ATTACKS
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 from drelu_timm.sweeps.cell import GRADIENT, Cell, attack_cost
 from drelu_timm.train import train
 
@@ -63,7 +63,7 @@ def test_the_bound_of_a_training_holds(tmp_path, objective, awp_gamma, monkeypat
 
 def count_images(monkeypatch) -> tuple[list[int], list[int]]:
     """Count the images of every forward pass of `Dense`, and those of every backward pass."""
-    from drelu_timm.models.nets import Dense
+    from drelu_timm.models.architectures import Dense
 
     forwards, gradients, forward = [], [], Dense.forward_features
 

@@ -181,5 +181,5 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize("depth", [4, 30])
 def test_a_depth_without_blocks_is_refused(depth):
-    with pytest.raises(InputError, match=f"depth {depth} does not divide .* give 10, 16, 22, 28"):
+    with pytest.raises(InputError, match=f"depth {depth} does not divide .* Use 10, 16, 22, 28"):
         create("wide_resnet28_10", depth=depth)

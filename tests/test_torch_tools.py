@@ -125,7 +125,7 @@ def test_fx_traces_a_small_model_with_normalization_and_upsampling():
     x = torch.rand(1, 3, 32, 32)
     graph = torch.fx.symbolic_trace(normalized(model))
     assert same_output(graph, normalized(model), x)
-    with pytest.raises(InputError, match="images have 1 channels, the model takes 3"):
+    with pytest.raises(InputError, match="images have 1 channels, but the model takes 3"):
         graph(torch.rand(1, 1, 32, 32))
 
 
@@ -173,13 +173,13 @@ def test_torchscript_of_a_normalized_model():
     model = normalized(create("shallow_cnn"))
     x = torch.rand(2, 1, 28, 28)
     assert same_output(torch.jit.script(model), model, x)
-    with pytest.raises(Exception, match="images have 3 channels, the model takes 1"):
+    with pytest.raises(Exception, match="images have 3 channels, but the model takes 1"):
         torch.jit.script(model)(torch.rand(2, 3, 28, 28))
 
 
 def test_torchscript_of_upsampling_is_refused_and_traced():
     model = create("convnext_atto", small_images=True)
-    with pytest.raises(InputError, match=r"cannot compile ConvNeXt with upsampling in front; use torch\.jit\.trace"):
+    with pytest.raises(InputError, match=r"cannot compile ConvNeXt with upsampling in front\. Use torch\.jit\.trace"):
         torch.jit.script(normalized(model))
     x = torch.rand(1, 3, 32, 32)
     assert same_output(torch.jit.trace(model, x), model, x)

@@ -27,7 +27,7 @@ from ..digests import digest
 from ..errors import InputError
 from ..files import write_json
 from ..models.caps import cap_statistics, unit_shares
-from ..models.saved import save_folder
+from ..models.weights import save_folder
 from ..preemption import Preempted, noticed_sigterm
 from .checks import check_model
 from .config import TrainConfig

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..attacks.losses import cross_entropy
+from ..attacks.attack import cross_entropy
 from ..data.images import Images, to_float
 from ..randomness import random_generator
 from .objectives import InnerAttack, Objective
