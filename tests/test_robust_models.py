@@ -300,7 +300,7 @@ def test_a_pickle_is_never_loaded(folder, tmp_path):
     ("changes", "message"),
     [
         ({"model_args": {"checkpoint_path": "x.pt"}}, "model_args contains checkpoint_path"),
-        ({"model_args": None}, "model_args None are no arguments; give an object"),
+        ({"model_args": None}, "model_args None is not an object. Use an object"),
         (
             {"pretrained_cfg": ["x"]},
             "config.json is not the config of a model. It must have architecture, num_classes, pretrai",

@@ -41,7 +41,7 @@ def backward(layer: nn.Module, x: Tensor, clamp: Clamp) -> Tensor:
         layer: The layer.
         x: Its input.
         clamp: ``(x, floor, cap)`` to the substitute for a clamp, to be called wherever the layer has one. A floor
-            below zero saturates as a cap does; a floor at zero is that of a ReLU and is kept. The cap may be a tensor
+            below zero saturates as a cap does; a floor at zero, as in a ReLU, is kept. The cap may be a tensor
             that broadcasts against ``x``.
 
     Raises:

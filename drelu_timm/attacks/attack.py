@@ -97,7 +97,7 @@ def cross_entropy(labels: Tensor) -> Loss:
 
 
 def margin(labels: Tensor) -> Loss:
-    """Return the largest logit of another class minus that of the label [B], which never saturates."""
+    """Return the largest logit of another class minus the label's, which never saturates."""
 
     def loss(logits: Tensor) -> Tensor:
         label = labels.unsqueeze(1)
@@ -108,14 +108,14 @@ def margin(labels: Tensor) -> Loss:
 
 
 def targeted_margin(labels: Tensor, targets: Tensor) -> Loss:
-    """Return the logit of the target [B] minus that of the label [B]."""
+    """Return the logit of the target [B] minus the label's."""
     return lambda logits: (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
 
 
 def scaled_cross_entropy(labels: Tensor) -> Loss:
     """Return the cross-entropy of logits that are scaled per image so that they span at most 20.
 
-    For much larger logits, such as those of a model without its caps, a float32 softmax has no gradient.
+    For much larger logits, such as a model has without its caps, a float32 softmax has no gradient.
     """
 
     def loss(logits: Tensor) -> Tensor:

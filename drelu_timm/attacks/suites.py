@@ -8,7 +8,7 @@ from .minimum_norm import CarliniWagner, TargetedFAB
 from .pgd import FGSM, PGD, SignNoise
 from .square import Square
 
-# By the name in tables and files. The settings of apgd-ce, apgd-t, fab-t and square are those of AutoAttack standard;
+# By the name in tables and files. apgd-ce, apgd-t, fab-t and square have the settings of AutoAttack standard;
 # each has one restart.
 ATTACKS: dict[str, Attack] = {
     "fgsm": FGSM(),

@@ -122,7 +122,7 @@ def radius_written(eps: str) -> str:
 
 
 def norm_and_radius(norm: str | None, eps: str | None, default: ThreatModel) -> tuple[str, str]:
-    """Return the values of ``--norm`` and ``--eps``, each by default that of a threat model.
+    """Return the values of ``--norm`` and ``--eps``, by default taken from a threat model.
 
     Raises:
         InputError: A norm without a radius, if the default radius belongs to another norm.

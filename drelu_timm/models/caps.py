@@ -29,11 +29,7 @@ CAP_PENALTIES: dict[str, Callable[[nn.Module], Tensor]] = {"squared": cap_penalt
 
 
 def check_cap_penalty(name: str, model: nn.Module) -> None:
-    """Check before training that a penalty covers all D-ReLUs of a model.
-
-    Args:
-        name: In `CAP_PENALTIES`.
-        model: Model to train.
+    """Check before training that a penalty in `CAP_PENALTIES` covers all D-ReLUs of a model.
 
     Raises:
         InputError: "effective" for a D-ReLU that has no output layer behind it.

@@ -45,13 +45,7 @@ class DReLU(nn.Module):
 
 
 def capped(x: Tensor, cap: Tensor, channel_dim: int | None) -> Tensor:
-    """Return ``max(0, min(cap, x))`` with the gradients of `DReLU`.
-
-    Args:
-        x: Pre-activations of any shape.
-        cap: Caps [C], or [1] for one cap of all units.
-        channel_dim: See `DReLU`.
-    """
+    """Return ``max(0, min(cap, x))`` with the gradients of `DReLU`, for caps [C] or [1]."""
     # In x's dtype: a float32 cap would promote bf16 activations to float32 under autocast.
     cap = along_channels(cap, x, channel_dim).to(x.dtype)
     # TorchScript cannot save `_Capped`, and torch.compile cannot trace it. The last two lines have its values and

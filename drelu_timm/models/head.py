@@ -17,8 +17,7 @@ from .surgery import OverridesInstances, mix_in, paths, replace
 class DReLUHead(nn.Module):
     """Dense layer, activation and output layer in place of a model's classifier.
 
-    Its sizes are those of the whole head: the inputs of the dense layer and the outputs of the output layer, whose
-    weight and bias it shows as its own.
+    Its ``in_features`` are the dense layer's; its ``out_features``, weight and bias are the output layer's.
 
     Args:
         classifier: The Linear or 1x1 Conv2d that is replaced; the two new layers are of the same kind.
@@ -153,18 +152,9 @@ def _without_output(model: TimmModel) -> Iterator[None]:
 def add_head(
     model: TimmModel, classifiers: Sequence[str], width: int, activation: str, cap: float, *, unpooled: bool = False
 ) -> list[str]:
-    """Replace the classifiers by `DReLUHead`.
+    """Replace the classifiers by `DReLUHead`; return the paths of the new output layers.
 
-    Args:
-        model: A timm model.
-        classifiers: Paths of the classifiers.
-        width: Units of the dense layer.
-        activation: A name in `activations.ACTIVATIONS`.
-        cap: See `make_activation`.
-        unpooled: The model has no classifiers now, and gets heads when it is reset to some classes.
-
-    Returns:
-        The paths of the new output layers.
+    An ``unpooled`` model has no classifiers now, and gets heads when it is reset to some classes.
     """
     mix_in(model, WithDReLUHead)
     model.drelu_heads = list(classifiers)
@@ -200,7 +190,8 @@ def _around(name: str) -> list[str]:
 
 def _heads(model: TimmModel) -> dict[str, DReLUHead]:
     modules = dict(model.named_modules())
-    return {name: head for name in model.drelu_heads if isinstance(head := modules.get(name), DReLUHead)}
+    # No assignment expression here: torch.compile cannot trace one in a comprehension.
+    return {name: modules[name] for name in model.drelu_heads if isinstance(modules.get(name), DReLUHead)}
 
 
 def _structural_copy(model: TimmModel) -> Any:

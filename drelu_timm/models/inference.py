@@ -50,7 +50,7 @@ def normalized(
 
     Args:
         model: A timm model for normalized images.
-        mean: One value per channel. By default that of ``model.pretrained_cfg``, averaged over its channels if the
+        mean: One value per channel. By default the value in ``model.pretrained_cfg``, averaged over its channels if the
             model has another number of channels.
         std: As ``mean``.
     """
@@ -75,7 +75,7 @@ def _spread(values: Sequence[float], count: int) -> tuple[float, ...]:
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Put a model into eval mode without weight gradients; on exit, restore every module's mode and every flag.
 
-    In eval mode an attack neither uses nor updates the batch statistics of BatchNorm, and there is no dropout. Weight
+    In eval mode an attack neither uses nor updates the batch statistics of BatchNorm, and dropout is off. Weight
     gradients, which attacks do not use, cost about a quarter of an attack's time.
     """
     # The result of torch.jit.freeze has no `training`.

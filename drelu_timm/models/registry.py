@@ -27,11 +27,7 @@ default_cfgs: dict[str, DefaultCfg] = {}  # timm's register_model reads a module
 
 
 def register_model(entrypoint: Callable[..., nn.Module]) -> None:
-    """Register an entrypoint with timm in the module ``drelu_timm``, not listed as pretrained.
-
-    Args:
-        entrypoint: Function that timm calls with ``pretrained`` and further arguments. Its ``__name__`` is the model's.
-    """
+    """Register an entrypoint with timm in the module ``drelu_timm``, not listed as pretrained."""
     timm.models.register_model(entrypoint)
     _list_as_ours(entrypoint.__name__)
 
@@ -45,27 +41,19 @@ def _list_as_ours(name: str) -> None:
         del _module_to_models[_model_to_module[name]]  # otherwise timm.list_modules() lists it
     _model_to_module[name] = MODULE
     _module_to_models[MODULE].add(name)
-    # timm lists a model as pretrained if its cfg has weights. A variant's cfg has those of its base, with which the
-    # head is untrained: a script over timm.list_pretrained() must not use it as a trained model.
+    # timm lists a model as pretrained if its cfg has weights. A variant's cfg has its base's weights, with which
+    # the head is untrained: a script over timm.list_pretrained() must not use it as a trained model.
     _model_has_pretrained.difference_update((name, *_model_with_tags[name]))
 
 
 def list_as_pretrained(name: str) -> None:
-    """Add a registered model without a cfg to ``timm.list_pretrained()`` and ``timm.is_model_pretrained``.
-
-    Args:
-        name: A model whose weights are all loaded by ``pretrained=True``.
-    """
+    """Add a registered model without a cfg to ``timm.list_pretrained()`` and ``timm.is_model_pretrained``."""
     _model_with_tags[name] = [name]  # timm.list_pretrained() reads these names only
     _model_has_pretrained.add(name)
 
 
 def check_tag(what: str, name: str) -> None:
-    """Check the tag of a name such as ``resnet50.a1_in1k``.
-
-    Args:
-        what: The flag, for the error.
-        name: Name of an architecture of timm, with or without a tag.
+    """Check the tag of a name such as ``resnet50.a1_in1k``; ``what`` is the flag, for the error.
 
     Raises:
         InputError: timm has the architecture, but not with this tag.

@@ -55,7 +55,7 @@ class _Mixed(type):
 @cache
 def _mixed(mixin: type, cls: type) -> type:
     # TorchScript reads constant attributes (torch.jit.Final) from the annotations of one class only. Annotations of
-    # further bases are left out: TorchScript cannot convert all of them, for example those of `nn.Module`.
+    # further bases are left out: TorchScript cannot convert all of them, for example `nn.Module`'s.
     annotations = get_annotations(cls) | get_annotations(mixin)
     namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__annotations__": annotations}
     return _Mixed(cls.__name__, (mixin, cls), namespace)
@@ -92,19 +92,10 @@ def _run_on_blank(model: TimmModel, size: Sequence[int]) -> None:
 def add_stem(
     model: TimmModel, first_convs: Sequence[str], in_chans: int, width: int, activation: str, cap: float
 ) -> list[str]:
-    """Insert a 3x3 convolution and an activation before the first convolutions.
+    """Insert a 3x3 convolution and an activation before the first convolutions; return the paths of the new ones.
 
-    Args:
-        model: Built for images of ``width`` channels, so that timm itself has adapted its first convolutions.
-        first_convs: Paths of the first convolutions. Parallel branches of one block get one new convolution, before
-            the block.
-        in_chans: Channels of the images.
-        width: Channels of the new convolution.
-        activation: A name in `activations.ACTIVATIONS`.
-        cap: See `make_activation`.
-
-    Returns:
-        The paths of the new convolutions.
+    The model is built for images of ``width`` channels, so that timm itself has adapted its first convolutions.
+    Parallel branches of one block get one new convolution, before the block.
     """
     names = _shared_block(model, first_convs)
     for name in names:
@@ -134,13 +125,7 @@ def replace_activations(model: TimmModel, input_size: Sequence[int], activation:
 
     A forward pass on a blank image finds the number of channels and their dimension. A module used at several widths
     gets one shared cap, and so does a module that the pass does not reach. Activations that a model calls as
-    functions cannot be replaced, and gates (sigmoid, tanh, softmax) stay.
-
-    Args:
-        model: Any model of images.
-        input_size: (C, H, W) of an image that it accepts.
-        activation: A name in `activations.ACTIVATIONS`.
-        cap: See `make_activation`.
+    functions cannot be replaced, and gates (sigmoid, tanh, softmax) stay. ``input_size`` is (C, H, W).
     """
     found = {name: module for name, module in model.named_modules() if _is_activation(module)}
     channels = _channels(model, list(found.values()), input_size)
@@ -192,12 +177,8 @@ def adapt_to_small_images(model: TimmModel, first_convs: Sequence[str], input_si
 
     A single overlapping first convolution of stride 2 (resnet, densenet, efficientnet, regnet, ...) becomes 3x3 with
     stride 1, and the pooling directly behind the stem is removed. In front of another first layer (patches, several
-    branches), or if the model still cannot process 32 pixels (inception), images are upsampled.
-
-    Args:
-        model: Built for ``input_size``.
-        first_convs: Paths of its first convolutions.
-        input_size: (C, H, W) to which images are upsampled.
+    branches), or if the model still cannot process 32 pixels (inception), images are upsampled to ``input_size``,
+    (C, H, W), for which the model is built.
     """
     if max(input_size[-2:]) <= SMALL_SIDE:
         return
@@ -293,14 +274,9 @@ torch.fx.wrap("_upsample")  # one node in a traced graph, where the shape of x i
 def warn_of_small_images(
     model: TimmModel, first_convs: Sequence[str], made_for: Sequence[int], image_size: Sequence[int], stride: int = 1
 ) -> None:
-    """Warn if a model for large images is to be used on images of at most 64 pixels.
+    """Warn if a model made for large images (H, W) is to be used on images of at most 64 pixels.
 
-    Args:
-        model: A timm model.
-        first_convs: Paths of its first convolutions.
-        made_for: (H, W) of the images for which its architecture is made.
-        image_size: (H, W) of the images.
-        stride: Largest stride of a first convolution that suits the images.
+    A first convolution of at most ``stride`` suits the images.
     """
     if not max(image_size) <= SMALL_SIDE < min(made_for):
         return

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -62,36 +62,26 @@ def build(
     pretrained: bool = False,
     pretrained_cfg: str | Mapping[str, Any] | PretrainedCfg | None = None,
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
-    placement: str = Options.placement,
-    activation: str = Options.activation,
-    width: int = Options.width,
-    cap: float = Options.cap,
-    small_images: bool = Options.small_images,
     **kwargs: Any,
 ) -> nn.Module:
     """Create the D-ReLU variant of a timm architecture; called by ``timm.create_model(f"{base}_drelu", ...)``.
 
     ``pretrained=True`` loads the base's weights into the backbone and leaves the new layers untrained. If
-    ``pretrained_cfg`` or ``pretrained_cfg_overlay`` names another source, its weights are those of the whole variant,
-    or of the base if it has ``architecture=<base>``. For placement "stem" timm adapts the base's pretrained first
+    ``pretrained_cfg`` or ``pretrained_cfg_overlay`` names another source, it has the weights of the whole variant,
+    or of the base if its ``architecture`` is the base. For placement "stem" timm adapts the base's pretrained first
     convolution to the channels of the new one, as it does for any ``in_chans``.
 
     Args:
         base: A registered timm architecture.
         pretrained: Load weights.
         pretrained_cfg: A tag of the base, or a complete cfg.
-        pretrained_cfg_overlay: Entries that replace those of the cfg.
-        placement: See `Options`.
-        activation: See `Options`.
-        width: See `Options`.
-        cap: See `Options`.
-        small_images: See `Options`.
-        **kwargs: The base's own arguments.
+        pretrained_cfg_overlay: Entries that override the cfg.
+        **kwargs: The fields of `Options`, and the base's own arguments.
 
     Raises:
         InputError: An unknown value, a model that does not support the placement, or weights that do not fit.
     """
-    options = Options(placement, activation, width, cap, small_images)
+    options = Options(**{field.name: kwargs.pop(field.name) for field in fields(Options) if field.name in kwargs})
     cfg = resolve_pretrained_cfg(f"{base}_drelu", pretrained_cfg, dict(pretrained_cfg_overlay or {}))
     if cfg.fixed_input_size:  # as timm does, but here it is recorded
         size = cfg.input_size[1:]
@@ -110,19 +100,12 @@ def build(
 
 @dataclass(frozen=True)
 class Variant:
-    """Definition of one D-ReLU model.
-
-    Attributes:
-        base: The timm architecture.
-        cfg: Its resolved cfg, which describes the weights.
-        options: What is changed.
-        kwargs: The base's own arguments.
-    """
+    """Definition of one D-ReLU model: a timm architecture, its resolved cfg, which describes the weights, and options."""
 
     base: str
     cfg: PretrainedCfg
     options: Options
-    kwargs: Mapping[str, Any]
+    kwargs: Mapping[str, Any]  # the base's own arguments
 
     @property
     def name(self) -> str:
@@ -148,12 +131,12 @@ class Variant:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width for which the base is made; the cfg may have those of smaller images."""
+        """Height and width for which the base is made; the cfg may be for smaller images."""
         return height_and_width(self.kwargs.get("img_size", self.registered.input_size[1:]))
 
     @property
     def without_classes(self) -> bool:
-        """Whether the output is that of the D-ReLU, without an output layer."""
+        """Whether the model ends with the D-ReLU, without an output layer."""
         return self.kwargs.get("num_classes", self.cfg.num_classes) == 0
 
     @property
@@ -230,7 +213,7 @@ class Variant:
         """Load the weights of a whole variant through timm, which adapts the first convolution and the classifier.
 
         Raises:
-            InputError: Weights that cannot be read, or those of another model.
+            InputError: Weights that cannot be read, or that belong to another model.
         """
         source = {key: getattr(self.cfg, key) for key in (*SOURCES, "source")}
         cfg = {**model.pretrained_cfg, **source, "custom_load": False, "label_offset": 0}

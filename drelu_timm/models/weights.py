@@ -45,7 +45,7 @@ def save_folder(
         model: A model from ``timm.create_model``.
         folder: Created atomically.
         model_args: Arguments of ``timm.create_model`` for the model; `_drelu` variants record theirs.
-        weights: By default ``model.state_dict()``; those of a sharded model have to be gathered.
+        weights: By default ``model.state_dict()``; a sharded model's weights have to be gathered.
 
     Raises:
         InputError: The folder exists and is not empty.
@@ -91,12 +91,7 @@ def load_folder(folder: str | Path) -> nn.Module:
 
 
 def load_saved(config: dict[str, Any], weights: Path, where: Path) -> nn.Module:
-    """Create the model of a config and load a weights file, which may be in different folders.
-
-    Args:
-        config: Content of a config.json.
-        weights: File in the safetensors format.
-        where: File of the config, for errors.
+    """Create the model of a config and load a safetensors file; ``where`` is the file of the config, for errors.
 
     Raises:
         InputError: An incomplete config, an unknown architecture, or weights that do not fit.
@@ -169,13 +164,9 @@ def check_weights(
 def out_of_reach(
     repo: str, files: Iterable[str], *, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> str | None:
-    """Return why no file of a model repository is available; None if one is in the cache or the Hub answers.
+    """Return why none of the files of a repository is available; None if one is cached or the Hub answers.
 
-    Args:
-        repo: "ORG/NAME", or in timm's form, "ORG/NAME@REVISION".
-        files: Names of files of which one is enough.
-        revision: Branch, tag or commit.
-        cache_dir: Folder of the Hub's cache; None for huggingface_hub's own.
+    ``repo`` is "ORG/NAME" or, in timm's form, "ORG/NAME@REVISION".
     """
     repo, _, tagged = repo.partition("@")
     revision = revision or tagged or None
