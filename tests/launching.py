@@ -55,8 +55,8 @@ def assert_same_weights(one: Path, other: Path, folder: str = "model") -> None:
 
 def image_folder(path: Path) -> dict:
     """Write images of two classes, 40 for training and 40 for testing; return the settings that read them."""
-    colours = np.random.default_rng(0).integers(0, 156, (2, 2, 20, 8, 8, 3), dtype=np.uint8)
-    for split, classes in zip(("train", "test"), colours, strict=True):
+    pixels = np.random.default_rng(0).integers(0, 156, (2, 2, 20, 8, 8, 3), dtype=np.uint8)
+    for split, classes in zip(("train", "test"), pixels, strict=True):
         for shade, (name, images) in enumerate(zip("ab", classes, strict=True)):
             (path / split / name).mkdir(parents=True)
             for i, image in enumerate(images):

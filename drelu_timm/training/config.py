@@ -10,7 +10,6 @@ from ..command_line import flag, group
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 from ..files import read_json
-from ..schema import load
 from .presets import PRESETS
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class TrainConfig:
     generated_fraction: float = 0.0
     """Fraction of generated images in every batch; an epoch has as many steps as without them."""
     output_dir: Path | None = field(
-        default=None, metadata=group("run", "Where the run is written, and what it starts from.")
+        default=None, metadata=group("run", "Where it is written, and what it starts from.")
     )
     """Run directory to write; by default a folder in runs/ that is named after the settings."""
     resume: bool = False
@@ -77,9 +76,7 @@ class TrainConfig:
     """Gradient steps of the inner attack."""
     step_size: float | None = None
     """Length of a step of the inner attack, in pixel values of [0, 1]; by default eps / 4."""
-    placement: str | None = field(
-        default=None, metadata=group("layer", "The added layer of a *_drelu model, and its caps.")
-    )
+    placement: str | None = field(default=None, metadata=group("layer", "The added layer of a *_drelu model."))
     """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
     activation: str | None = None
     """Activation there: drelu (the default), srelu, relu, relu6, silu, gelu, prelu or pssilu."""
@@ -95,17 +92,15 @@ class TrainConfig:
     """Learning rate of the caps; at the paper's 1e-3 a cap needs some 100,000 steps from 100 to 1."""
     small_images: bool = False
     """Stem for small images: 3x3, stride 1, no pooling, or an upsampling layer where the family has no such stem."""
-    optimizer: str = field(
-        default="adam", metadata=group("optimization", "Length, learning rates, and which epoch is kept.")
-    )
+    optimizer: str = field(default="adam", metadata=group("optimization", "Length, learning rates, the best epoch."))
     """Any optimizer of timm: adam, adamw, sgd (Nesterov, momentum 0.9), ..."""
     lr: float = 1e-3
     """Highest learning rate of everything but the caps."""
     weight_decay: float = 0.0
     """Weight decay; not applied to biases, norms, caps, and what timm's model excludes (position embeddings, ...)."""
     schedule: str = "constant"
-    """Learning rates: constant, plateau (halved after 5 epochs without a lower loss),
-    cosine (to 0, updated every step) or onecycle (up, then along a cosine to 0, updated every step)."""
+    """Learning rates: constant, plateau (halved after 5 epochs without a lower loss), cosine (to 0) or onecycle (up,
+    then along a cosine to 0)."""
     warmup: float = 0.025
     """Fraction of the steps in which onecycle rises."""
     ema_decay: float = 0.0
@@ -121,8 +116,7 @@ class TrainConfig:
     batch_size: int = 128
     """Images per step over all processes together, so that a run is the same on any number of GPUs."""
     grad_accum_steps: int = 1
-    """Parts into which each process splits its share of a batch, to save memory. The update is the same up to
-    rounding, except that BatchNorm takes the statistics of each part."""
+    """Parts into which each process splits its share of a batch, to save memory; BatchNorm sees each part alone."""
     sync_bn: bool = False
     """Compute BatchNorm statistics over the batch of all processes; by default each process uses its part."""
     cutout: int = field(default=0, metadata=group("augmentation", "Of training images, in addition to crop and flip."))
@@ -303,29 +297,21 @@ def _check_numbers(config: TrainConfig) -> None:
 
 
 def _check_combinations(config: TrainConfig) -> None:
-    if config.preset is not None:
-        _check_preset(config, config.preset)
+    preset = config.preset
+    if preset is not None and preset not in PRESETS:
+        raise unknown("--preset", preset, PRESETS)
+    if preset is not None and config.dataset not in PRESETS[preset].datasets:
+        allowed = ", ".join(PRESETS[preset].datasets)
+        raise InputError(f"--preset {preset} does not fit --dataset {config.dataset}. It is for {allowed}.")
+    if preset == "paper-at" and config.init_from is None:
+        raise InputError("--preset paper-at continues natural training. Name that run with --init-from RUN.")
     if config.generated and not config.generated_fraction:
-        raise InputError(
-            "--generated needs --generated-fraction F as well. 0.7 for CIFAR and 0.8 for TinyImageNet are common."
-        )
+        raise InputError("--generated needs --generated-fraction F as well (0.7 for CIFAR, 0.8 for TinyImageNet)")
     if config.generated_fraction and not config.generated:
         given = f"--generated-fraction {config.generated_fraction:g}"
         raise InputError(f"{given} needs --generated FILE.npz [FILE.npz ...] as well")
     if config.cutmix and config.objective == "mart":
-        raise InputError(
-            "--cutmix mixes labels, and --objective mart needs one label per image. Leave one of them out."
-        )
-
-
-def _check_preset(config: TrainConfig, name: str) -> None:
-    if name not in PRESETS:
-        raise unknown("--preset", name, PRESETS)
-    if config.dataset not in PRESETS[name].datasets:
-        allowed = ", ".join(PRESETS[name].datasets)
-        raise InputError(f"--preset {name} does not fit --dataset {config.dataset}. It is for {allowed}.")
-    if name == "paper-at" and config.init_from is None:
-        raise InputError("--preset paper-at continues natural training. Name that run with --init-from RUN.")
+        raise InputError("--cutmix mixes labels, and --objective mart needs one label per image. Omit one of them.")
 
 
 def _run_name(config: TrainConfig) -> str:
@@ -339,13 +325,6 @@ def _run_name(config: TrainConfig) -> str:
     if config.generated_fraction:
         parts.append(f"generated{config.generated_fraction:g}")
     return "-".join([*filter(None, parts), f"seed{config.seed}"])
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """The part of a config.json that a resumed training is compared with."""
-
-    train: dict[str, Any]
 
 
 def _check_output(config: TrainConfig) -> None:
@@ -362,7 +341,9 @@ def _check_output(config: TrainConfig) -> None:
         return
     if not config.resume:
         raise InputError(f"--output-dir {folder} is in use. Add --resume to continue that run, or name another folder.")
-    before, now = load(_Saved, read_json(path), path).train, saved(config)
+    before, now = read_json(path).get("train"), saved(config)
+    if not isinstance(before, dict):
+        raise InputError(f"{path}: train must be an object. Restore the file, or name another folder.")
     differing = [
         f"{key} ({before.get(key)} before, {value} now)"
         for key, value in now.items()

@@ -87,7 +87,7 @@ class States:
             **self._arrangement,
             "scheduler": scheduler.state_dict() if scheduler else None,
         }
-        partial = self._folder / ".writing"
+        partial, average = self._folder / ".writing", self._update.average
 
         def prepare() -> None:
             if main:
@@ -96,12 +96,11 @@ class States:
 
         def write() -> None:
             self._accelerator.save_state(str(partial))
-            if not main:
-                return
-            if self._update.average is not None:
-                averaged = self._update.average.state_dict()
-                save_file({name: tensor.cpu().contiguous() for name, tensor in averaged.items()}, partial / _AVERAGE)
-            write_json(partial / "progress.json", content)
+            if main and average is not None:
+                averaged = {name: tensor.cpu().contiguous() for name, tensor in average.state_dict().items()}
+                save_file(averaged, partial / _AVERAGE)
+            if main:
+                write_json(partial / "progress.json", content)
 
         def replace() -> None:
             if main:
