@@ -34,8 +34,8 @@ def difference(clean: float, perturbation: float, cap: float) -> float:
     return abs(capped(clean, cap) - capped(clean + perturbation, cap))
 
 
-# Table A1: the conditions on A, A + B and m, and the output difference of S-ReLU. Case 1 prints |A - B| for ReLU, but its
-# left side, |0 - (A + B)|, is |A + B|; the comparison holds for that too.
+# Table A1: the conditions on A, A + B and m, and the output difference of S-ReLU. Case 1 prints |A - B| for ReLU, but
+# its left side, |0 - (A + B)|, is |A + B|; the comparison holds for that too.
 TABLE_A1 = {
     "A <= 0, A + B > m": (lambda a, b, m: a <= 0 and a + b > m, lambda a, b, m: m),
     "0 < A <= m, A + B > m": (lambda a, b, m: 0 < a <= m < a + b, lambda a, b, m: abs(a - m)),

@@ -100,7 +100,7 @@ def build(
 
 @dataclass(frozen=True)
 class Variant:
-    """Definition of one D-ReLU model: a timm architecture, its resolved cfg, which describes the weights, and options."""
+    """Definition of one D-ReLU model: a timm architecture, its resolved cfg (of the weights), and options."""
 
     base: str
     cfg: PretrainedCfg
