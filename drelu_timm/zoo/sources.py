@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import torch.hub
 from torch import nn
 
-from ..digests import sha256_of
 from ..errors import InputError, one_line
+from ..hashing import sha256_of
 from ..models.saved import CONFIG, WEIGHTS, load_saved, read_config
 
 HUB = "hf-hub:"
