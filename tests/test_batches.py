@@ -320,7 +320,7 @@ def test_fraction_that_leaves_one_kind(generated, fraction, kind):
 
 
 def test_fewer_generated_images_than_a_batch_needs(generated):
-    with pytest.raises(InputError, match="needs 180 generated images per batch, and --generated has 175. Give more"):
+    with pytest.raises(InputError, match=r"needs 180 generated images per batch, and --generated has 175. Give more"):
         mixed(generated, n=300, fraction=0.9, batch_size=200)
 
 

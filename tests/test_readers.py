@@ -281,7 +281,7 @@ def test_no_files_and_no_network(tmp_path, offline, dataset, files):
     assert f"--data-dir {tmp_path} does not contain all of {DATASETS[dataset].title}, and it could not be" in str(
         error.value
     )
-    assert f"put {files}" in str(error.value)
+    assert f"Put {files}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
