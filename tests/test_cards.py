@@ -16,8 +16,8 @@ from drelu_timm.attacks.suites import SUITES
 from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
-from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
+from drelu_timm.hashing import sha256_of
 from drelu_timm.publishing.cards import MEANINGS, SHIPPED, licences, model_card
 from drelu_timm.publishing.entries import card_record, check_entry, model_info
 from drelu_timm.publishing.measured import AUTOATTACK, from_record

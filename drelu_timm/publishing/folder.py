@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from ..data.images import Images, to_float
-from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..files import atomic_file, write_json, write_text
+from ..hashing import sha256_of
 from ..models.weights import CONFIG, WEIGHTS
 from ..results.plotting import draw_curve
 from ..runs import Run

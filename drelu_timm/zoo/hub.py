@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..digests import sha256_of
 from ..errors import InputError, one_line
+from ..hashing import sha256_of
 from ..models.weights import CONFIG, WEIGHTS, how_to_get, out_of_reach
 
 try:

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import torch.hub
 from torch import nn
 
-from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..files import read_json
+from ..hashing import sha256_of
 from ..models.weights import CONFIG, WEIGHTS, load_saved
 
 HUB = "hf-hub:"
