@@ -82,4 +82,4 @@ warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureW
 def _register(_: ModuleType) -> None:
     """Register the models with timm: at once where timm is imported already, else when its import ends."""
     import_module(".models.registration", __name__)
-    import_module(".zoo.published", __name__).register_published()
+    import_module(".zoo.robust_models", __name__).register_published()

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: an exported folder goes there in one commit, single files come back."""
+"""Upload to and download from the Hugging Face Hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +14,19 @@ try:
     from huggingface_hub.hf_api import ModelInfo
     from huggingface_hub.utils import validate_repo_id
 except ImportError as error:
-    raise InputError(f"huggingface_hub cannot be used ({error}); pip install --upgrade huggingface_hub") from error
+    raise InputError(f"huggingface_hub cannot be imported ({error}). pip install --upgrade huggingface_hub.") from error
 
-OF_THE_HUB = ".gitattributes"  # which the Hub puts into every repository
+GIT_ATTRIBUTES = ".gitattributes"  # which the Hub adds to every repository
 
 
 @dataclass(frozen=True)
 class Push:
-    """What went to the Hub, or would go there; as text, what to tell the user.
+    """Result of an upload, or of a dry run; ``str`` gives the text for the user.
 
     Attributes:
-        url: The page of the model repository.
-        files: Bytes of each file.
-        commit: The page of the commit; None for a dry run.
+        url: Page of the model repository.
+        files: Size of each file in bytes.
+        commit: Page of the commit; None for a dry run.
     """
 
     url: str
@@ -35,36 +35,36 @@ class Push:
 
     def __str__(self) -> str:
         if self.commit is not None:
-            return f"{len(self.files)} files are at {self.url}, by the commit {self.commit}"
+            return f"uploaded {len(self.files)} files to {self.url} in the commit {self.commit}"
         width = max(map(len, self.files))
         return "\n".join(
             [
-                f"Dry run, as there is no token: {len(self.files)} files would go to {self.url}, in one commit",
+                f"Dry run without a token: {len(self.files)} files would be uploaded to {self.url} in one commit",
                 *(f"  {name:{width}}  {size:>13,} bytes" for name, size in self.files.items()),
-                "Log in with `hf auth login`, or set HF_TOKEN to a token that may write, and push again.",
+                "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and push again.",
             ]
         )
 
 
 def push(folder: Path, repo: str) -> Push:
-    """Upload the files of a timm / Hugging Face folder to a model repository, in one commit: all of them or none.
+    """Upload the files of a timm / Hugging Face folder to a model repository, in one commit.
 
-    A repository keeps its weights for good, as others have written down their sha256: one that is there already must be
-    empty or hold these very weights, and then gets the new card, with the old one in its history. Files of other names
-    that somebody put there stay. Without a token nothing is sent.
+    Others may have recorded the sha256 of a repository's weights, so weights are never replaced: an existing repository
+    must be empty or contain the same weights. It then gets the new card, and its other files stay. Nothing is sent
+    without a token.
 
     Args:
-        folder: What ``export`` writes as hub/.
-        repo: "ORG/NAME"; made, public, where it does not exist.
+        folder: The hub/ of an exported folder.
+        repo: "ORG/NAME"; created as a public repository if it does not exist.
 
     Raises:
-        InputError: A bad name or folder, a repository with other files, no network or no rights. Nothing was uploaded
-            then.
+        InputError: The name or folder is invalid, the repository contains other files, or the network or the rights
+            are missing. Nothing is uploaded in this case.
     """
     check_name(repo, f"--push {repo!r}")
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{folder} holds no exported model (no {' and no '.join(missing)}); export it anew")
+        raise InputError(f"{folder} does not contain an exported model (no {' and no '.join(missing)}). Export it again.")
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     token = get_token()
     api = HfApi(token=token)
@@ -74,15 +74,15 @@ def push(folder: Path, repo: str) -> Push:
 
 
 def _upload(api: HfApi, repo: str, url: str, files: list[Path]) -> str:
-    """Make the repository if need be, commit, and return the commit's page."""
+    """Create the repository if needed, commit, and return the page of the commit."""
     folder = files[0].parent
-    made = False
-    # Exception, as the errors of the Hub's transports (httpx, httpx2 or xet, by version) have nothing else in common.
+    created = False
+    # Exception: the errors of the Hub's transports (httpx, httpx2 or xet, by version) have no narrower base class.
     try:
         found = _find(api, repo)
         if found is None:
             api.create_repo(repo)
-            made = True
+            created = True
     except Exception as error:
         raise _refused(url, folder, one_line(error)) from error
     if found is not None:
@@ -92,10 +92,10 @@ def _upload(api: HfApi, repo: str, url: str, files: list[Path]) -> str:
             repo,
             [CommitOperationAdd(file.name, file) for file in files],
             commit_message="Model and card, by drelu-timm export",
-            parent_commit=found.sha if found else None,  # refused if somebody commits between the check and this
+            parent_commit=found.sha if found else None,  # the Hub refuses if somebody committed after the check
         ).commit_url
-    except BaseException as error:  # Ctrl-C as well must leave no empty repository
-        rest = _delete(api, repo, url) if made else ""
+    except BaseException as error:  # after Ctrl-C, too, no empty repository may remain
+        rest = _delete(api, repo, url) if created else ""
         if not isinstance(error, Exception):
             raise
         raise _refused(url, folder, one_line(error), rest) from error
@@ -109,58 +109,62 @@ def _find(api: HfApi, repo: str) -> ModelInfo | None:
 
 
 def _check_same_model(found: ModelInfo, url: str, folder: Path) -> None:
-    """Raise where the repository holds anything and not the folder's weights."""
-    files = {sibling.rfilename: sibling for sibling in found.siblings or [] if sibling.rfilename != OF_THE_HUB}
-    lfs = files[WEIGHTS].lfs if WEIGHTS in files else None  # the Hub keeps all safetensors there
+    """Raise if the repository contains anything, and not the folder's weights."""
+    files = {sibling.rfilename: sibling for sibling in found.siblings or [] if sibling.rfilename != GIT_ATTRIBUTES}
+    lfs = files[WEIGHTS].lfs if WEIGHTS in files else None  # the Hub stores all safetensors in LFS
     if not files or (lfs is not None and lfs.sha256 == sha256_of(folder / WEIGHTS)):
         return
     listed = ", ".join(sorted(files)[:5]) + (", ..." if len(files) > 5 else "")
     raise InputError(
-        f"--push: {url} holds another model or other files ({listed}), which are never overwritten; nothing was "
-        f"uploaded and {folder} stays; give another name, or delete or rename that repository in its settings"
+        f"--push: {url} contains another model or other files ({listed}), which are never overwritten. Nothing was "
+        f"uploaded, and {folder} is unchanged. Use another name, or delete or rename that repository in its settings."
     )
 
 
 def _delete(api: HfApi, repo: str, url: str) -> str:
-    """Delete a repository that was made a moment ago; what to say if that fails."""
+    """Delete a repository that was just created, and return what the user has to do if that fails."""
     try:
         api.delete_repo(repo)
     except Exception as error:
-        return f"; the repository was made, is empty and cannot be deleted ({one_line(error)}): do it at {url}/settings"
+        return f" The new, empty repository cannot be deleted ({one_line(error)}). Delete it at {url}/settings."
     return ""
 
 
 def _refused(url: str, folder: Path, reason: str, rest: str = "") -> InputError:
     return InputError(
-        f"--push: {url} did not take the model ({reason}); nothing was uploaded and {folder} stays{rest}; "
-        "check the network, the name and the token's rights (hf auth login), then push again"
+        f"--push: the upload to {url} failed ({reason}). Nothing was uploaded, and {folder} is unchanged.{rest} Check the "
+        "network, the name and the token's rights (hf auth login), then push again."
     )
 
 
 def fetch(repo: str, revision: str | None, file: str, cache_dir: Path | None) -> Path:
-    """A file of a model repository, downloaded where it is not in the cache.
+    """Return a file of a model repository, downloaded if it is not cached.
 
     Raises:
-        InputError: No such repository, revision or file, no rights, or no network.
+        InputError: The repository, revision or file does not exist, or the rights or the network are missing.
     """
     where = f"hf-hub:{repo}@{revision}" if revision else f"hf-hub:{repo}"
     reason = out_of_reach(repo, [file], revision=revision, cache_dir=cache_dir)
     if reason is not None:
-        raise InputError(f"{where}: {file} cannot be fetched ({reason}). {how_to_get(repo)}.")
+        raise InputError(f"{where}: {file} cannot be downloaded ({reason}). {how_to_get(repo)}.")
     try:
         return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
     except Exception as error:  # as in _upload
         raise InputError(
-            f"{where}: {file} cannot be fetched ({one_line(error)}); check the name, the network and, for a "
-            "private repository, the token (hf auth login)"
+            f"{where}: {file} cannot be downloaded ({one_line(error)}). Check the name, the network and, for a private "
+            "repository, the token (hf auth login)."
         ) from error
 
 
 def check_name(repo: str, given: str) -> None:
-    """Raise where a repository's name is not ORG/NAME.
+    """Check that the name of a repository is ORG/NAME.
+
+    Args:
+        repo: The name.
+        given: Flag or argument that contains it, for the error.
 
     Raises:
-        InputError: It is not; ``given`` says where it was written.
+        InputError: It is not.
     """
     try:
         validate_repo_id(repo)
@@ -168,4 +172,4 @@ def check_name(repo: str, given: str) -> None:
     except HFValidationError:
         well_formed = False
     if not well_formed:
-        raise InputError(f"{given} names no repository; give ORG/NAME, of letters, digits, -, _ and . only")
+        raise InputError(f"{given} is not the name of a repository. Use ORG/NAME, of letters, digits, -, _ and . only.")

@@ -1,33 +1,80 @@
-"""Trained models under the names that timm and RobustBench look for, ``<key>_<dataset>_<threat>``."""
+"""Trained models under the names that timm and RobustBench look for, ``<key>_<dataset>_<norm>``.
 
+A model is two files, config.json and model.safetensors; pickles are never read. They come from a local folder, an https
+address or the Hugging Face Hub (`register_robust_model`), or are published with this package (`register_published`).
+"""
+
+import hashlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import timm
+import torch.hub
 from torch import nn
 
-from ..errors import InputError
+from ..digests import sha256_of
+from ..errors import InputError, one_line
+from ..files import read_json
 from ..models.normalize import channels_of, normalized
 from ..models.registry import list_as_pretrained, register_model
-from .sources import Source, find_source
+from ..models.saved import CONFIG, WEIGHTS, load_saved, read_config
 
+HUB = "hf-hub:"
+INSTALLED = Path(__file__).parents[1] / "model_cards"
+IN_CHECKOUT = Path(__file__).parents[2] / "model_cards"
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """Files of a trained model on this machine.
+
+    Attributes:
+        config: Content of config.json.
+        where: The file that the config is from; errors name it.
+        weights: File in the safetensors format.
+        sha256: Digest that the weights must have; None for any.
+    """
+
+    config: Any
+    where: Path
+    weights: Path
+    sha256: str | None
+
+    def load(self) -> nn.Module:
+        """Load the model without its normalization.
+
+        Raises:
+            InputError: The weights are not the expected ones, or the files do not fit together.
+        """
+        if self.sha256 is not None:
+            _check_digest(self.weights, self.sha256, "weights")
+        return load_saved(self.config, self.weights, self.where)
+
+
+# Downloads a model's files if they are not cached yet. The argument is timm's cache_dir, None for the default.
+Source = Callable[[Path | None], SavedModel]
 _sources: dict[str, Source] = {}
 
 
-def robust_model_name(key: str, dataset: str, threat_model: str) -> str:
-    """The timm name that ``robustbench.utils.load_model(key, dataset, threat_model)`` asks for.
+def robust_model_name(key: str, dataset: str, norm: str) -> str:
+    """Return the timm name that ``robustbench.utils.load_model(key, dataset, norm)`` asks for.
 
     Raises:
-        InputError: A key with other characters than RobustBench's keys have.
+        InputError: The key has characters that RobustBench's keys do not have.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
         raise InputError(
-            f"--key {key!r} is no RobustBench key; use letters, digits, - and _ only, as in Author2026Title_ResNet-18 "
-            "(timm reads what follows a dot as a tag)"
+            f"--key {key!r} is not a RobustBench key. Use letters, digits, - and _ only, as in "
+            "Author2026Title_ResNet-18 (timm reads what follows a dot as a tag)."
         )
-    return f"{key}_{dataset}_{threat_model}".lower().replace("-", "_")
+    return f"{key}_{dataset}_{norm}".lower().replace("-", "_")
 
 
 def register_robust_model(
@@ -39,41 +86,41 @@ def register_robust_model(
     sha256: str | None = None,
     config_sha256: str | None = None,
 ) -> str:
-    """Let timm and RobustBench load an exported model.
+    """Register an exported model with timm and RobustBench.
 
     Afterwards ``timm.create_model(name, pretrained=True)`` and ``robustbench.utils.load_model(key, dataset=dataset,
-    threat_model=threat_model)`` give the model, in eval mode, for images [B, C, H, W] in [0, 1]: a Sequential of
-    ``normalize`` and ``model``. Registering a name again moves it to the new source.
+    threat_model=threat_model)`` return the model in eval mode, for images [B, C, H, W] in [0, 1]: a Sequential of
+    ``normalize`` and ``model``. Registering a name again replaces its source.
 
     Args:
-        key: RobustBench's name of the model, e.g. "Author2026Title_ResNet-18".
-        dataset: As RobustBench spells it, e.g. "cifar10".
+        key: RobustBench's name of the model, such as "Author2026Title_ResNet-18".
+        dataset: Dataset as RobustBench spells it, such as "cifar10".
         threat_model: "Linf" or "L2".
-        source: Where config.json and model.safetensors are: a folder; its address, "https://host/path"; or a model
+        source: Location of config.json and model.safetensors: a folder; its address, "https://host/path"; or a model
             repository of the Hugging Face Hub, "hf-hub:ORG/NAME" or "hf-hub:ORG/NAME@REVISION". They are read when the
-            model is created, and fetched then if need be, into the cache of torch.hub or of the Hub.
-        sha256: Of model.safetensors, compared before the weights are used; an https address needs it.
-        config_sha256: Of config.json, compared before it is read: normalisation and activation make the model too.
+            model is created, and downloaded then if they are not in the cache of torch.hub or of the Hub.
+        sha256: Digest of model.safetensors, checked before the weights are used; required for an https address.
+        config_sha256: Digest of config.json, checked before it is used: it decides normalization and activation.
 
     Returns:
-        The name under which timm has it.
+        The name of the model in timm.
 
     Raises:
-        InputError: A bad key, source or digest, or a name that timm has already for another model.
+        InputError: The key, source or a digest is invalid, or timm has another model of that name.
     """
     return register(robust_model_name(key, dataset, threat_model), find_source(source, sha256, config_sha256))
 
 
 def register(name: str, source: Source, *, has_weights: bool = True) -> str:
-    """Let timm create a model from a source, under a name of `robust_model_name`, which is returned.
+    """Register a source with timm under a name of `robust_model_name`, and return the name.
 
     Args:
-        name: Name for timm. A name that `register` put there before gets the new source.
-        source: Function that fetches the files of the model.
-        has_weights: Whether the source has them. Only then ``timm.list_pretrained()`` lists the model.
+        name: Name in timm. A name that `register` registered before gets the new source.
+        source: Function that returns the files of the model.
+        has_weights: Whether the source has weights. Only then ``timm.list_pretrained()`` lists the model.
 
     Raises:
-        InputError: A name that timm has already for another model.
+        InputError: timm has another model of that name.
     """
     if name not in _sources:
         check_name_is_free(name)
@@ -85,29 +132,25 @@ def register(name: str, source: Source, *, has_weights: bool = True) -> str:
 
 
 def registered_cfg(name: str) -> dict[str, Any] | None:
-    """timm's ``pretrained_cfg`` of a model that `register` put there, without its weights; None for other names.
+    """Return timm's ``pretrained_cfg`` of a model that `register` registered; None for other names.
 
     Raises:
-        InputError: A source whose files are not to be had.
+        InputError: The files of its source cannot be read or downloaded.
     """
     return _sources[name](None).config["pretrained_cfg"] if name in _sources else None
 
 
 def check_name_is_free(name: str) -> None:
-    """Raise where timm has a model of that name which `register` did not put there.
-
-    Raises:
-        InputError: It has.
-    """
+    """Raise InputError if timm has a model of that name that `register` did not register."""
     if name not in _sources and timm.is_model(name):
-        raise InputError(f"--key: timm has a model {name!r} already; choose another key")
+        raise InputError(f"--key: timm has a model {name!r} already. Choose another key.")
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    """What timm calls for the model.
+    """Return the function that timm calls for a model.
 
-    Arguments that would change a trained model are refused; timm's scripts give some of them with the model's own
-    values. So is its name without its weights: fresh ones under it would pass for a robust model.
+    It refuses arguments that would change the trained model; timm's scripts pass some of them with the model's own
+    values. It refuses pretrained=False, which would pass off untrained weights as the robust model.
     """
 
     def create(
@@ -120,13 +163,171 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         cache_dir: Path | None = None,
     ) -> nn.Module:
         if not pretrained:
-            raise InputError(f"{name} is a trained model: timm.create_model({name!r}, pretrained=True)")
+            raise InputError(f"{name} is a trained model. Use timm.create_model({name!r}, pretrained=True).")
         model = _sources[name](cache_dir).load()
         if num_classes not in (None, model.num_classes):
-            raise InputError(f"num_classes={num_classes}: {name} has {model.num_classes} classes; leave it out")
+            raise InputError(f"num_classes={num_classes}: {name} has {model.num_classes} classes. Leave it out.")
         if in_chans not in (None, channels_of(model)):
-            raise InputError(f"in_chans={in_chans}: {name} takes {channels_of(model)} channels; leave it out")
+            raise InputError(f"in_chans={in_chans}: {name} takes {channels_of(model)} channels. Leave it out.")
         return normalized(model).eval()
 
     create.__name__ = name
     return create
+
+
+# Sources
+
+
+def find_source(place: Path | str, sha256: str | None, config_sha256: str | None) -> Source:
+    """Return the source for the arguments of `register_robust_model`, checked without the network.
+
+    Raises:
+        InputError: There is no such folder, or an address, name or digest is invalid.
+    """
+    for name, digest in {"sha256": sha256, "config_sha256": config_sha256}.items():
+        if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise InputError(f"{name} {digest!r} is not a SHA-256. Use the 64 digits, 0-9 and a-f, of sha256sum.")
+    if isinstance(place, str) and place.startswith("http://"):
+        raise InputError(f"{place}: files sent over http can be replaced on the way. Use the https:// address.")
+    if isinstance(place, str) and place.startswith("https://"):
+        return _web_source(place, sha256, config_sha256)
+    if isinstance(place, str) and place.startswith(HUB):
+        return _hub_source(place, sha256, config_sha256)
+    folder = Path(place)
+    if not (folder / CONFIG).is_file():
+        raise InputError(
+            f"{folder} does not contain an exported model (no {CONFIG}). Use a folder made by drelu-timm export, its "
+            f"https:// address, or {HUB}ORG/NAME."
+        )
+    return lambda cache_dir: _saved(folder / CONFIG, folder / WEIGHTS, sha256, config_sha256)
+
+
+def _saved(config: Path, weights: Path, sha256: str | None, config_sha256: str | None) -> SavedModel:
+    if config_sha256 is not None:
+        _check_digest(config, config_sha256, "settings")
+    return SavedModel(read_config(config), config, weights, sha256)
+
+
+def _web_source(url: str, sha256: str | None, config_sha256: str | None) -> Source:
+    if sha256 is None:
+        raise InputError(f"{url}: weights from the web need their sha256. It is in the SHA256SUMS of the export.")
+    if urlsplit(url).query or urlsplit(url).fragment:
+        raise InputError(f"{url} has a ? or #. Use the address of a folder, to which the files' names are appended.")
+    return partial(_downloaded, url.rstrip("/"), sha256, config_sha256)
+
+
+def _downloaded(url: str, sha256: str, config_sha256: str | None, cache_dir: Path | None) -> SavedModel:
+    """Return the files of a web folder, downloaded if they are not cached."""
+    # One folder for all three: the same weights may come with another config elsewhere, or later.
+    name = hashlib.sha256(" ".join(filter(None, (url, sha256, config_sha256))).encode()).hexdigest()
+    folder = Path(cache_dir or torch.hub.get_dir()) / "drelu_timm" / name
+    if not (folder / CONFIG).exists():
+        _download(f"{url}/{CONFIG}", folder / CONFIG, config_sha256, "settings")
+        try:
+            read_config(folder / CONFIG)
+        except InputError:  # incomplete, or an HTML page: it must not stay in the cache
+            (folder / CONFIG).unlink(missing_ok=True)
+            raise
+    if not (folder / WEIGHTS).exists():
+        _download(f"{url}/{WEIGHTS}", folder / WEIGHTS, sha256, "weights")
+    return _saved(folder / CONFIG, folder / WEIGHTS, sha256, config_sha256)
+
+
+def _download(url: str, file: Path, sha256: str | None, content: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256)
+    except RuntimeError as error:
+        raise InputError(
+            f"{url} has other {content} than registered; they were deleted ({one_line(error)}). Ask the publisher, or "
+            "export the model again."
+        ) from error
+    except (OSError, ValueError, HTTPException) as error:
+        raise InputError(f"{url} cannot be downloaded ({one_line(error)}). Check the address and the network.") from error
+
+
+def _hub_source(place: str, sha256: str | None, config_sha256: str | None) -> Source:
+    from . import hub
+
+    repo, _, revision = place.removeprefix(HUB).partition("@")
+    hub.check_name(repo, place)
+
+    def download(cache_dir: Path | None) -> SavedModel:
+        config, weights = (hub.fetch(repo, revision or None, file, cache_dir) for file in (CONFIG, WEIGHTS))
+        return _saved(config, weights, sha256, config_sha256)
+
+    return download
+
+
+def _check_digest(file: Path, expected: str, content: str) -> None:
+    try:
+        found = sha256_of(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({one_line(error)}). Download or export it again.") from error
+    if found != expected:
+        raise InputError(
+            f"{file} has other {content} than registered (sha256 {found}, not {expected}). Delete it and download it "
+            "again, or export the model again."
+        )
+
+
+# Models that are published with this package
+
+
+def register_published(folder: Path | None = None) -> None:
+    """Register every model that has a card, by the names of the card files; they are read when a model is created.
+
+    Args:
+        folder: Folder of the cards, ``<dataset>/<norm>/<key>.json``, with small weights next to them as
+            ``<key>.safetensors``; by default the package's.
+    """
+    for card in _cards(folder):
+        with suppress(InputError):  # a stray file or a name that is taken must not stop `import drelu_timm`
+            name = robust_model_name(*_identity(card))
+            register(name, partial(_published, card), has_weights=_weights(card).is_file())
+
+
+def published_sha256(name: str) -> str | None:
+    """Return the sha256 of the published weights of a name of `robust_model_name`; None if there is no such card."""
+    for card in _cards():
+        if robust_model_name(*_identity(card)) == name:
+            return read_json(card).get("measured", {}).get("weights", {}).get("sha256")
+    return None
+
+
+def _cards(folder: Path | None = None) -> list[Path]:
+    folder = folder or (INSTALLED if INSTALLED.is_dir() else IN_CHECKOUT)
+    return sorted(folder.glob("*/*/*.json"))
+
+
+def _identity(card: Path) -> tuple[str, str, str]:
+    """Return key, dataset and norm, from the path of the card."""
+    return card.stem, card.parents[1].name, card.parent.name
+
+
+def _weights(card: Path) -> Path:
+    return card.with_suffix(".safetensors")
+
+
+def _published(card: Path, cache_dir: Path | None) -> SavedModel:
+    """Return the files of a published model.
+
+    Raises:
+        InputError: The card is broken, or its weights are not published.
+    """
+    content = read_json(card)
+    try:
+        measured = content["measured"]
+        config, recipe = measured["timm"], measured["recipe"]
+        sha256, size = measured["weights"]["sha256"], measured["weights"]["bytes"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{card} is not the card of a model ({error!r}). Install drelu-timm again.") from error
+    weights = _weights(card)
+    if not weights.is_file():
+        key, dataset, norm = _identity(card)
+        raise InputError(
+            f"{key}: its weights do not come with the package ({size:,} bytes, sha256 {sha256}). Make them with "
+            f"drelu-timm train --config {recipe} and drelu-timm export, then call register_robust_model({key!r}, "
+            f"{dataset!r}, {norm!r}, FOLDER), or pass the location of these weights with their sha256."
+        )
+    return SavedModel(config, card, weights, sha256)
