@@ -16,10 +16,11 @@ The folder gets its name only after the model was loaded from it and predicted t
 """
 
 import json
-import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from hashlib import sha256
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,7 +31,17 @@ from .data.readers import load_images
 from .digests import sha256_of
 from .doctor import robustbench_clashes
 from .errors import InputError, one_line, unknown
-from .files import atomic_file, atomic_folder, held, read_json, read_toml, remove_leftovers, write_json, write_text
+from .files import (
+    atomic_file,
+    atomic_folder,
+    held,
+    json_text,
+    read_json,
+    read_toml,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from .flags import ExportConfig
 from .models.saved import CONFIG, WEIGHTS
 from .publishing.card import AUTOATTACK, SHIPPED, Card, Paper
@@ -52,6 +63,8 @@ from .results.result import Result
 from .robustbench import adapt
 from .runs import Run
 from .zoo.robust_models import check_name_is_free, published_sha256, register_robust_model, robust_model_name
+
+README = "README.md"
 
 
 def main(config: ExportConfig) -> None:
@@ -82,6 +95,9 @@ def _print_files(output_dir: Path) -> None:
 def push_exported(config: ExportConfig, repo: str) -> str:
     """Upload the hub/ of an exported folder, and name the repository in its card and in RobustBench's form.
 
+    No file of the folder is trusted: the texts and the picture are made again from the run, and the weights are sent as
+    the bytes whose sha256 was checked.
+
     Returns:
         Text on what was uploaded, or would be with a token.
 
@@ -94,26 +110,26 @@ def push_exported(config: ExportConfig, repo: str) -> str:
     records = [*output_dir.glob("model_cards/*/*/*.json")]
     if len(records) != 1:
         raise InputError(f"--output-dir {output_dir} is not an exported folder. Pass another one or remove it.")
-    card = _read_subject(config, *_entry(config)).card
+    card, *_ = _read(config, *_entry(config))
     exported, now = read_json(records[0]), json.loads(json.dumps(card_record(card)))
     if differing := _differing(exported, now):
         raise InputError(
             f"--output-dir {output_dir} contains a different export than this command writes now (differs in: "
             f"{', '.join(differing)}). Remove it first."
         )
-    readme = output_dir / "hub" / "README.md"
-    before = readme.read_text()
-    write_text(readme, model_card(card, source=f"hf-hub:{repo}"))
-    uploaded = False
-    try:
-        pushed = push(output_dir / "hub", repo)
-        uploaded = pushed.commit is not None
-    finally:
-        if not uploaded:  # the card must not name a repository that does not exist
-            write_text(readme, before)
-    if uploaded:
-        write_text(output_dir / "submission" / "new-model.md", new_model(card, repo))
-    return str(pushed)
+    hub = output_dir / "hub"
+    files = _hub_files(card, hub / WEIGHTS, source=f"hf-hub:{repo}")
+    _check_unchanged(hub, files)
+    commit = push(files, repo)
+    if commit is None:
+        listed = "\n".join(f"  {name}, {len(content):,} bytes" for name, content in files.items())
+        return (
+            f"Dry run without a token: {len(files)} files would be uploaded to {repo} in one commit\n{listed}\n"
+            "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and push again."
+        )
+    write_text(hub / README, files[README].decode())
+    write_text(output_dir / "submission" / "new-model.md", new_model(card, repo))
+    return f"uploaded {len(files)} files to {repo} in the commit {commit}"
 
 
 def _differing(exported: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -123,14 +139,13 @@ def _differing(exported: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return names + [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is exported: the card's data, the evaluations that it is made from, and the test images."""
-
-    card: Card
-    chosen: Result
-    further: list[Result]
-    test: Images
+def _check_unchanged(hub: Path, files: dict[str, bytes]) -> None:
+    """Check that the folder has no links, no other files, and no changed files but the card, which is replaced."""
+    for path in [hub, *sorted(hub.iterdir())]:
+        if path.is_symlink() or (path != hub and path.name not in files):
+            raise InputError(f"--push: {path} was not written by export. Remove it.")
+        if path.name not in (hub.name, README) and path.read_bytes() != files[path.name]:
+            raise InputError(f"--push: {path} was changed after the export. Export again.")
 
 
 def export(config: ExportConfig) -> Path:
@@ -150,15 +165,14 @@ def export(config: ExportConfig) -> Path:
     run, dataset, threat_model = _entry(config)
     robustbench = _robustbench_or_reason()
     _check_key_is_free(config.key, dataset, threat_model.norm, run, robustbench)
-    subject = _read_subject(config, run, dataset, threat_model)
-    card = subject.card
+    card, evaluations, test = _read(config, run, dataset, threat_model)
     check_entry(model_info(card))
-    evaluated = read_evaluated(subject.chosen, subject.further, subject.test)
+    evaluated = read_evaluated(evaluations[0], evaluations[1:], test)
     with held(output_dir.with_name(f".{output_dir.name}.lock"), f"--output-dir {output_dir}"):
         remove_leftovers(output_dir.parent, output_dir.name)
         with atomic_folder(output_dir) as folder:
             _write_model(folder, card, run)
-            _write_submission(folder / "submission", card, subject.test, evaluated)
+            _write_submission(folder / "submission", card, test, evaluated)
             checks = verify(folder, card, evaluated, robustbench, config.benchmark_examples)
             write_text(folder / "CHECKS.md", checks_page(card, checks))
     digests = {"sha256": card.weights.sha256, "config_sha256": card.config_sha256}
@@ -184,8 +198,8 @@ def _entry(config: ExportConfig) -> tuple[Run, str, ThreatModel]:
     return run, config.dataset or trained_on, threat_model
 
 
-def _read_subject(config: ExportConfig, run: Run, dataset: str, threat_model: ThreatModel) -> _Subject:
-    """Read everything that is exported, and check that it may be."""
+def _read(config: ExportConfig, run: Run, dataset: str, threat_model: ThreatModel) -> tuple[Card, list[Result], Images]:
+    """Return the card, the evaluations that it is made from, the chosen one first, and the test images."""
     chosen = choose_evaluation(run, threat_model, config.results)
     further = further_evaluations(run, chosen)
     results = with_further(chosen, further)
@@ -194,40 +208,54 @@ def _read_subject(config: ExportConfig, run: Run, dataset: str, threat_model: Th
     train = run.config["train"]
     size = {"img_size": run.config["img_size"], "in_chans": run.config["in_chans"]}
     test = load_images(train["dataset"], config.data_dir or train["data_dir"], "test", **size)
-    card = make_card(
-        run, chosen, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
-    )
-    return _Subject(replace(card, results=replace(card.results, dataset=dataset)), chosen, further, test)
+    card = make_card(run, chosen, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test))
+    return replace(card, results=replace(card.results, dataset=dataset)), [chosen, *further], test
 
 
 # What is written
 
 
+def _hub_files(card: Card, weights: Path, *, source: str) -> dict[str, bytes]:
+    """Return the files of hub/, with the card for a source as of `model_card`.
+
+    Raises:
+        InputError: The weights cannot be read, or are not those that were evaluated.
+    """
+    try:
+        content = weights.read_bytes()
+    except OSError as error:
+        raise InputError(f"{weights} cannot be read ({one_line(error)}). Export again.") from error
+    if (found := sha256(content).hexdigest()) != card.weights.sha256:
+        raise InputError(f"{weights} does not contain the evaluated weights (sha256 {found}). Export again.")
+    files = {README: model_card(card, source=source).encode(), CONFIG: json_text(card.timm).encode(), WEIGHTS: content}
+    if card.curve is not None:
+        images = f"{card.results.dataset_title}, {card.norm}, first {card.curve.n_examples:,} test images"
+        with TemporaryDirectory() as folder:
+            picture = Path(folder, f"{card.key}.png")
+            draw_curve(card.curve.points, picture, title=f"{card.key}\n{images}")
+            files[picture.name] = picture.read_bytes()
+    return files
+
+
 def _write_model(folder: Path, card: Card, run: Run) -> None:
     """Write everything but submission/ and CHECKS.md."""
-    write_text(folder / "register.py", _registration(card))
-    hub, weights = folder / "hub", folder / "weights"
-    for place in (hub, weights):
-        place.mkdir()
-    shutil.copyfile(run.model_folder / WEIGHTS, hub / WEIGHTS)
-    write_json(hub / CONFIG, card.timm)  # its digest is `card.config_sha256`
-    write_text(hub / "README.md", model_card(card, source="."))
-    shutil.copyfile(hub / WEIGHTS, weights / f"{card.key}.safetensors")
+    hub = _hub_files(card, run.model_folder / WEIGHTS, source=".")
+    place, weights = folder / "model_cards" / card.place.parent, folder / "weights"
+    copies = {place / name: content for name, content in hub.items() if name.endswith(".png")}
+    if card.weights.bytes <= SHIPPED:
+        copies[place / f"{card.key}.safetensors"] = hub[WEIGHTS]
+    copies[weights / f"{card.key}.safetensors"] = hub[WEIGHTS]
+    for path, content in ({folder / "hub" / name: content for name, content in hub.items()} | copies).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     _save_tensors(run.load_model().state_dict(), weights / f"{card.key}.pt")
     names = [f"{card.key}.safetensors", f"{card.key}.pt", f"../hub/{CONFIG}"]
     write_text(weights / "SHA256SUMS", "".join(f"{sha256_of(weights / name)}  {name}\n" for name in names))
-
     write_json(folder / "model_info" / f"{card.place}.json", model_info(card))
-    cards = folder / "model_cards" / card.place.parent
-    write_json(cards / f"{card.key}.json", card_record(card))
-    write_text(cards / f"{card.key}.md", model_card(card))
-    if card.weights.bytes <= SHIPPED:
-        shutil.copyfile(hub / WEIGHTS, cards / f"{card.key}.safetensors")
-    if card.curve is not None:
-        images = f"{card.results.dataset_title}, {card.norm}, first {card.curve.n_examples:,} test images"
-        draw_curve(card.curve.points, cards / f"{card.key}.png", title=f"{card.key}\n{images}")
-        shutil.copyfile(cards / f"{card.key}.png", hub / f"{card.key}.png")
+    write_json(place / f"{card.key}.json", card_record(card))
+    write_text(place / f"{card.key}.md", model_card(card))
     write_text(folder / card.recipe, recipe(card))
+    write_text(folder / "register.py", _registration(card))
 
 
 def _registration(card: Card) -> str:
@@ -298,9 +326,7 @@ def _paper(config: ExportConfig, results: Result) -> Paper:
     if AUTOATTACK not in results.point.accuracy:
         missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {quote(str(config.run))} --suite standard)")
     if missing:
-        raise InputError(
-            f"RobustBench's entry lacks {', '.join(missing)}. --paper FILE.toml may state title, authors, link and venue."
-        )
+        raise InputError(f"RobustBench's entry lacks {', '.join(missing)}. --paper FILE.toml may contain all four.")
     return Paper(**given)
 
 

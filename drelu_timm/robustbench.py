@@ -4,8 +4,8 @@
 
 runs ``python -m robustbench.eval ...`` with the models of those files registered.
 
-RobustBench (Croce et al. 2021, https://arxiv.org/abs/2010.09670) 1.1.1 on PyPI cannot be imported without `adapt`. It is
-changed in memory only, and only after `adapt` was called.
+RobustBench (Croce et al. 2021, https://arxiv.org/abs/2010.09670) 1.1.1 on PyPI cannot be imported as it is. `adapt`
+adds what is missing, in memory.
 """
 
 import runpy
@@ -37,7 +37,7 @@ def adapt() -> ModuleType:
     - ``autoattack``, which robustbench imports but does not declare, is `drelu_timm.attacks.autoattack`, on top of
       pyautoattack, unless the real one is installed.
     - The datasets of `drelu_timm.data` that RobustBench does not have (digits, mnist, ...) become values of its
-      enumeration ``BenchmarkDataset``, for ``load_model(key, dataset="mnist")`` and ``benchmark(model, dataset="mnist")``.
+      enumeration ``BenchmarkDataset``, as for ``load_model(key, dataset="mnist")``.
     - ImageNet's images are resized for a registered model by its config. RobustBench would create the model without
       its weights to find the size.
 

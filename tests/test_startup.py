@@ -110,7 +110,7 @@ ORDERS = (
     "import drelu_timm.models.nets, timm",
     "import drelu_timm.models.variants, timm",
     "import drelu_timm.models.registration, timm",
-    "import drelu_timm.zoo.published, timm",
+    "import drelu_timm.zoo.robust_models, timm",
 )
 FORKS = """
 import os, sys, torch, torchvision  # for all

@@ -1,7 +1,7 @@
 """Data of a model card: everything that is published about an evaluated model.
 
-`Card` is what ``model_cards/<dataset>/<norm>/<key>.json`` holds under "measured". The Markdown of the card, the entry of
-the leaderboard and the recipe are functions of it.
+`Card` is in ``model_cards/<dataset>/<norm>/<key>.json``, under "measured". The Markdown of the card, RobustBench's
+entry and the recipe are functions of it.
 """
 
 import hashlib
@@ -205,7 +205,9 @@ class Card:
         """Sentence on data that a training does not find by itself; empty for other data."""
         if not self.is_copy:
             return []
-        return [f"{self.results.dataset_title} is neither found nor downloaded by default. Pass its folder: --data-dir."]
+        return [
+            f"{self.results.dataset_title} is neither found nor downloaded by default. Pass its folder: --data-dir."
+        ]
 
     @property
     def architecture(self) -> str:
@@ -256,7 +258,7 @@ class Card:
             sentences.append("Training started from timm's ImageNet weights, whose own license also applies.")
         if self.generated_images:
             sentences.append(
-                "Training used generated images. The images of EDM and EDM's models are licensed CC BY-NC-SA 4.0, which "
+                "Training used generated images. EDM's images and models are licensed CC BY-NC-SA 4.0, which "
                 "limits derived work to non-commercial use under the same license."
             )
         return " ".join(sentences)

@@ -25,8 +25,8 @@ CITATION = """\
 VERDICTS = {
     "sound": "Attacks that use no gradient, or repair it, find hardly more than the white-box attacks. This is not a "
     "certificate: report the worst case, which can be lower than the accuracy under each attack.",
-    "masked": "**The gradients are masked.** The white-box attacks fail because they lack a useful gradient, not because "
-    "the model is robust. Only the worst case is meaningful.",
+    "masked": "**The gradients are masked.** The white-box attacks fail because they lack a useful gradient, not "
+    "because the model is robust. Only the worst case is meaningful.",
     "undecided": "It is undecided whether the gradients are masked. Use the worst case, as an upper bound.",
 }
 _SQUARE_FINDS = 0.002  # share of the images from which on AutoAttack warns (its check_square_sr)
@@ -97,7 +97,7 @@ def _summary(card: Card) -> str:
         f"{OBJECTIVES[config['train']['objective']]}. Input: images in [0, 1], {config['in_chans']} x "
         f"{config['img_size']} x {config['img_size']}; normalization is the first layer. Output: logits of "
         f"{config['num_classes']} classes. Threat model: {card.threat_model}. Clean accuracy on the test images below: "
-        f"{percent(card.point.clean)} %; under all attacks together: {percent(card.point.worst)} %; gradient masking: "
+        f"{percent(card.point.clean)} %; worst case over all attacks: {percent(card.point.worst)} %; gradient masking: "
         f"{card.verdict}."
     )
 
@@ -153,7 +153,11 @@ def _cw_l2(cw: CarliniWagner | None) -> str:
     if cw is None:
         return "CW-L2 was not run."
     fooled = "CW-L2 fools the model on fewer than half of the correct images"
-    median = fooled if cw.median_l2 is None else f"CW-L2: the median L2 distance to an adversarial image is {cw.median_l2:.3g}"
+    median = (
+        fooled
+        if cw.median_l2 is None
+        else f"CW-L2: the median L2 distance to an adversarial image is {cw.median_l2:.3g}"
+    )
     return f"{median}; the accuracy within an L2 distance of {cw.budget:.3g} is {percent(cw.accuracy_at_budget)} %."
 
 
@@ -180,18 +184,23 @@ def _seeds(card: Card) -> Iterator[str]:
     yield _table(
         columns,
         (
-            (one.seed, f"{one.n_examples:,}", *(percent(of) or "-" for of in (one.clean, one.autoattack, one.worst)), one.verdict)
+            (
+                one.seed,
+                f"{one.n_examples:,}",
+                *(percent(of) or "-" for of in (one.clean, one.autoattack, one.worst)),
+                one.verdict,
+            )
             for one in card.seeds
         ),
     )
     yield (
-        f"Mean and standard deviation over {len(card.seeds)} seeds: clean {spread(clean)}, worst case {spread(worst)} %."
+        f"Mean and standard deviation of {len(card.seeds)} seeds: clean {spread(clean)}, worst case {spread(worst)} %."
     )
 
 
 def _loading(card: Card) -> str:
     """Return how to load a model that is published with this package."""
-    recipe = f"`{card.recipe}` trains and evaluates the model and makes this card. "
+    recipe = f"`{card.recipe}` is the recipe of the training, the evaluations and this card. "
     if card.weights.bytes > SHIPPED:
         return (
             f"{recipe}The weights do not come with `drelu_timm`: model.safetensors, {card.weights.bytes:,} bytes, "
@@ -264,7 +273,8 @@ def _training(card: Card) -> str:
         f"Time: {training_time(card)} on {config['hardware']}, {training['images_per_second']:,.0f} images/s.",
         f"Versions: {made_with(config)}.",
     ]
-    return f"Trained by `{train_command(card, file)}`, with `{file}`:\n\n```toml\n{train_tables(card)}```\n\n{_list(facts)}"
+    command = f"Trained by `{train_command(card, file)}`, with `{file}`:"
+    return f"{command}\n\n```toml\n{train_tables(card)}```\n\n{_list(facts)}"
 
 
 def _settings(settings: dict[str, Any]) -> str:

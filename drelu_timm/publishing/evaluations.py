@@ -1,4 +1,4 @@
-"""Evaluations of a run that are published: one is chosen, the others count in its worst case, and a card is made of all."""
+"""Evaluations of a run for publication: one is chosen, the others count in its worst case, all make up a card."""
 
 import json
 from collections.abc import Sequence
@@ -190,7 +190,9 @@ def _seeds(run: Run, chosen: Result, results: Result, others: Sequence[Path]) ->
     for path in others:
         other = Run.open(path)
         if differing := _differing(run.config, other.config):
-            raise InputError(f"--seeds {path} differs from {run.path} in more than the seed ({differing}). Leave it out.")
+            raise InputError(
+                f"--seeds {path} differs from {run.path} in more than the seed ({differing}). Leave it out."
+            )
         seed = other.config["train"]["seed"]
         if seed in seeds or other.model_digest in [one.model_digest for one in seeds.values()]:
             raise InputError(f"--seeds {path} repeats a seed ({seed}) or weights. Pass each run once.")

@@ -1,4 +1,4 @@
-"""What RobustBench's leaderboard receives: its ``model_info`` entry, the texts of its issue forms, and AutoAttack's log.
+"""Files for RobustBench's leaderboard: the ``model_info`` entry, the texts of the issue forms, and AutoAttack's log.
 
 The forms are those of https://github.com/RobustBench/robustbench/tree/master/.github/ISSUE_TEMPLATE.
 """
@@ -161,8 +161,8 @@ Title: [New evaluation] {card.key}
 + **Leaderboard(s):** {card.dataset}, {card.threat_model}
 
 ## New evaluation
-+ **Link to adversarial images:** (address of {images} after the upload: a tensor as large as the test set, in its order; \
-images that stayed robust, are misclassified anyway, or were not evaluated are clean{missing})
++ **Link to adversarial images:** (address of {images} after the upload: a tensor as large as the test set, in its \
+order; images that stayed robust, are misclassified anyway, or were not evaluated are clean{missing})
 + **Robust accuracy:** {percent(card.point.worst)} (AutoAttack: {percent(card.autoattack)}). {card.sample}
 + **Author(s):** {card.paper.authors}
 + **Description of the method used:** for every image, the first that fooled the model of {card.attacks}. Gradient \

@@ -48,7 +48,10 @@ def _settings(train: Table) -> Table:
     train = given_settings(train)
     defaults = flag_defaults(train.get("preset"))
     if any(value is None and defaults.get(name) is not None for name, value in train.items() if name != "preset"):
-        train, defaults = {**train, "preset": None}, flag_defaults(None)  # TOML has no null to override a value of the preset
+        train, defaults = (
+            {**train, "preset": None},
+            flag_defaults(None),
+        )  # TOML has no null to override a value of the preset
     return {name: value for name, value in train.items() if value not in (None, []) and value != defaults.get(name)}
 
 
@@ -110,10 +113,7 @@ def _commands(card: Card, evaluations: Sequence[Table], export: Table) -> list[s
         "Commands, from the root of this repository. The tables [[evaluate]] and [export] hold the same flags:",
         "",
         train,
-        *(
-            f"{train} {shlex.join(['--seed', str(s), '--output-dir', _run(card, s)])}"
-            for s in _other_seeds(card)
-        ),
+        *(f"{train} {shlex.join(['--seed', str(s), '--output-dir', _run(card, s)])}" for s in _other_seeds(card)),
         *(_command("evaluate", one) for one in evaluations),
         _command("export", export),
     ]

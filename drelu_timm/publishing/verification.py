@@ -209,7 +209,9 @@ def _check_adversarial(model: nn.Module, evaluated: EvaluatedImages, card: Card)
     threat_model = card.threat_model
     inside = threat_model.contains(images, clean) & (images.flatten(1).amin(1) >= 0) & (images.flatten(1).amax(1) <= 1)
     if not inside.all():
-        raise InputError(f"{int((~inside).sum())} adversarial images are outside eps or [0, 1]. Evaluate the run again.")
+        raise InputError(
+            f"{int((~inside).sum())} adversarial images are outside eps or [0, 1]. Evaluate the run again."
+        )
     predictions = evaluated.predictions.clone()
     predictions[evaluated.broken] = _predictions(model, images)
     n, worst = len(predictions), card.point.worst

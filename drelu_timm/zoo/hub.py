@@ -1,11 +1,11 @@
 """Upload to and download from the Hugging Face Hub."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
-from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..models.saved import CONFIG, WEIGHTS
+from ..models.saved import WEIGHTS
 from ..models.weights import how_to_get, out_of_reach
 
 try:
@@ -19,63 +19,29 @@ except ImportError as error:
 GIT_ATTRIBUTES = ".gitattributes"  # which the Hub adds to every repository
 
 
-@dataclass(frozen=True)
-class Push:
-    """Result of an upload, or of a dry run; ``str`` gives the text for the user.
-
-    Attributes:
-        url: Page of the model repository.
-        files: Size of each file in bytes.
-        commit: Page of the commit; None for a dry run.
-    """
-
-    url: str
-    files: dict[str, int]
-    commit: str | None
-
-    def __str__(self) -> str:
-        if self.commit is not None:
-            return f"uploaded {len(self.files)} files to {self.url} in the commit {self.commit}"
-        width = max(map(len, self.files))
-        return "\n".join(
-            [
-                f"Dry run without a token: {len(self.files)} files would be uploaded to {self.url} in one commit",
-                *(f"  {name:{width}}  {size:>13,} bytes" for name, size in self.files.items()),
-                "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and push again.",
-            ]
-        )
-
-
-def push(folder: Path, repo: str) -> Push:
+def push(files: Mapping[str, bytes], repo: str) -> str | None:
     """Upload the files of a timm / Hugging Face folder to a model repository, in one commit.
 
     Others may have recorded the sha256 of a repository's weights, so weights are never replaced: an existing repository
-    must be empty or contain the same weights. It then gets the new card, and its other files stay. Nothing is sent
-    without a token.
+    must be empty or contain the same weights. It then gets the new card, and its other files stay.
 
     Args:
-        folder: The hub/ of an exported folder.
+        files: Name and content of each file, model.safetensors among them.
         repo: "ORG/NAME"; created as a public repository if it does not exist.
 
+    Returns:
+        Page of the commit; None if there is no token, in which case nothing is sent.
+
     Raises:
-        InputError: The name or folder is invalid, the repository contains other files, or the network or the rights
-            are missing. Nothing is uploaded in this case.
+        InputError: The name is invalid, the repository contains other files, or the network or the rights are missing.
+            Nothing is uploaded in this case.
     """
     check_name(repo, f"--push {repo!r}")
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise InputError(f"{folder} does not contain an exported model (no {' and no '.join(missing)}). Export it again.")
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     token = get_token()
+    if token is None:
+        return None
     api = HfApi(token=token)
     url = f"{api.endpoint}/{repo}"
-    commit = None if token is None else _upload(api, repo, url, files)
-    return Push(url, {file.name: file.stat().st_size for file in files}, commit)
-
-
-def _upload(api: HfApi, repo: str, url: str, files: list[Path]) -> str:
-    """Create the repository if needed, commit, and return the page of the commit."""
-    folder = files[0].parent
     created = False
     # Exception: the errors of the Hub's transports (httpx, httpx2 or xet, by version) have no narrower base class.
     try:
@@ -84,13 +50,13 @@ def _upload(api: HfApi, repo: str, url: str, files: list[Path]) -> str:
             api.create_repo(repo)
             created = True
     except Exception as error:
-        raise _refused(url, folder, one_line(error)) from error
+        raise _failed(url, one_line(error)) from error
     if found is not None:
-        _check_same_model(found, url, folder)
+        _check_same_model(found, url, files[WEIGHTS])
     try:
         return api.create_commit(
             repo,
-            [CommitOperationAdd(file.name, file) for file in files],
+            [CommitOperationAdd(name, content) for name, content in files.items()],
             commit_message="Model and card, by drelu-timm export",
             parent_commit=found.sha if found else None,  # the Hub refuses if somebody committed after the check
         ).commit_url
@@ -98,7 +64,7 @@ def _upload(api: HfApi, repo: str, url: str, files: list[Path]) -> str:
         rest = _delete(api, repo, url) if created else ""
         if not isinstance(error, Exception):
             raise
-        raise _refused(url, folder, one_line(error), rest) from error
+        raise _failed(url, one_line(error), rest) from error
 
 
 def _find(api: HfApi, repo: str) -> ModelInfo | None:
@@ -108,16 +74,16 @@ def _find(api: HfApi, repo: str) -> ModelInfo | None:
         return None
 
 
-def _check_same_model(found: ModelInfo, url: str, folder: Path) -> None:
-    """Raise if the repository contains anything, and not the folder's weights."""
+def _check_same_model(found: ModelInfo, url: str, weights: bytes) -> None:
+    """Raise InputError if the repository contains anything, and not these weights."""
     files = {sibling.rfilename: sibling for sibling in found.siblings or [] if sibling.rfilename != GIT_ATTRIBUTES}
     lfs = files[WEIGHTS].lfs if WEIGHTS in files else None  # the Hub stores all safetensors in LFS
-    if not files or (lfs is not None and lfs.sha256 == sha256_of(folder / WEIGHTS)):
+    if not files or (lfs is not None and lfs.sha256 == sha256(weights).hexdigest()):
         return
     listed = ", ".join(sorted(files)[:5]) + (", ..." if len(files) > 5 else "")
     raise InputError(
         f"--push: {url} contains another model or other files ({listed}), which are never overwritten. Nothing was "
-        f"uploaded, and {folder} is unchanged. Use another name, or delete or rename that repository in its settings."
+        "uploaded. Use another name, or delete or rename that repository in its settings."
     )
 
 
@@ -130,10 +96,10 @@ def _delete(api: HfApi, repo: str, url: str) -> str:
     return ""
 
 
-def _refused(url: str, folder: Path, reason: str, rest: str = "") -> InputError:
+def _failed(url: str, reason: str, rest: str = "") -> InputError:
     return InputError(
-        f"--push: the upload to {url} failed ({reason}). Nothing was uploaded, and {folder} is unchanged.{rest} Check the "
-        "network, the name and the token's rights (hf auth login), then push again."
+        f"--push: the upload to {url} failed ({reason}). Nothing was uploaded.{rest} Check the network, the name and "
+        "the token's rights (hf auth login), then push again."
     )
 
 
@@ -149,7 +115,7 @@ def fetch(repo: str, revision: str | None, file: str, cache_dir: Path | None) ->
         raise InputError(f"{where}: {file} cannot be downloaded ({reason}). {how_to_get(repo)}.")
     try:
         return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
-    except Exception as error:  # as in _upload
+    except Exception as error:  # as in `push`
         raise InputError(
             f"{where}: {file} cannot be downloaded ({one_line(error)}). Check the name, the network and, for a private "
             "repository, the token (hf auth login)."

@@ -243,7 +243,9 @@ def _download(url: str, file: Path, sha256: str | None, content: str) -> None:
             "export the model again."
         ) from error
     except (OSError, ValueError, HTTPException) as error:
-        raise InputError(f"{url} cannot be downloaded ({one_line(error)}). Check the address and the network.") from error
+        raise InputError(
+            f"{url} cannot be downloaded ({one_line(error)}). Check the address and the network."
+        ) from error
 
 
 def _hub_source(place: str, sha256: str | None, config_sha256: str | None) -> Source:
