@@ -76,20 +76,14 @@ def main(config: ExportConfig) -> None:
     output_dir = _output_dir(config)
     if config.push is None or not output_dir.exists():
         export(config)
-        _print_files(output_dir)
+        print(f"wrote {output_dir}; read {output_dir / 'CHECKS.md'} first")
+        print(f"  card                {output_dir / 'hub' / README}")
+        for name, pattern in {"RobustBench entry": "model_info/*/*/*.json", "RobustBench form": "submission/*.md"}.items():
+            print("\n".join(f"  {name:19} {path}" for path in sorted(output_dir.glob(pattern))))
     if config.push is None:
         print(f"next: the same command with --push ORG/NAME uploads {output_dir / 'hub'}")
     else:
         print(push_exported(config, config.push))
-
-
-def _print_files(output_dir: Path) -> None:
-    (entry,) = output_dir.glob("model_info/*/*/*.json")
-    forms = ", ".join(map(str, sorted((output_dir / "submission").glob("*.md"))))
-    print(f"wrote {output_dir}; read {output_dir / 'CHECKS.md'} first")
-    print(f"  card                {output_dir / 'hub' / 'README.md'}")
-    print(f"  RobustBench entry   {entry}")
-    print(f"  RobustBench forms   {forms}")
 
 
 def push_exported(config: ExportConfig, repo: str) -> str:

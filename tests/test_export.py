@@ -570,7 +570,7 @@ def test_the_command_prints_the_files_and_what_a_push_would_do(run, capsys, no_t
     assert f"{run / 'here' / 'model_info' / 'digits' / 'Linf' / KEY}.json" in said
     assert "next: the same command with --push ORG/NAME uploads" in said
     main(read("export", [*flags, "--push", "tester/dense"]))
-    assert "Dry run without a token: 4 files would be uploaded to https://" in capsys.readouterr().out
+    assert "Dry run without a token: 4 files would be uploaded to tester/dense in one commit" in capsys.readouterr().out
     for file in ("hub/README.md", "submission/new-model.md"):  # it was not uploaded, so nothing names it
         assert "tester/dense" not in (run / "here" / file).read_text()
 

@@ -16,7 +16,6 @@ from drelu_timm.digests import sha256_of
 from drelu_timm.zoo.hub import push
 
 REPO = "robust-lab/Tester2026Hub_dense"
-NAMES = ["README.md", "Tester2026Hub_dense.png", "config.json", "model.safetensors"]
 
 
 def make_files(folder: Path, seed: int) -> dict[str, bytes]:
