@@ -30,7 +30,7 @@ from .data.images import Images, to_float
 from .data.readers import load_images
 from .digests import sha256_of
 from .doctor import robustbench_clashes
-from .errors import InputError, one_line, unknown
+from .errors import InputError, one_line
 from .files import (
     atomic_file,
     atomic_folder,
@@ -62,6 +62,7 @@ from .results.plotting import draw_curve
 from .results.result import Result
 from .robustbench import adapt
 from .runs import Run
+from .schema import field_types, load_table
 from .zoo.robust_models import check_name_is_free, published_sha256, register_robust_model, robust_model_name
 
 README = "README.md"
@@ -78,8 +79,9 @@ def main(config: ExportConfig) -> None:
         export(config)
         print(f"wrote {output_dir}; read {output_dir / 'CHECKS.md'} first")
         print(f"  card                {output_dir / 'hub' / README}")
-        for name, pattern in {"RobustBench entry": "model_info/*/*/*.json", "RobustBench form": "submission/*.md"}.items():
-            print("\n".join(f"  {name:19} {path}" for path in sorted(output_dir.glob(pattern))))
+        for what, pattern in {"entry": "model_info/*/*/*.json", "form": "submission/*.md"}.items():
+            for path in sorted(output_dir.glob(pattern)):
+                print(f"  {f'RobustBench {what}':19} {path}")
     if config.push is None:
         print(f"next: the same command with --push ORG/NAME uploads {output_dir / 'hub'}")
     else:
@@ -325,14 +327,7 @@ def _paper(config: ExportConfig, results: Result) -> Paper:
 
 
 def _read_paper(path: Path) -> dict[str, str]:
-    names = [field.name for field in fields(Paper)]
-    paper = read_toml(path, "--paper")
-    for name, value in paper.items():
-        if name not in names:
-            raise unknown(f"--paper {path}:", name, names)
-        if not isinstance(value, str):
-            raise InputError(f"--paper {path}: {name} is {value!r}. It must be text in quotes.")
-    return paper
+    return load_table(field_types(Paper), read_toml(path, "--paper"), f"--paper {path}:")
 
 
 def _robustbench_or_reason() -> Any:
