@@ -20,6 +20,7 @@ class Hub:
         url: Its address.
         repos: The commits of each repository, each with all files; the first has those that the Hub adds.
         failures: HTTP status to answer instead, by (method, verb), such as {("POST", "commit"): 403}.
+        redirects: Addresses to redirect to instead, likewise.
         before: Functions to call before a request is answered, likewise.
         requests: Every (method, verb) so far.
     """
@@ -28,6 +29,7 @@ class Hub:
         self.url = url
         self.repos: dict[str, list[dict[str, bytes]]] = {}
         self.failures: dict[tuple[str, str], int] = {}
+        self.redirects: dict[tuple[str, str], str] = {}
         self.before: dict[tuple[str, str], Callable[[], None]] = {}
         self.requests: list[tuple[str, str]] = []
 
@@ -83,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.before.get(request, lambda: None)()
         if request in self.hub.failures:
             self.reply(self.hub.failures[request], {"error": "as the test wants it"})
+        elif request in self.hub.redirects:
+            self.reply(302, Location=self.hub.redirects[request])
         elif verb not in ("create", "validate_yaml") and repo not in self.hub.repos:
             self.reply(404, X_Error_Code="RepoNotFound")
         else:

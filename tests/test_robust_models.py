@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 import pytest
 import safetensors.torch
@@ -15,6 +15,7 @@ from hub_server import connect, hub_fixture, sha  # noqa: F401
 import drelu_timm
 from drelu_timm import InputError, load_folder, normalized, register_robust_model, save_folder
 from drelu_timm.digests import sha256_of
+from drelu_timm.zoo import robust_models
 
 KEY = "Tester2026Sources_dense-8"
 NAME = "tester2026sources_dense_8_digits_linf"
@@ -44,7 +45,10 @@ def folder(saved, tmp_path):
 def uploaded(hub, saved, monkeypatch):
     """Stand-in for the Hub with the model; it is also a web server, without TLS."""
     hub.make(REPO, **{name: (saved / name).read_bytes() for name in FILES})
-    monkeypatch.setattr(torch.hub, "urlopen", lambda asked: urlopen(Request(asked.full_url.replace("https", "http"))))
+    opened = robust_models._open
+    monkeypatch.setattr(
+        robust_models, "_open", lambda url, timeout: opened(url.replace("https", "http", 1), timeout=timeout)
+    )
     return hub
 
 
@@ -54,6 +58,10 @@ def web(hub) -> str:
 
 def digest(folder: Path, file: str = "model.safetensors") -> str:
     return sha256_of(folder / file)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {"sha256": digest(folder), "config_sha256": digest(folder, "config.json")}
 
 
 def register(source, **settings) -> str:
@@ -85,7 +93,7 @@ def test_a_folder(saved):
 
 
 def test_a_web_address_is_downloaded_once_when_the_model_is_created(uploaded, saved, tmp_path):
-    register(web(uploaded) + "/", sha256=digest(saved))
+    register(web(uploaded) + "/", **digests(saved))
     assert uploaded.requests == []
     assert same(saved)
     assert same(saved)
@@ -95,25 +103,24 @@ def test_a_web_address_is_downloaded_once_when_the_model_is_created(uploaded, sa
 
 
 def test_both_digests_pin_the_whole_model(uploaded, saved):
-    digests = {"sha256": digest(saved), "config_sha256": digest(saved, "config.json")}
     for source in (saved, web(uploaded), f"hf-hub:{REPO}"):
-        register(source, **digests)
+        register(source, **digests(saved))
         assert same(saved)
 
 
 def test_files_are_downloaded_to_timms_cache_dir(uploaded, saved, tmp_path):
     for source, file in ((web(uploaded), "drelu_timm/*/config.json"), (f"hf-hub:{REPO}", "models--*/refs/main")):
-        register(source, sha256=digest(saved))
+        register(source, **digests(saved))
         assert same(saved, cache_dir=tmp_path / "here")
         assert len(list((tmp_path / "here").glob(file))) == 1
 
 
 def test_the_hub_serves_the_newest_or_the_named_commit(uploaded, saved):
     uploaded.repos[REPO].append({"config.json": b"{}", "model.safetensors": b""})
-    register(f"hf-hub:{REPO}@{sha(REPO, 0)}", sha256=digest(saved))
+    register(f"hf-hub:{REPO}@{sha(REPO, 0)}", **digests(saved))
     assert same(saved)
-    register(f"hf-hub:{REPO}")
-    with pytest.raises(InputError, match=r"config.json is no model's config"):
+    register(f"hf-hub:{REPO}", **digests(saved))
+    with pytest.raises(InputError, match=r"config.json has other settings than registered"):
         timm.create_model(NAME, pretrained=True)
 
 
@@ -121,7 +128,7 @@ def test_a_name_moves_to_its_newest_source(uploaded, saved, tmp_path):
     save_folder(timm.create_model("dense_drelu", num_classes=3, in_chans=1, img_size=8), tmp_path / "other")
     register(tmp_path / "other")
     assert timm.create_model(NAME, pretrained=True).model.num_classes == 3
-    register(f"hf-hub:{REPO}")
+    register(f"hf-hub:{REPO}", **digests(saved))
     assert same(saved)
 
 
@@ -155,6 +162,36 @@ def test_robustbench_reads_a_custom_checkpoint(robustbench, saved, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+# Downloads
+
+
+@pytest.mark.parametrize("target", ["http://host/config.json", "ftp://host/config.json", "//host:1/x"])
+def test_a_redirect_to_anything_but_https_is_refused(uploaded, saved, tmp_path, target):
+    uploaded.redirects["GET", "resolve"] = target
+    register(web(uploaded), **digests(saved))
+    with pytest.raises(
+        InputError, match=rf"^{web(uploaded)}/config.json cannot be downloaded \(.*(https|HTTP Error)"
+    ) as caught:
+        timm.create_model(NAME, pretrained=True)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "torch_home").rglob("*") if path.is_file()]
+
+
+def test_a_redirect_to_https_is_followed():
+    request = Request("https://host/config.json")
+    handler = robust_models._HttpsOnly()
+    redirected = handler.redirect_request(request, None, 302, "Found", {}, "https://elsewhere/config.json")
+    assert redirected is not None and redirected.full_url == "https://elsewhere/config.json"
+
+
+def test_a_download_that_is_too_large_is_not_kept(uploaded, saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(robust_models._LARGEST, "config.json", 10)
+    register(web(uploaded), **digests(saved))
+    with pytest.raises(InputError, match=r"config.json is larger than 10 bytes"):
+        timm.create_model(NAME, pretrained=True)
+    assert not [path for path in (tmp_path / "torch_home").rglob("*") if path.is_file()]
+
+
 # What is refused
 
 
@@ -167,7 +204,9 @@ def test_robustbench_reads_a_custom_checkpoint(robustbench, saved, tmp_path):
             r"^nowhere does not contain an exported model \(no config.json\). Use a folder .*hf-hub:ORG/NAME\.$",
         ),
         ("ftp://host/x", {}, r"does not contain an exported model"),
-        ("https://host/x", {}, r"^https://host/x: weights from the web need their sha256. It is in the SHA256SUMS"),
+        ("https://host/x", {}, r"^https://host/x: a download needs sha256 and config_sha256\. See register"),
+        ("https://host/x", {"sha256": OTHER}, r"^https://host/x: a download needs config_sha256\."),
+        ("hf-hub:lab/x", {"config_sha256": OTHER}, r"^hf-hub:lab/x: a download needs sha256\."),
         ("https://host/x?a=b", {"sha256": OTHER}, r"^https://host/x\?a=b has a \? or #. Use the address of a folder"),
         (
             "http://host/x",
@@ -189,39 +228,40 @@ def test_a_bad_source_is_refused_at_once(source, settings, message):
 def test_other_weights_are_never_used(uploaded, folder, tmp_path):
     found = digest(folder)
     text = rf"model.safetensors has other weights than registered \(sha256 {found}, not {OTHER}\)\. Delete"
+    wrong = {**digests(folder), "sha256": OTHER}
     for source in (folder, f"hf-hub:{REPO}"):
-        register(source, sha256=OTHER)
+        register(source, **wrong)
         with pytest.raises(InputError, match=text) as caught:
             timm.create_model(NAME, pretrained=True)
         assert "\n" not in str(caught.value)
-    register(web(uploaded), sha256=OTHER)
-    text = rf"^{web(uploaded)}/model.safetensors has other weights .* deleted \(.*{OTHER}.*{found}.*\)\. Ask"
+    register(web(uploaded), **wrong)
+    text = rf"^{web(uploaded)}/model.safetensors has other weights than .* \(sha256 {found}, not {OTHER}\)\. Ask"
     with pytest.raises(InputError, match=text):
         timm.create_model(NAME, pretrained=True)
     assert [path.name for path in (tmp_path / "torch_home").rglob("*") if path.is_file()] == ["config.json"]
 
 
 def test_a_later_config_does_not_change_the_model(uploaded, folder, tmp_path):
-    register(web(uploaded), sha256=digest(folder))
-    assert same(folder)  # and the config is in the cache
-    digests = {"sha256": digest(folder), "config_sha256": digest(folder, "config.json")}
+    registered = digests(folder)
+    register(f"hf-hub:{REPO}", **registered)
+    assert same(folder)
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["mean"] = [0.5]
     (folder / "config.json").write_text(json.dumps(config))
     uploaded.repos[REPO].append({name: (folder / name).read_bytes() for name in FILES})
     found = digest(folder, "config.json")
     for source in (folder, f"hf-hub:{REPO}"):
-        register(source, **digests)
+        register(source, **registered)
         with pytest.raises(InputError, match=rf"config.json has other settings than reg.* \(sha256 {found}"):
             timm.create_model(NAME, pretrained=True)
-    register(web(uploaded), **digests)
-    with pytest.raises(InputError, match=rf"^{web(uploaded)}/config.json has other settings .* deleted .*{found}"):
+    register(web(uploaded), **registered)
+    with pytest.raises(InputError, match=rf"^{web(uploaded)}/config.json has other settings .*sha256 {found}"):
         timm.create_model(NAME, pretrained=True)
-    assert len(list((tmp_path / "torch_home").rglob("config.json"))) == 1
+    assert not list((tmp_path / "torch_home").rglob("config.json"))
 
 
 def test_weights_that_changed_in_the_cache_are_not_used(uploaded, saved, tmp_path):
-    register(web(uploaded), sha256=digest(saved))
+    register(web(uploaded), **digests(saved))
     assert same(saved)
     (file,) = (tmp_path / "torch_home").rglob("model.safetensors")
     file.write_bytes(b"changed")
@@ -234,10 +274,10 @@ def test_weights_that_changed_in_the_cache_are_not_used(uploaded, saved, tmp_pat
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_file_that_cannot_be_downloaded_is_named(uploaded, saved, status):
     uploaded.failures |= {("GET", "resolve"): status, ("HEAD", "resolve"): status}
-    register(web(uploaded), sha256=digest(saved))
+    register(web(uploaded), **digests(saved))
     with pytest.raises(InputError, match=rf"^{web(uploaded)}/config.json cannot be downloaded \(HTTP Error {status}"):
         timm.create_model(NAME, pretrained=True)
-    register(f"hf-hub:{REPO}@v1")
+    register(f"hf-hub:{REPO}@v1", **digests(saved))
     with pytest.raises(
         InputError, match=rf"^hf-hub:{REPO}@v1: config.json cannot be downloaded \(.*\). Check the name"
     ) as caught:
@@ -247,12 +287,10 @@ def test_a_file_that_cannot_be_downloaded_is_named(uploaded, saved, status):
 
 def test_a_missing_network_is_named(hub, monkeypatch):
     nobody = "https://127.0.0.1:9"
-    register(f"{nobody}/x", sha256=OTHER)
-    with pytest.raises(
-        InputError, match=rf"^{nobody}/x/config.json cannot be downloaded .*Check the address and the net"
-    ):
+    register(f"{nobody}/x", sha256=OTHER, config_sha256=OTHER)
+    with pytest.raises(InputError, match=rf"^{nobody}/x/config.json cannot be downloaded .*Check address and network"):
         timm.create_model(NAME, pretrained=True)
-    register(f"hf-hub:{REPO}")
+    register(f"hf-hub:{REPO}", sha256=OTHER, config_sha256=OTHER)
     connect(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(InputError, match=rf"^hf-hub:{REPO}: config.json cannot be .* reached: .*\)\. Check the net"):
         timm.create_model(NAME, pretrained=True)
@@ -269,10 +307,10 @@ def test_a_missing_huggingface_hub_is_named(monkeypatch):
 
 
 def test_an_html_page_instead_of_the_config_does_not_stay_in_the_cache(uploaded, saved):
-    register(web(uploaded), sha256=digest(saved))
+    register(web(uploaded), **digests(saved))
     files = uploaded.repos[REPO][0]
     config, files["config.json"] = files["config.json"], b"<html>down for maintenance</html>"
-    with pytest.raises(InputError, match=r"config.json cannot be read"):
+    with pytest.raises(InputError, match=r"config.json has other settings than registered"):
         timm.create_model(NAME, pretrained=True)
     files["config.json"] = config
     assert same(saved)

@@ -13,7 +13,9 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import timm
 import torch.hub
@@ -21,12 +23,13 @@ from torch import nn
 
 from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..files import read_json
+from ..files import atomic_file, read_json
 from ..models.normalize import channels_of, normalized
 from ..models.registry import list_as_pretrained, register_model
 from ..models.saved import CONFIG, WEIGHTS, load_saved, read_config
 
 HUB = "hf-hub:"
+_LARGEST = {CONFIG: 1 << 20, WEIGHTS: 1 << 36}  # bytes that a download may have
 INSTALLED = Path(__file__).parents[1] / "model_cards"
 IN_CHECKOUT = Path(__file__).parents[2] / "model_cards"
 
@@ -58,8 +61,9 @@ class SavedModel:
         return load_saved(self.config, self.weights, self.where)
 
 
-# Downloads a model's files if they are not cached yet. The argument is timm's cache_dir, None for the default.
+# Both take timm's cache_dir, None for the default, and download files that are not cached yet.
 Source = Callable[[Path | None], SavedModel]
+Files = Callable[[Path | None], tuple[Path, Path]]  # paths of config.json and model.safetensors
 _sources: dict[str, Source] = {}
 
 
@@ -99,8 +103,8 @@ def register_robust_model(
         source: Location of config.json and model.safetensors: a folder; its address, "https://host/path"; or a model
             repository of the Hugging Face Hub, "hf-hub:ORG/NAME" or "hf-hub:ORG/NAME@REVISION". They are read when the
             model is created, and downloaded then if they are not in the cache of torch.hub or of the Hub.
-        sha256: Digest of model.safetensors, checked before the weights are used; required for an https address.
-        config_sha256: Digest of config.json, checked before it is used: it decides normalization and activation.
+        sha256: Digest of model.safetensors, checked before the weights are used. Required for downloads.
+        config_sha256: Digest of config.json, which decides normalization and activation. Required for downloads.
 
     Returns:
         The name of the model in timm.
@@ -182,83 +186,105 @@ def find_source(place: Path | str, sha256: str | None, config_sha256: str | None
     """Return the source for the arguments of `register_robust_model`, checked without the network.
 
     Raises:
-        InputError: There is no such folder, or an address, name or digest is invalid.
+        InputError: There is no such folder, an address, name or digest is invalid, or a digest is missing.
     """
-    for name, digest in {"sha256": sha256, "config_sha256": config_sha256}.items():
+    digests = {"sha256": sha256, "config_sha256": config_sha256}
+    for name, digest in digests.items():
         if digest is not None and not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise InputError(f"{name} {digest!r} is not a SHA-256. Use the 64 digits, 0-9 and a-f, of sha256sum.")
-    if isinstance(place, str) and place.startswith("http://"):
-        raise InputError(f"{place}: files sent over http can be replaced on the way. Use the https:// address.")
-    if isinstance(place, str) and place.startswith("https://"):
-        return _web_source(place, sha256, config_sha256)
-    if isinstance(place, str) and place.startswith(HUB):
-        return _hub_source(place, sha256, config_sha256)
-    folder = Path(place)
-    if not (folder / CONFIG).is_file():
+    address = str(place)
+    if address.startswith("http://"):
+        raise InputError(f"{address}: files sent over http can be replaced on the way. Use the https:// address.")
+    if address.startswith("https://"):
+        files = partial(_web_files, _web_folder(address), sha256, config_sha256)
+    elif address.startswith(HUB):
+        files = _hub_repository(address)
+    elif (Path(place) / CONFIG).is_file():
+        return partial(_saved, lambda cache_dir: (Path(place) / CONFIG, Path(place) / WEIGHTS), sha256, config_sha256)
+    else:
         raise InputError(
-            f"{folder} does not contain an exported model (no {CONFIG}). Use a folder made by drelu-timm export, its "
+            f"{address} does not contain an exported model (no {CONFIG}). Use a folder made by drelu-timm export, its "
             f"https:// address, or {HUB}ORG/NAME."
         )
-    return lambda cache_dir: _saved(folder / CONFIG, folder / WEIGHTS, sha256, config_sha256)
+    if missing := [name for name, digest in digests.items() if digest is None]:
+        raise InputError(f"{address}: a download needs {' and '.join(missing)}. See register.py of the export.")
+    return partial(_saved, files, sha256, config_sha256)
 
 
-def _saved(config: Path, weights: Path, sha256: str | None, config_sha256: str | None) -> SavedModel:
+def _saved(files: Files, sha256: str | None, config_sha256: str | None, cache_dir: Path | None) -> SavedModel:
+    config, weights = files(cache_dir)
     if config_sha256 is not None:
         _check_digest(config, config_sha256, "settings")
     return SavedModel(read_config(config), config, weights, sha256)
 
 
-def _web_source(url: str, sha256: str | None, config_sha256: str | None) -> Source:
-    if sha256 is None:
-        raise InputError(f"{url}: weights from the web need their sha256. It is in the SHA256SUMS of the export.")
+def _web_folder(url: str) -> str:
     if urlsplit(url).query or urlsplit(url).fragment:
         raise InputError(f"{url} has a ? or #. Use the address of a folder, to which the files' names are appended.")
-    return partial(_downloaded, url.rstrip("/"), sha256, config_sha256)
+    return url.rstrip("/")
 
 
-def _downloaded(url: str, sha256: str, config_sha256: str | None, cache_dir: Path | None) -> SavedModel:
+def _web_files(url: str, sha256: str | None, config_sha256: str | None, cache_dir: Path | None) -> tuple[Path, Path]:
     """Return the files of a web folder, downloaded if they are not cached."""
     # One folder for all three: the same weights may come with another config elsewhere, or later.
-    name = hashlib.sha256(" ".join(filter(None, (url, sha256, config_sha256))).encode()).hexdigest()
+    name = hashlib.sha256(f"{url} {sha256} {config_sha256}".encode()).hexdigest()
     folder = Path(cache_dir or torch.hub.get_dir()) / "drelu_timm" / name
-    if not (folder / CONFIG).exists():
-        _download(f"{url}/{CONFIG}", folder / CONFIG, config_sha256, "settings")
-        try:
-            read_config(folder / CONFIG)
-        except InputError:  # incomplete, or an HTML page: it must not stay in the cache
-            (folder / CONFIG).unlink(missing_ok=True)
-            raise
-    if not (folder / WEIGHTS).exists():
-        _download(f"{url}/{WEIGHTS}", folder / WEIGHTS, sha256, "weights")
-    return _saved(folder / CONFIG, folder / WEIGHTS, sha256, config_sha256)
+    for file, digest, content in ((CONFIG, config_sha256, "settings"), (WEIGHTS, sha256, "weights")):
+        if not (folder / file).exists():
+            _download(f"{url}/{file}", folder / file, digest, content)
+    return folder / CONFIG, folder / WEIGHTS
 
 
-def _download(url: str, file: Path, sha256: str | None, content: str) -> None:
+class _HttpsOnly(HTTPRedirectHandler):
+    """Follows redirects to https addresses only; urllib's own handler also follows them to http and ftp."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        if not newurl.startswith("https://"):
+            raise URLError(f"it is redirected to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_open = build_opener(_HttpsOnly).open
+
+
+def _download(url: str, file: Path, expected: str | None, content: str) -> None:
+    """Write a file of an expected SHA-256; a different one, or one larger than `_LARGEST`, is not kept."""
+    from tqdm import tqdm  # comes with huggingface_hub
+
+    digest = hashlib.sha256()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256)
-    except RuntimeError as error:
-        raise InputError(
-            f"{url} has other {content} than registered; they were deleted ({one_line(error)}). Ask the publisher, or "
-            "export the model again."
-        ) from error
+        with atomic_file(file) as temporary, _open(url, timeout=60) as answer, temporary.open("wb") as out:
+            with tqdm(desc=file.name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                while chunk := answer.read(1 << 20):
+                    out.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+                    if bar.n > _LARGEST[file.name]:
+                        raise InputError(f"{url} is larger than {_LARGEST[file.name]:,} bytes. Check the address.")
+            if (found := digest.hexdigest()) != expected:
+                raise InputError(
+                    f"{url} has other {content} than registered (sha256 {found}, not {expected}). Ask the publisher or "
+                    "export the model again."
+                )
+    except InputError:
+        raise
     except (OSError, ValueError, HTTPException) as error:
         raise InputError(
             f"{url} cannot be downloaded ({one_line(error)}). Check the address and the network."
         ) from error
 
 
-def _hub_source(place: str, sha256: str | None, config_sha256: str | None) -> Source:
+def _hub_repository(place: str) -> Files:
     from . import hub
 
     repo, _, revision = place.removeprefix(HUB).partition("@")
     hub.check_name(repo, place)
 
-    def download(cache_dir: Path | None) -> SavedModel:
+    def files(cache_dir: Path | None) -> tuple[Path, Path]:
         config, weights = (hub.fetch(repo, revision or None, file, cache_dir) for file in (CONFIG, WEIGHTS))
-        return _saved(config, weights, sha256, config_sha256)
+        return config, weights
 
-    return download
+    return files
 
 
 def _check_digest(file: Path, expected: str, content: str) -> None:
