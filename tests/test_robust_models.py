@@ -288,7 +288,7 @@ def test_a_file_that_cannot_be_downloaded_is_named(uploaded, saved, status):
 def test_a_missing_network_is_named(hub, monkeypatch):
     nobody = "https://127.0.0.1:9"
     register(f"{nobody}/x", sha256=OTHER, config_sha256=OTHER)
-    with pytest.raises(InputError, match=rf"^{nobody}/x/config.json cannot be downloaded .*Check address and network"):
+    with pytest.raises(InputError, match=rf"^{nobody}/x/config.json cannot be downloaded .*Check the address and"):
         timm.create_model(NAME, pretrained=True)
     register(f"hf-hub:{REPO}", sha256=OTHER, config_sha256=OTHER)
     connect(monkeypatch, "http://127.0.0.1:9")

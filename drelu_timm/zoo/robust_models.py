@@ -259,7 +259,7 @@ def _download(url: str, file: Path, expected: str | None, content: str) -> None:
                     out.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
-                    if bar.n > _LARGEST[file.name]:
+                    if out.tell() > _LARGEST[file.name]:  # not bar.n, which a disabled bar does not count
                         raise InputError(f"{url} is larger than {_LARGEST[file.name]:,} bytes. Check the address.")
             if (found := digest.hexdigest()) != expected:
                 raise InputError(
