@@ -37,9 +37,10 @@ from pathlib import Path
 import timm, torch
 from drelu_timm import register_robust_model
 from drelu_timm.zoo.hub import push
-repo, folder, sha256 = sys.argv[1:]
+repo, folder, sha256, config_sha256 = sys.argv[1:]
 push({path.name: path.read_bytes() for path in Path(folder).iterdir()}, repo)
-name = register_robust_model("Tester2026Hub", "digits", "Linf", f"hf-hub:{repo}", sha256=sha256)
+digests = {"sha256": sha256, "config_sha256": config_sha256}
+name = register_robust_model("Tester2026Hub", "digits", "Linf", f"hf-hub:{repo}", **digests)
 images = torch.linspace(0, 1, 128).view(2, 1, 8, 8)
 print(timm.create_model(name, pretrained=True)(images).tolist())
 """
@@ -48,7 +49,7 @@ print(timm.create_model(name, pretrained=True)(images).tolist())
 def test_a_pushed_model_is_loaded_from_the_hub(hub, files, tmp_path):
     folder = tmp_path / "saved"
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_of_the_test"}
-    arguments = [REPO, str(folder), sha256_of(folder / "model.safetensors")]
+    arguments = [REPO, str(folder), *(sha256_of(folder / name) for name in ("model.safetensors", "config.json"))]
     command = [sys.executable, "-c", IN_A_PROCESS, *arguments]
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
