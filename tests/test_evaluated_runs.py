@@ -273,8 +273,8 @@ def test_an_evaluation_on_fewer_examples_counts_only_by_its_images(tmp_path):
     runs = read_evaluated_runs([tmp_path])
     assert runs.found[0].combined.worst == pytest.approx((1 + 6) / 20)
     assert runs.notes == [
-        f"{few} counts only by its verdict and the images that fooled the model: worst case 10.00 % of 10 examples, sound; "
-        f"another evaluation of {run} has 20 examples."
+        f"{few} counts only by its verdict and the images that fooled the model: worst case 10.00 % of 10 "
+        f"examples, sound; another evaluation of {run} has 20 examples."
     ]
 
 

@@ -349,7 +349,7 @@ def test_nothing_to_report(tmp_path, capsys):
     with pytest.raises(InputError, match=r"Nothing to report \| .* cannot be read as JSON .* \| .*x has no evaluation"):
         report(ReportConfig((tmp_path,)))
     assert not (tmp_path / "report").exists()
-    with pytest.raises(InputError, match="RUNS is missing. Give run directories"):
+    with pytest.raises(InputError, match=r"RUNS is missing\. Give run directories"):
         report(ReportConfig(()))
 
 

@@ -385,7 +385,7 @@ def test_comparison_with_the_paper(add, groups):
         ("1", "Dense", "AT", "PGD", "80.00", "87.70 (4)", "-7.70", "70.00"),
     ]
     assert cells(table, "Test images") == [("20",)] * 2
-    assert "uncertain by (95 %) 21.9 on 20 points." in table.caption
+    assert "uncertain by 21.9 points (20 images), at 95 %." in table.caption
 
 
 def test_incomparable_numbers_have_no_difference(add, groups):

@@ -1,7 +1,7 @@
 """Figures of a report: accuracy over cap weight and over eps, the learned caps, and which methods differ.
 
-Each ``draw_`` function returns a Matplotlib figure. It raises `InputError` if there is nothing to draw, or if Matplotlib
-is not installed.
+Each ``draw_`` function returns a Matplotlib figure. It raises `InputError` if there is nothing to draw, or if
+Matplotlib is not installed.
 """
 
 import math

@@ -257,7 +257,8 @@ def choose_cap_weights(methods: Sequence[Method]) -> tuple[list[Method], list[st
         if not held_out:
             shown += family
             sentences.append(
-                f"{model_name(family[0].architecture)} {family[0].name}: no run has a log, so all cap weights are shown."
+                f"{model_name(family[0].architecture)} {family[0].name}: no run has a log, so all cap weights are "
+                "shown."
             )
             continue
         n_seeds = max(mean.n_seeds for mean in held_out.values())

@@ -16,7 +16,7 @@ from ..results.plotting import save_figure
 from .evaluated_runs import EvaluatedRun, EvaluatedRuns
 from .figures import draw_cap_weights, draw_caps, draw_critical_difference, draw_eps, read_caps
 from .methods import GroupMethods, Method, families
-from .paper import COLUMNS, model_name, paper_scores
+from .paper import COLUMNS, PRINTED_STATISTICS, model_name, paper_scores
 from .statistics import Comparison, attack_differences, compare_methods, compare_pair, counted, scores
 from .tables import papers_number, slug
 from .training_settings import TrainingSettings
@@ -113,7 +113,8 @@ def statistics(methods: GroupMethods, folder: Path, runs: EvaluatedRuns) -> list
 def papers_statistics(groups: Iterable[GroupMethods]) -> list[Section]:
     """Return the statistics of every table of the paper that has a group's numbers, once each."""
     numbers = dict.fromkeys(number for methods in groups if (number := papers_number(methods.group)))
-    text = {2: " It prints F = 17.4, chi-square = 39.43, F_F = 20.12 and a critical difference of 0.656."}
+    printed = ", ".join(f"{name} = {value}" for name, value in PRINTED_STATISTICS.items())
+    text = {2: f" It prints {printed}."}
     return [
         _comparison(
             f"Methods in the paper's table {number}",

@@ -136,12 +136,12 @@ def against_paper(methods: GroupMethods) -> Table | None:
         return None
     values = pd.DataFrame(rows).astype({"std": float, "difference": float})
     images = sorted(values["images"].unique())
-    errors = ", ".join(f"{100 * _QUANTILE * (0.25 / count) ** 0.5:.1f} on {count}" for count in images)
+    errors = " or ".join(f"{100 * _QUANTILE * (0.25 / count) ** 0.5:.1f} points ({count} images)" for count in images)
     caption = [
         _UNITS,
         "Differences in percentage points, ours minus the paper's, whose numbers are means of three models; in "
         "parentheses the rank that it prints.",
-        f"The choice of the test images alone makes an accuracy of 50 % uncertain by (95 %) {errors} points.",
+        f"The choice of the test images alone makes an accuracy of 50 % uncertain by {errors}, at 95 %.",
         "Agreement with the paper is no evidence of robustness: the worst case and the verdict are.",
         _about_carlini_wagner(methods.all),
     ]
