@@ -114,7 +114,7 @@ def test_two_preempted_slurm_nodes_resume_to_the_result_of_one_process(tmp_path,
     wait_for(tmp_path / "reached", job)
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate()
-    assert "SIGTERM came: saved after epoch 1, step 6" in errors
+    assert "SIGTERM arrived: saved after epoch 1, step 6" in errors
     assert (tmp_path / "requeued").read_text().startswith("requeue ")
     assert not (tmp_path / "two" / "model").exists()
 

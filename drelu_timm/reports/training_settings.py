@@ -3,14 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 from ..attacks.threat_model import radius_written
 from ..errors import InputError
 from ..files import read_json
 from ..formatting import written
 from ..results.result import Eps
-from ..schema import Text, Whole, load, one_of
+from ..schema import Text, Whole, load
 
 Flags = dict[str, Any]
 
@@ -121,7 +121,7 @@ class _Flags:
     model: Text
     dataset: Text
     seed: Whole
-    objective: Annotated[str, one_of(("natural", "at", "trades", "mart"), "an objective")]
+    objective: Literal["natural", "at", "trades", "mart"]
     beta: float
     awp_gamma: float
     eps: Eps

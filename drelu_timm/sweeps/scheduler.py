@@ -18,8 +18,7 @@ from rich.table import Table
 
 from ..command_line import duration
 from ..errors import InputError, one_line
-from ..launches import Launch
-from ..preemption import Preempted, noticed_sigterm
+from ..launch import Launch, Preempted, noticed_sigterm
 from ..reports.evaluated_runs import EvaluatedRun, read_evaluated_runs
 from ..results.display import VERDICT_COLOURS
 from .cell import Cell
