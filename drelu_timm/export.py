@@ -43,7 +43,7 @@ from .files import (
     write_text,
 )
 from .flags import ExportConfig
-from .models.saved import CONFIG, WEIGHTS
+from .models.weights import CONFIG, WEIGHTS
 from .publishing.card import AUTOATTACK, SHIPPED, Card, Paper
 from .publishing.card_markdown import model_card
 from .publishing.evaluations import choose_evaluation, further_evaluations, make_card, with_further

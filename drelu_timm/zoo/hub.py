@@ -5,8 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from ..errors import InputError, one_line
-from ..models.saved import WEIGHTS
-from ..models.weights import how_to_get, out_of_reach
+from ..models.weights import WEIGHTS, how_to_get, out_of_reach
 
 try:
     from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download

@@ -24,9 +24,9 @@ from torch import nn
 from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..files import atomic_file, read_json
-from ..models.normalize import channels_of, normalized
+from ..models.inference import channels_of, normalized
 from ..models.registry import list_as_pretrained, register_model
-from ..models.saved import CONFIG, WEIGHTS, load_saved, read_config
+from ..models.weights import CONFIG, WEIGHTS, load_saved
 
 HUB = "hf-hub:"
 _LARGEST = {CONFIG: 1 << 20, WEIGHTS: 1 << 36}  # bytes that a download may have
@@ -215,7 +215,7 @@ def _saved(files: Files, sha256: str | None, config_sha256: str | None, cache_di
     config, weights = files(cache_dir)
     if config_sha256 is not None:
         _check_digest(config, config_sha256, "settings")
-    return SavedModel(read_config(config), config, weights, sha256)
+    return SavedModel(read_json(config), config, weights, sha256)
 
 
 def _web_folder(url: str) -> str:
