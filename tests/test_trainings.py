@@ -64,19 +64,19 @@ def test_another_norm_than_the_files_needs_a_radius_of_its_own(read):
         ("[train", r"--config \S+r\.toml cannot be read as TOML \(.+\); fix it there"),
         ("", r"r\.toml needs a table \[train\], or several \[\[train\]\]"),
         ("train = []", r"r\.toml needs a table \[train\]"),
-        ("train = [1]", r"r\.toml: \[\[train\]\] 1: must be a table of settings"),
+        ("train = [1]", r"r\.toml: \[\[train\]\] 1: is 1\. It must be a table of names and values\."),
         ("[trian]\n", r"r\.toml: 'trian' is unknown; did you mean train\?"),
         ("[train]\nepoch = 1", r"r\.toml: \[train\] 'epoch' is unknown; did you mean epochs\?"),
-        ("[train]\nepochs = 1.5", r"r\.toml: \[train\] epochs = 1\.5 must be a whole number"),
-        ("[train]\nepochs = true", r"epochs = True must be a whole number"),
-        ("[train]\nlr = '1'", r"lr = '1' must be a number"),
-        ("[train]\nseed = '; rm -r /'", r"seed = '; rm -r /' must be a whole number"),
-        ("[train]\nmodel = 1979-05-27", r"model = datetime.+ must be text in quotes"),
-        ("[train]\ngenerated = 'a.npz'", r"generated = 'a\.npz' must be a list"),
-        ("[train]\ngenerated = [3]", r"generated = 3 must be a path"),
-        ('[train]\ndata_dir = "a\\u0000b"', r"data_dir = 'a\\x00b' must be a path"),
+        ("[train]\nepochs = 1.5", r"r\.toml: \[train\] epochs is 1\.5\. It must be a whole number\."),
+        ("[train]\nepochs = true", r"epochs is True\. It must be a whole number\."),
+        ("[train]\nlr = '1'", r"lr is '1'\. It must be a number\."),
+        ("[train]\nseed = '; rm -r /'", r"seed is '; rm -r /'\. It must be a whole number\."),
+        ("[train]\nmodel = 1979-05-27", r"model is datetime.+\. It must be text in quotes\."),
+        ("[train]\ngenerated = 'a.npz'", r"generated is 'a\.npz'\. It must be a list\."),
+        ("[train]\ngenerated = [3]", r"generated\[0\] is 3\. It must be a path in quotes\."),
+        ('[train]\ndata_dir = "a\\u0000b"', r"data_dir is 'a\\x00b'\. It must be a path in quotes\."),
         (f"[train]\n{DIGITS}preset = 'paper-drleu'", r"--preset 'paper-drleu' is unknown; did you mean paper-drelu"),
-        (f"[[train]]\n{DIGITS}[[train]]\nlr = 'x'", r"\[\[train\]\] 2: lr = 'x' must be a number"),
+        (f"[[train]]\n{DIGITS}[[train]]\nlr = 'x'", r"\[\[train\]\] 2: lr is 'x'\. It must be a number\."),
         (
             f"[[train]]\n{DIGITS}output_dir = 'x'\n[[train]]\n{DIGITS}",
             r"\[\[train\]\] 1: output_dir is not allowed; the ",
@@ -97,9 +97,9 @@ def test_a_file_that_is_not_understood_is_one_line(read, content, message):
     ("content", "message"),
     [
         ("{", r"r\.json cannot be read as JSON"),
-        ("{}", r"--config \S+r\.json: train must be a table of settings"),
-        ('{"train": {"epochs": null}}', r"train epochs = None must be a whole number"),
-        ('{"train": {"model": ["x"]}}', r"train model = \['x'\] must be text"),
+        ("{}", r"--config \S+r\.json: train is None\. It must be a table of names and values\."),
+        ('{"train": {"epochs": null}}', r"train epochs is None\. It must be a whole number\."),
+        ('{"train": {"model": ["x"]}}', r"train model is \['x'\]\. It must be text in quotes\."),
         ('{"train": {"lrr": 1}}', r"train 'lrr' is unknown; did you mean lr"),
         ('{"train": {"norm": "L3", "eps": "0.1"}}', r"L3"),
     ],
@@ -119,7 +119,7 @@ def test_a_file_that_is_not_there_or_of_another_kind_is_refused(read, tmp_path):
 
 
 def test_numbers_too_large_for_a_float_are_refused_in_one_line(read):
-    with pytest.raises(InputError, match="--lr inf must be a number above 0"):
+    with pytest.raises(InputError, match=r"lr is 1000.+\. It must be a number"):
         resolve(*read(f"[train]\n{DIGITS}lr = 1{'0' * 400}"))
 
 

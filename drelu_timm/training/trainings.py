@@ -22,14 +22,14 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import tyro
 
 from ..command_line import group, read_flags
 from ..errors import InputError, unknown
 from ..files import read_json, read_toml
-from ..settings import typed
+from ..schema import field_types, load_table
 from .config import TrainConfig, given_settings, run_directory
 
 TABLES = ("train", "evaluate", "export")  # of a recipe
@@ -119,13 +119,7 @@ def _chained(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
 
 def _checked(what: str, table: Any) -> Table:
     """Check the fields of a table, and give their values the types of `TrainConfig`."""
-    if not isinstance(table, dict):
-        raise InputError(f"{what} must be a table of settings")
-    hints = get_type_hints(TrainConfig)
-    for name in table:
-        if name not in hints:
-            raise unknown(what, name, hints)
-    return {name: typed(f"{what} {name}", value, hints[name]) for name, value in table.items()}
+    return load_table(field_types(TrainConfig), table, what)
 
 
 def _refuse(what: str, table: Any, name: str, reason: str) -> None:
