@@ -11,7 +11,7 @@ from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import Images
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.launches import Launch
+from drelu_timm.launch import Launch
 from drelu_timm.results import plotting
 from drelu_timm.sweeps.grids import Grid, read_grid, shipped
 from drelu_timm.training.config import TrainConfig
