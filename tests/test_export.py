@@ -316,7 +316,7 @@ def _results(**changes):
             {},
             r"\.csv gives another clean accuracy than .*\.json\. Delete the result and evaluate",
         ),
-        (_results(worst=0.01), {}, r"\.json has another worst case than the rows beside it"),
+        (_results(worst=0.01), {}, r"\.json has another worst case than the rows next to it"),
         (_results(verdict="sound"), {}, r"\.json: verdict is 'sound'\. It must be a table of names and values\."),
         (None, {"benchmark_examples": -3}, r"--benchmark-examples -3 is negative\. Use 0 or more"),
         (None, {"output_dir": Path("/proc/x/y")}, r"--output-dir /proc/x/y cannot be written to \(.*\)\. Use another"),
