@@ -303,7 +303,7 @@ def _results(**changes):
         (_results(norm="L2"), {"results": RESULTS}, r"no evaluation on digits for Linf, eps 0\.1 in .*/standard-Linf"),
         (None, {"dataset": "imagenet"}, r"--dataset imagenet: the run was trained on digits; only a folder may stand"),
         (None, {"eps": "0.2"}, r"no evaluation on digits for Linf, eps 0\.2 in .*-0\.1\.json; evaluate it so, or exp"),
-        (_results(clean=0.99), {}, r"\.csv has another clean accuracy than .*\.json; delete the result and evaluate"),
+        (_results(clean=0.99), {}, r"\.csv has another clean accuracy than .*\.json\. Delete the result and evaluate"),
         (_results(worst=0.01), {}, r"\.json has another worst case than the rows next to it"),
         (_results(verdict="sound"), {}, r"\.json: verdict is 'sound'\. It must be a table of names and values\."),
         (None, {"benchmark_examples": -3}, r"--benchmark-examples -3 must be 0 or more"),
