@@ -312,8 +312,8 @@ def _results(**changes):
         (lambda run: (run / "results" / f"{RESULTS}.csv").unlink(), {}, r"the \.csv with a row an example is missing"),
         (_drop_column, {}, r"\.csv has 60 rows, or no column broken_by, for 60 test images: it is cut"),
         (_fewer_rows, {}, r"\.csv has 59 rows, or no column broken_by, for 60 test images: it is cut"),
-        (_other_labels, {}, r"\.csv has other labels than the test images of Digits; .*--data-dir"),
-        (_other_adversarial, {}, r"\.adversarial\.safetensors is not there, or not what the evaluation wrote"),
+        (_other_labels, {}, r"\.csv has another clean accuracy than"),
+        (_other_adversarial, {}, r"\.adversarial\.safetensors is missing, or not what the evaluation wrote"),
         (
             _other_predictions,
             {},

@@ -326,7 +326,7 @@ def _check_point(what: Path | str, point: EpsResult) -> None:
     for column, after in point.sequences.items():
         if any(later > earlier + ROUNDING for earlier, later in pairwise(after.values())):
             raise InputError(f"{what} has accuracies of {column} that rise from attack to attack. Evaluate again.")
-        if after and abs([*after.values()][-1] - point.accuracy.get(column, -1)) > ROUNDING:
+        if column in point.accuracy and after and abs([*after.values()][-1] - point.accuracy[column]) > ROUNDING:
             raise InputError(f"{what} has another accuracy under {column} than after its last attack. Evaluate again.")
     _check_verdict(f"{what}: verdict at eps {point.eps}", point.verdict)
 
