@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drelu_timm.data.readers import load_images
-from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
+from drelu_timm.hashing import sha256_of
 from drelu_timm.results.result import read_result
 from drelu_timm.results.seal import check_result
 

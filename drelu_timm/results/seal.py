@@ -16,9 +16,9 @@ import torch
 
 from ..attacks.threat_model import ThreatModel
 from ..data.images import Images, as_float
-from ..digests import digest, sha256_of
 from ..errors import InputError
 from ..files import read_json
+from ..hashing import digest, sha256_of
 from .examples import ADVERSARIAL, Adversarial, Rows, read_adversarial, read_rows
 from .result import Result, Seal
 
