@@ -12,7 +12,6 @@ from math import sqrt
 from typing import ClassVar
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from ..attacks.adaptive import Annealing, Restarts, substitutable_layers
@@ -20,16 +19,10 @@ from ..attacks.attack import LOSSES, Attack, Batch, Candidates, Kind, cross_entr
 from ..attacks.pgd import PGD, SignNoise, drawn
 from ..attacks.square import Square
 from ..attacks.threat_model import ThreatModel, per_image
-from ..results.result import Verdict, Word
+from ..results.result import GAPS, Verdict, conclusion, share_interval
 
 SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")  # the flags of `signals`
 PROBED = 200  # the first correctly classified examples; 0 of them bound a share by 2 %
-
-# Set on the models of scripts/masking_battery.py.
-_MASKED_ABOVE = 0.05  # share of examples that some attacks miss and others do not; 4 % on long-trained ReLU models
-_SOUND_BELOW = 0.10
-# Adversarial training with caps, whose zero gradients hide nothing at eps, leaves some 20 % there.
-_STUCK_ABOVE = 1 / 3  # share of examples, beyond chance, that stay correct at an eps where nothing can be robust
 
 
 @dataclass(frozen=True)
@@ -171,10 +164,6 @@ PROBES: dict[str, Attack] = {
 }
 _WHITE_BOX = [name for name, attack in PROBES.items() if attack.kind == "white-box" and name != _FAR]
 
-# Shares of examples that an attack misses, and that another one finds by scaled logits, by more starting points, or
-# without following the gradient at the point alone.
-_GAPS = ("broken_by_rescaled", "broken_by_restarts", "hidden")
-
 _SENTENCES = {  # by probe, on examples that the earlier ones left
     "rescaled": "PGD on rescaled logits, which saturate no softmax, fools the model on {} that PGD left.",
     "margin": "PGD on the margin adds {}.",
@@ -211,23 +200,13 @@ def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Te
     }
     numbers = {"examples": len(labels), "chance": int(labels.bincount().max()) / len(labels)}
     numbers |= {name: float(flag.double().mean()) for name, flag in shares.items()}
-    for name in (*_GAPS, "stuck"):
-        # Of a binomial share (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
-        interval = binomtest(int(shares[name].sum()), len(labels)).proportion_ci(0.95, method="wilson")
-        numbers[f"{name}_low"], numbers[f"{name}_high"] = float(interval.low), float(interval.high)
-    return Verdict(_conclusion(numbers), tuple(_evidence(numbers)), numbers)
+    for name in (*GAPS, "stuck"):
+        numbers[f"{name}_low"], numbers[f"{name}_high"] = share_interval(int(shares[name].sum()), len(labels))
+    return Verdict(conclusion(numbers), tuple(_evidence(numbers)), numbers)
 
 
 def _any(broken: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
     return torch.stack([broken[name] for name in names]).any(dim=0)
-
-
-def _conclusion(numbers: Mapping[str, float]) -> Word:
-    stuck_above = numbers["chance"] + _STUCK_ABOVE
-    if numbers["stuck_low"] > stuck_above or any(numbers[f"{gap}_low"] > _MASKED_ABOVE for gap in _GAPS):
-        return "masked"
-    found_all = numbers["stuck_high"] < stuck_above and all(numbers[f"{gap}_high"] < _SOUND_BELOW for gap in _GAPS)
-    return "sound" if found_all and not numbers["unsteady"] else "undecided"
 
 
 def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
@@ -261,4 +240,4 @@ def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
     )
     for name, sentence in _SENTENCES.items():
         if f"broken_by_{name}" in numbers:
-            yield sentence.format((with_interval if f"broken_by_{name}" in _GAPS else percent)(f"broken_by_{name}"))
+            yield sentence.format((with_interval if f"broken_by_{name}" in GAPS else percent)(f"broken_by_{name}"))
