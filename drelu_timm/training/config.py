@@ -1,15 +1,18 @@
 """The settings of a training: the flags of `drelu-timm train`, their defaults, and what is allowed."""
 
+import hashlib
 import json
+import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..attacks.threat_model import ThreatModel, norm_and_radius
 from ..command_line import flag, group
 from ..data.datasets import DATASETS
-from ..errors import InputError, unknown
+from ..errors import InputError, one_line, unknown
 from ..files import read_json
+from ..settings import typed
 from .presets import PRESETS
 
 if TYPE_CHECKING:
@@ -20,9 +23,10 @@ MONITORS = ("loss", "pgd")
 _COUNTS = ("epochs", "batch_size", "grad_accum_steps", "steps", "n_train", "patience")
 # These do not change the result of a run, so they are not in config.json.
 _NOT_SAVED = ("resume", "output_dir", "save_every", "workers", "log_with")
-# A resumed run may change these: the digest of the data is compared instead of its path, and the updates are the same
-# up to rounding.
-_MAY_CHANGE = ("data_dir", "generated", "init_from", "grad_accum_steps", "compile")
+# A resumed run may change these: files may move, since digests of their content are compared instead, ...
+_MAY_MOVE = ("data_dir", "generated", "init_from")
+_SAME_UPDATES = ("grad_accum_steps", "compile")  # ... and these give the same updates up to rounding
+_LARGEST_MAGNITUDE = 10  # of timm's RandAugment, which silently reduces larger ones
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class TrainConfig:
     output_dir: Path | None = field(
         default=None, metadata=group("run", "Where it is written, and what it starts from.")
     )
-    """Run directory to write; by default a folder in runs/ that is named after the settings."""
+    """Run directory to write; by default a folder in runs/ that is named after the settings and a digest of them."""
     resume: bool = False
     """Resume the run in the output directory; start from scratch where there is none."""
     init_from: Path | None = None
@@ -128,7 +132,7 @@ class TrainConfig:
     compile: bool = field(default=False, metadata=group("machine", "Settings that do not change the result."))
     """Compile the model with torch.compile: a minute or more at the start, less time per step on a GPU."""
     workers: int = 0
-    """Processes that prepare batches, per training process; 0 for none."""
+    """Processes that prepare batches, per training process, at most one per core; 0 for none."""
     save_every: int = 0
     """Also save a state after every N steps; by default only at the end of an epoch, and on SIGTERM."""
     log_with: str | None = None
@@ -178,25 +182,45 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises:
         InputError: A field has a value that is not allowed, or the output directory cannot be used.
     """
+    config = _filled(_with_types(config))
     _check_names(config)
     _check_numbers(config)
+    _check_augmentation(config)
     _check_combinations(config)
+    config = replace(config, output_dir=run_directory(config))
+    check_output(config)
+    return config
+
+
+def run_directory(config: TrainConfig) -> Path:
+    """Return the run directory of a config: its own, or the default one, whose name no other settings share.
+
+    Raises:
+        InputError: The default cannot be named, since dataset, preset, norm or eps are not allowed.
+    """
+    return config.output_dir or Path("runs") / _run_name(_filled(config))
+
+
+def _with_types(config: TrainConfig) -> TrainConfig:
+    """Convert every value to the type of its field, as for a value from a file; Python callers may pass anything."""
+    hints, values = get_type_hints(TrainConfig), json.loads(json.dumps(asdict(config), default=str))
+    return replace(config, **{name: typed(flag(name), value, hints[name]) for name, value in values.items()})
+
+
+def _filled(config: TrainConfig) -> TrainConfig:
+    """Fill in norm, eps, step size and monitor; needs neither torch nor timm."""
+    if config.dataset not in DATASETS:
+        raise unknown("--dataset", config.dataset, DATASETS)
+    if config.preset is not None and config.preset not in PRESETS:
+        raise unknown("--preset", config.preset, PRESETS)
     threat_model = _threat_model(config)
-    config = replace(
+    return replace(
         config,
         norm=threat_model.norm,
         eps=threat_model.written,
         step_size=_default_step_size(threat_model) if config.step_size is None else config.step_size,
         monitor=config.monitor or _default_monitor(config.objective),
-        output_dir=run_directory(config),
     )
-    _check_output(config)
-    return config
-
-
-def run_directory(config: TrainConfig) -> Path:
-    """Return the run directory of a config: its own, or the default one."""
-    return config.output_dir or Path("runs") / _run_name(config)
 
 
 def saved(config: TrainConfig) -> dict[str, Any]:
@@ -267,8 +291,6 @@ def _check_names(config: TrainConfig) -> None:
     from ..models.variants import Options
     from .objectives import make_objective
 
-    if config.dataset not in DATASETS:
-        raise unknown("--dataset", config.dataset, DATASETS)
     if not timm.is_model(config.model):
         raise unknown("--model", config.model, timm.list_models())
     check_tag("--model", config.model)
@@ -293,13 +315,21 @@ def _check_numbers(config: TrainConfig) -> None:
     for name in ("generated_fraction", "ema_decay", "label_smoothing", "warmup"):
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"{flag(name)} {getattr(config, name)} must be in [0, 1)")
-    config.augmentation  # noqa: B018  (its constructor checks the values)
+
+
+def _check_augmentation(config: TrainConfig) -> None:
+    config.augmentation  # noqa: B018  (its constructor checks each value alone)
+    side = DATASETS[config.dataset].side(config.img_size)
+    if config.cutout > side:
+        raise InputError(f"--cutout {config.cutout} is larger than the images, which are {side} pixels wide")
+    given = {key: int(value) for key, value in re.findall(r"-(m|mmax)(\d+)", config.rand_augment)}
+    largest = given.get("mmax", _LARGEST_MAGNITUDE)
+    if given.get("m", 0) > largest:
+        raise InputError(f"--rand-augment {config.rand_augment}: timm reduces magnitudes above m{largest}. Use less.")
 
 
 def _check_combinations(config: TrainConfig) -> None:
     preset = config.preset
-    if preset is not None and preset not in PRESETS:
-        raise unknown("--preset", preset, PRESETS)
     if preset is not None and config.dataset not in PRESETS[preset].datasets:
         allowed = ", ".join(PRESETS[preset].datasets)
         raise InputError(f"--preset {preset} does not fit --dataset {config.dataset}. It is for {allowed}.")
@@ -315,30 +345,36 @@ def _check_combinations(config: TrainConfig) -> None:
 
 
 def _run_name(config: TrainConfig) -> str:
-    parts = [config.dataset, config.model, config.placement, config.activation, config.objective]
-    if config.objective in ("trades", "mart"):
-        parts.append(f"beta{config.beta:g}")
-    if config.awp_gamma:
-        parts.append(f"awp{config.awp_gamma:g}")
-    if config.cap_weight:
-        parts.append(f"{'' if config.cap_penalty == 'squared' else config.cap_penalty + '-'}cap{config.cap_weight:g}")
-    if config.generated_fraction:
-        parts.append(f"generated{config.generated_fraction:g}")
-    return "-".join([*filter(None, parts), f"seed{config.seed}"])
+    """Return a readable name with a digest of all settings that are not at their defaults."""
+    defaults = flag_defaults(None)
+    given = {k: v for k, v in saved(config).items() if k not in _SAME_UPDATES and v != defaults[k]}
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
+    parts = [config.dataset, config.model, config.activation, config.objective, f"seed{config.seed}", digest]
+    return "-".join(filter(None, parts))
 
 
-def _check_output(config: TrainConfig) -> None:
-    """Refuse a directory that is in use, and a --resume with other settings than the run's."""
+def check_output(config: TrainConfig) -> None:
+    """Check that the output directory of a resolved config is new, or that of the run to resume.
+
+    Raises:
+        InputError: The directory is something else, is in use, or holds a run with other settings.
+    """
     folder = config.output_dir
     assert folder is not None
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir {folder} is a file. Name a folder.")
     path = folder / "config.json"
-    if not path.exists():
-        # Hidden files may be those of a process that was killed before it wrote config.json.
-        if folder.is_dir() and any(not each.name.startswith(".") for each in folder.iterdir()):
-            raise InputError(f"--output-dir {folder} is not empty and is not a run directory. Name another folder.")
+    try:
+        # Hidden files may be the lock, or those of a process that was killed before it wrote config.json.
+        visible = [each.name for each in folder.iterdir() if not each.name.startswith(".")]
+    except FileNotFoundError:
         return
+    except (OSError, ValueError) as error:  # not a folder, too long a name, or a null character
+        raise InputError(
+            f"--output-dir {str(folder)[:80]!r} cannot be used ({one_line(error)}). Name another."
+        ) from error
+    if not visible:
+        return
+    if path.name not in visible:
+        raise InputError(f"--output-dir {folder} is not empty and is not a run directory. Name another folder.")
     if not config.resume:
         raise InputError(f"--output-dir {folder} is in use. Add --resume to continue that run, or name another folder.")
     before, now = read_json(path).get("train"), saved(config)
@@ -347,7 +383,7 @@ def _check_output(config: TrainConfig) -> None:
     differing = [
         f"{key} ({before.get(key)} before, {value} now)"
         for key, value in now.items()
-        if key not in _MAY_CHANGE and before.get(key) != value
+        if key not in (*_MAY_MOVE, *_SAME_UPDATES) and before.get(key) != value
     ]
     if differing:
         raise InputError(f"--resume of {folder} with other settings: {', '.join(differing)}")
