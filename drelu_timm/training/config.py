@@ -5,14 +5,14 @@ import json
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..attacks.threat_model import ThreatModel, norm_and_radius
 from ..command_line import flag, group
 from ..data.datasets import DATASETS
 from ..errors import InputError, one_line, unknown
 from ..files import read_json
-from ..settings import typed
+from ..schema import Constraint, Count, Share, Whole, field_types, parse
 from .presets import PRESETS
 
 if TYPE_CHECKING:
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("constant", "cosine", "onecycle", "plateau")
 MONITORS = ("loss", "pgd")
-_COUNTS = ("epochs", "batch_size", "grad_accum_steps", "steps", "n_train", "patience")
 # These do not change the result of a run, so they are not in config.json.
 _NOT_SAVED = ("resume", "output_dir", "save_every", "workers", "log_with")
 # A resumed run may change these: files may move, since digests of their content are compared instead, ...
 _MAY_MOVE = ("data_dir", "generated", "init_from")
 _SAME_UPDATES = ("grad_accum_steps", "compile")  # ... and these give the same updates up to rounding
+_Positive = Annotated[float, Constraint(lambda value: value > 0, "a number above 0")]
+_NotNegative = Annotated[float, Constraint(lambda value: value >= 0, "a number >= 0")]
+_Fraction = Annotated[float, Constraint(lambda value: 0 <= value < 1, "in [0, 1)")]
+_Seed = Annotated[int, Constraint(lambda value: 0 <= value < 2**32, f"an integer from 0 to {2**32 - 1}")]
 _LARGEST_MAGNITUDE = 10  # of timm's RandAugment, which silently reduces larger ones
 
 
@@ -42,11 +45,11 @@ class TrainConfig:
     or .tar files with one folder per class at the top and its images at any depth below."""
     img_size: int | None = None
     """Height and width of images in pixels; by default the dataset's. Required for folder."""
-    n_train: int | None = None
+    n_train: Count | None = None
     """Use only the first N training images; any first N are a fair sample."""
     generated: tuple[Path, ...] = ()
     """Generated images to mix in: .npz files with `image` and `label`, such as EDM's; several are read as one."""
-    generated_fraction: float = 0.0
+    generated_fraction: _Fraction = 0.0
     """Fraction of generated images in every batch; an epoch has as many steps as without them."""
     output_dir: Path | None = field(
         default=None, metadata=group("run", "Where it is written, and what it starts from.")
@@ -62,23 +65,23 @@ class TrainConfig:
     (In Python: `TrainConfig.from_preset`.)"""
     pretrained: bool = False
     """Start from the base architecture's ImageNet weights."""
-    seed: int = 0
+    seed: _Seed = 0
     """Seed of all randomness."""
     objective: str = field(default="natural", metadata=group("objective", "The loss, and the inner attack."))
     """natural, at (adversarial training with PGD), trades or mart."""
-    beta: float = 6.0
+    beta: _NotNegative = 6.0
     """TRADES and MART: weight of the KL term."""
-    awp_gamma: float = 0.0
+    awp_gamma: _NotNegative = 0.0
     """Size of adversarial weight perturbation relative to the weights (0.005 is common); 0 for none."""
-    label_smoothing: float = 0.0
+    label_smoothing: _Fraction = 0.0
     """Label smoothing in the loss (not in the attack)."""
     norm: str | None = None
     """Norm of the inner attack, Linf or L2; by default the dataset's. Another norm needs --eps."""
     eps: str | None = None
     """Radius of the inner attack, such as 8/255; by default the dataset's."""
-    steps: int = 10
+    steps: Count = 10
     """Gradient steps of the inner attack."""
-    step_size: float | None = None
+    step_size: _Positive | None = None
     """Length of a step of the inner attack, in pixel values of [0, 1]; by default eps / 4."""
     placement: str | None = field(default=None, metadata=group("layer", "The added layer of a *_drelu model."))
     """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
@@ -88,52 +91,52 @@ class TrainConfig:
     """Units of the added dense layer, or channels of the added convolution; by default 128."""
     cap: float | None = None
     """Initial cap of a D-ReLU, fixed cap of an S-ReLU; by default 100."""
-    cap_weight: float = 0.0
+    cap_weight: _NotNegative = 0.0
     """Weight of the penalty on caps in the loss (the paper's balancer, lambda)."""
     cap_penalty: str = "squared"
     """squared (the paper's: sum of squared caps), or effective (caps multiplied by the weights of the next layer)."""
-    cap_lr: float = 0.1
+    cap_lr: _Positive = 0.1
     """Learning rate of the caps; at the paper's 1e-3 a cap needs some 100,000 steps from 100 to 1."""
     small_images: bool = False
     """Stem for small images: 3x3, stride 1, no pooling, or an upsampling layer where the family has no such stem."""
     optimizer: str = field(default="adam", metadata=group("optimization", "Length, learning rates, the best epoch."))
     """Any optimizer of timm: adam, adamw, sgd (Nesterov, momentum 0.9), ..."""
-    lr: float = 1e-3
+    lr: _Positive = 1e-3
     """Highest learning rate of everything but the caps."""
-    weight_decay: float = 0.0
+    weight_decay: _NotNegative = 0.0
     """Weight decay; not applied to biases, norms, caps, and what timm's model excludes (position embeddings, ...)."""
     schedule: str = "constant"
     """Learning rates: constant, plateau (halved after 5 epochs without a lower loss), cosine (to 0) or onecycle (up,
     then along a cosine to 0)."""
-    warmup: float = 0.025
+    warmup: _Fraction = 0.025
     """Fraction of the steps in which onecycle rises."""
-    ema_decay: float = 0.0
+    ema_decay: _Fraction = 0.0
     """Decay per step of an exponential moving average of the weights (0.995 is common); 0 for none.
     The averaged model is measured in addition to the raw one, and is the one that is kept."""
-    epochs: int = 10
+    epochs: Count = 10
     """Largest number of passes over the training set."""
     monitor: str | None = None
     """Held-out figure that selects the best epoch: loss, or pgd (accuracy under the inner attack), of the averaged
     weights if there are any. By default loss for natural training and pgd for robust objectives."""
-    patience: int | None = None
+    patience: Count | None = None
     """Stop after N epochs without a better held-out figure; by default never."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images per step over all processes together, so that a run is the same on any number of GPUs."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: Count = 1
     """Parts into which each process splits its share of a batch, to save memory; BatchNorm sees each part alone."""
     sync_bn: bool = False
     """Compute BatchNorm statistics over the batch of all processes; by default each process uses its part."""
-    cutout: int = field(default=0, metadata=group("augmentation", "Of training images, in addition to crop and flip."))
+    cutout: Whole = field(default=0, metadata=group("augmentation", "In addition to crop and flip."))
     """Side of the square that Cutout erases, in pixels; 0 for none."""
-    cutmix: float = 0.0
+    cutmix: Share = 0.0
     """Probability that a batch is mixed by CutMix."""
     rand_augment: str = ""
     """timm's RandAugment, such as rand-m9-n2-mstd0.5; empty for none."""
     compile: bool = field(default=False, metadata=group("machine", "Settings that do not change the result."))
     """Compile the model with torch.compile: a minute or more at the start, less time per step on a GPU."""
-    workers: int = 0
+    workers: Whole = 0
     """Processes that prepare batches, per training process, at most one per core; 0 for none."""
-    save_every: int = 0
+    save_every: Whole = 0
     """Also save a state after every N steps; by default only at the end of an epoch, and on SIGTERM."""
     log_with: str | None = None
     """Tracker of accelerate that gets the figures of every epoch, in addition to log.jsonl: tensorboard, wandb, ..."""
@@ -184,7 +187,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """
     config = _filled(_with_types(config))
     _check_names(config)
-    _check_numbers(config)
     _check_augmentation(config)
     _check_combinations(config)
     config = replace(config, output_dir=run_directory(config))
@@ -202,9 +204,9 @@ def run_directory(config: TrainConfig) -> Path:
 
 
 def _with_types(config: TrainConfig) -> TrainConfig:
-    """Convert every value to the type of its field, as for a value from a file; Python callers may pass anything."""
-    hints, values = get_type_hints(TrainConfig), json.loads(json.dumps(asdict(config), default=str))
-    return replace(config, **{name: typed(flag(name), value, hints[name]) for name, value in values.items()})
+    """Check each value against the annotation of its field, as for a file: Python callers may pass anything."""
+    types, values = field_types(TrainConfig), json.loads(json.dumps(asdict(config), default=str))
+    return replace(config, **{name: parse(types[name], value, flag(name)) for name, value in values.items()})
 
 
 def _filled(config: TrainConfig) -> TrainConfig:
@@ -300,21 +302,6 @@ def _check_names(config: TrainConfig) -> None:
         if getattr(config, name) not in (None, *allowed):
             raise unknown(flag(name), getattr(config, name), allowed)
     Options(**model_options(config))
-
-
-def _check_numbers(config: TrainConfig) -> None:
-    for name in (*_COUNTS, "step_size", "lr", "cap_lr"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{flag(name)} {value} must be a number above 0")
-    for name in ("beta", "cap_weight", "weight_decay", "awp_gamma", "workers", "save_every"):
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise InputError(f"{flag(name)} {getattr(config, name)} must be a number >= 0")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"--seed {config.seed} must be an integer from 0 to {2**32 - 1}")
-    for name in ("generated_fraction", "ema_decay", "label_smoothing", "warmup"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"{flag(name)} {getattr(config, name)} must be in [0, 1)")
 
 
 def _check_augmentation(config: TrainConfig) -> None:

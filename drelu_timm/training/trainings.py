@@ -22,14 +22,14 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import tyro
 
 from ..command_line import group, read_flags
 from ..errors import InputError, unknown
 from ..files import read_json, read_toml
-from ..settings import typed
+from ..schema import field_types, load_table
 from .config import TrainConfig, given_settings, run_directory
 
 TABLES = ("train", "evaluate", "export")  # of a recipe
@@ -64,7 +64,7 @@ def read_train_tables(path: Path) -> list[Table]:
         InputError: A missing file, or an entry that is not allowed; the line names file and field.
     """
     if path.suffix == ".json":
-        return [given_settings(_checked(f"--config {path}: train", read_json(path).get("train")))]
+        return [given_settings(_loaded(f"--config {path}: train", read_json(path).get("train")))]
     if path.suffix != ".toml":
         raise InputError(f"--config {path} must be a .toml file, or the config.json of a run")
     content = read_toml(path, "--config")
@@ -73,7 +73,7 @@ def read_train_tables(path: Path) -> list[Table]:
             raise unknown(f"--config {path}:", key, TABLES)
     tables = content.get("train")
     if isinstance(tables, dict):
-        return [_checked(f"--config {path}: [train]", tables)]
+        return [_loaded(f"--config {path}: [train]", tables)]
     if not isinstance(tables, list) or not tables:
         raise InputError(f"--config {path} needs a table [train], or several [[train]]")
     names = [f"--config {path}: [[train]] {number}:" for number in range(1, len(tables) + 1)]
@@ -81,7 +81,7 @@ def read_train_tables(path: Path) -> list[Table]:
         _refuse(what, table, "output_dir", "the last [[train]] names the folder of all of them")
     for what, table in zip(names[1:], tables[1:], strict=True):
         _refuse(what, table, "init_from", "it starts from the [[train]] before it")
-    return [_checked(what, table) for what, table in zip(names, tables, strict=True)]
+    return [_loaded(what, table) for what, table in zip(names, tables, strict=True)]
 
 
 def _early_flags(argv: Sequence[str]) -> Namespace:
@@ -105,25 +105,18 @@ def _with_flags(argv: Sequence[str], early: Namespace, table: Table) -> TrainCon
 
 
 def _chained(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
-    """Start each training from the one before it, whose run directory is named after the last one's."""
-    last = run_directory(configs[-1])
+    """Start each training from the one before it, whose run directory is named after the last one's, if given."""
+    last = configs[-1].output_dir
     chained = list(configs[:1])
     for number, config in enumerate(configs[1:], start=1):
-        earlier = last.with_name(f"{last.name}-stage{number}")
+        earlier = last.with_name(f"{last.name}-stage{number}") if last else run_directory(chained[-1])
         chained[-1] = replace(chained[-1], output_dir=earlier)
         chained.append(replace(config, init_from=earlier))
     return chained
 
 
-def _checked(what: str, table: Any) -> Table:
-    """Check the fields of a table, and convert their values to the types of `TrainConfig`."""
-    if not isinstance(table, dict):
-        raise InputError(f"{what} must be a table of settings")
-    hints = get_type_hints(TrainConfig)
-    for name in table:
-        if name not in hints:
-            raise unknown(what, name, hints)
-    return {name: typed(f"{what} {name}", value, hints[name]) for name, value in table.items()}
+def _loaded(what: str, table: Any) -> Table:
+    return load_table(field_types(TrainConfig), table, what)
 
 
 def _refuse(what: str, table: Any, name: str, reason: str) -> None:
