@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
@@ -226,13 +225,3 @@ def kill_with_workers(pid: int) -> None:
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def kill_this_process(*arguments, **options) -> None:
-    """SIGKILL to the process that calls this, as when memory is short."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fail_as_on_a_full_disk(*arguments, **options) -> None:
-    """Raise what torch raises where /dev/shm is full."""
-    raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")

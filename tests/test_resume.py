@@ -23,11 +23,9 @@ from launching import (
     Launched,
     assert_same_weights,
     config,
-    fail_as_on_a_full_disk,
     flags,
     held_at,
     image_folder,
-    kill_this_process,
     log,
     start_torchrun,
     train_by_processes,
@@ -400,7 +398,7 @@ def test_leftovers_of_killed_trainings_are_deleted_and_nothing_else(tmp_path, mo
     state = tmp_path / "run" / "state"
     (newest,) = state.glob("epoch-*")
     for name in (".writing", ".best-00001.0123abcd", ".best-00001.x7_a", "best-00009", "epoch-00000-step-0000001"):
-        (state / name).mkdir()
+        (state / name).mkdir(exist_ok=True)
     (state / "notes").write_text("not ours")
     train(replace(settings, save_every=0))
     assert newest.name == "epoch-00001-step-0000001"
@@ -511,21 +509,24 @@ def test_a_malformed_progress_is_a_one_line_error(tmp_path, monkeypatch, changes
             train(settings)
 
 
-@pytest.mark.parametrize(
-    ("batch", "reason"),
-    [
-        (kill_this_process, "DataLoader worker .*"),
-        (fail_as_on_a_full_disk, "RuntimeError: unable to write .* No space .*"),
-    ],
-)
-def test_a_worker_that_fails_is_a_one_line_error(tmp_path, batch, reason):
-    """A worker is killed where memory is short, and its write fails or gets a SIGBUS where /dev/shm is full."""
-    settings = config(tmp_path / "run", workers=1)
-    process = Launched("train", *flags(settings), before=partial(setattr, TrainingBatches, "batch", batch))
+def test_a_killed_worker_is_a_one_line_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingBatches, "batch", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(
+        InputError, match=r"^--workers 1: a process that .* \(DataLoader worker .*\)\. Free .*--workers 0\.$"
+    ):
+        train(config(tmp_path / "run", workers=1))
+
+
+def test_a_full_shared_memory_is_a_one_line_error(tmp_path):
+    """A worker may not write the 8,192 bytes of a batch, as where /dev/shm is full."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+    process = Launched("train", *flags(config(tmp_path / "run", workers=1)), before=limit)
     _, errors = process.communicate()
     assert process.returncode == 2
     last = errors.splitlines()[-1]
-    assert re.fullmatch(rf"error: --workers 1: a process that .* \({reason}\)\. Free .*, or use --workers 0\.", last)
+    assert re.fullmatch(
+        r"error: --workers 1: a process that .* \(RuntimeError: unable to .*\)\. Free .*--workers 0\.", last
+    )
 
 
 def test_workers_are_at_most_one_per_core_and_per_batch(tmp_path, monkeypatch):
