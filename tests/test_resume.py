@@ -524,9 +524,7 @@ def test_a_full_shared_memory_is_a_one_line_error(tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 2
     last = errors.splitlines()[-1]
-    assert re.fullmatch(
-        r"error: --workers 1: a process that .* \(RuntimeError: unable to .*\)\. Free .*--workers 0\.", last
-    )
+    assert re.fullmatch(r"error: --workers 1: a process that .* \(.*unable to .*\)\. Free .*--workers 0\.", last)
 
 
 def test_workers_are_at_most_one_per_core_and_per_batch(tmp_path, monkeypatch):

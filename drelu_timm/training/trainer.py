@@ -124,7 +124,7 @@ class Trainer:
         The state comes before the validation: a launcher that passes SIGTERM on may not wait until that is done.
         """
         progress, device, steps = self.progress, self.accelerator.device, self.batches.steps_per_epoch
-        loader = self._loader()
+        batches = self._remaining_batches()
         progress.rates = progress.rates or tuple(self.update.rates)
         self.update.model.train()
         self.sums = defaultdict(lambda: torch.zeros((), device=device))
@@ -133,7 +133,7 @@ class Trainer:
         started = time.perf_counter() - progress.seconds
         while progress.step < steps:
             asked = time.perf_counter()
-            images, labels = (each.to(device, non_blocking=True) for each in self._next(loader))
+            images, labels = (each.to(device, non_blocking=True) for each in next(batches))
             progress.waited += time.perf_counter() - asked
             losses = self.update(images, labels, progress.epoch, progress.step)
             for name, value in {"loss": losses.loss, **losses.parts}.items():
@@ -150,9 +150,22 @@ class Trainer:
             if preempted:
                 raise Preempted(f"SIGTERM arrived: saved after epoch {progress.epoch}, step {progress.step}")
 
-    def _next(self, loader: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's parts of the batches of the epoch that are not done.
+
+        Raises:
+            InputError: A worker was killed, or /dev/shm is full.
+        """
+        left = self.batches.steps_per_epoch - self.progress.step
         try:
-            return next(loader)
+            yield from self.batches.loader(
+                self.progress.epoch,
+                self.progress.step,
+                process_index=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+                workers=min(self.config.workers, _cores(), left),
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
         except (OSError, RuntimeError) as error:
             if not self.config.workers:
                 raise
@@ -162,18 +175,6 @@ class Trainer:
                 f"--workers {self.config.workers}: a process that prepares batches has stopped ({reason}). "
                 "Free memory and /dev/shm, or use --workers 0."
             ) from error
-
-    def _loader(self) -> Iterator[tuple[Tensor, Tensor]]:
-        left = self.batches.steps_per_epoch - self.progress.step
-        loader = self.batches.loader(
-            self.progress.epoch,
-            self.progress.step,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            workers=min(self.config.workers, _cores(), left),
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
-        return iter(loader)
 
     def _is_to_save(self) -> bool:
         every = self.config.save_every
