@@ -64,7 +64,7 @@ def read_train_tables(path: Path) -> list[Table]:
         InputError: A missing file, or an entry that is not allowed; the line names file and field.
     """
     if path.suffix == ".json":
-        return [given_settings(_loaded(f"--config {path}: train", read_json(path).get("train")))]
+        return [given_settings(_checked(f"--config {path}: train", read_json(path).get("train")))]
     if path.suffix != ".toml":
         raise InputError(f"--config {path} must be a .toml file, or the config.json of a run")
     content = read_toml(path, "--config")
@@ -73,7 +73,7 @@ def read_train_tables(path: Path) -> list[Table]:
             raise unknown(f"--config {path}:", key, TABLES)
     tables = content.get("train")
     if isinstance(tables, dict):
-        return [_loaded(f"--config {path}: [train]", tables)]
+        return [_checked(f"--config {path}: [train]", tables)]
     if not isinstance(tables, list) or not tables:
         raise InputError(f"--config {path} needs a table [train], or several [[train]]")
     names = [f"--config {path}: [[train]] {number}:" for number in range(1, len(tables) + 1)]
@@ -81,7 +81,7 @@ def read_train_tables(path: Path) -> list[Table]:
         _refuse(what, table, "output_dir", "the last [[train]] names the folder of all of them")
     for what, table in zip(names[1:], tables[1:], strict=True):
         _refuse(what, table, "init_from", "it starts from the [[train]] before it")
-    return [_loaded(what, table) for what, table in zip(names, tables, strict=True)]
+    return [_checked(what, table) for what, table in zip(names, tables, strict=True)]
 
 
 def _early_flags(argv: Sequence[str]) -> Namespace:
@@ -115,7 +115,8 @@ def _chained(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
     return chained
 
 
-def _loaded(what: str, table: Any) -> Table:
+def _checked(what: str, table: Any) -> Table:
+    """Check the fields of a table, and convert their values to the types of `TrainConfig`."""
     return load_table(field_types(TrainConfig), table, what)
 
 
