@@ -21,7 +21,7 @@ Flags = dict[str, Any]
 # Where a file is, and what the seed changes: everything else that a run was trained with is one setting.
 _NOT_SETTINGS = ("seed", "data_dir", "init_from", "preset")
 _LAYER = "_drelu"  # what an added layer adds to an architecture's name
-_OBJECTIVES = {"natural": "", "at": "AT", "trades": "TRADES-{}", "mart": "MART-{}"}
+_OBJECTIVES = {"natural": "", "at": "AT", "trades": "TRADES-{}", "mart": "MART-{}", "n-fgsm": "N-FGSM"}
 _ACTIVATIONS = {"relu": "", "drelu": "D-ReLU", "srelu": "S-ReLU", "relu6": "ReLU6", "silu": "SiLU", "gelu": "GELU"}
 
 
@@ -212,7 +212,7 @@ class _Flags:
     model: Text
     dataset: Text
     seed: Whole
-    objective: Literal["natural", "at", "trades", "mart"]
+    objective: Literal["natural", "at", "trades", "mart", "n-fgsm"]
     beta: float
     awp_gamma: float
     eps: Eps

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from ..data.augment import Augmentation
 
 SCHEDULES = ("constant", "cosine", "onecycle", "plateau")
-MONITORS = ("loss", "pgd")
+MONITORS = ("loss", "pgd", "margin")
+ON_MASKING = ("warn", "stop")
 # These do not change the result of a run, so they are not in config.json.
-_NOT_SAVED = ("resume", "output_dir", "save_every", "workers", "log_with")
+_NOT_SAVED = ("resume", "output_dir", "save_every", "workers", "log_with", "on_masking")
 # A resumed run may change these: files may move, since digests of their content are compared instead, ...
 _MAY_MOVE = ("data_dir", "generated", "init_from")
 _SAME_UPDATES = ("grad_accum_steps", "compile")  # ... and these give the same updates up to rounding
@@ -68,7 +69,7 @@ class TrainConfig:
     seed: _Seed = 0
     """Seed of all randomness."""
     objective: str = field(default="natural", metadata=group("objective", "The loss, and the inner attack."))
-    """natural, at (adversarial training with PGD), trades or mart."""
+    """natural, at (adversarial training with PGD), n-fgsm (in a single step: a tenth of the time), trades or mart."""
     beta: _NotNegative = 6.0
     """TRADES and MART: weight of the KL term."""
     awp_gamma: _NotNegative = 0.0
@@ -80,9 +81,12 @@ class TrainConfig:
     eps: str | None = None
     """Radius of the inner attack, such as 8/255; by default the dataset's."""
     steps: Count = 10
-    """Gradient steps of the inner attack."""
+    """Gradient steps of the inner attack; n-fgsm always takes one."""
     step_size: _Positive | None = None
-    """Length of a step of the inner attack, in pixel values of [0, 1]; by default eps / 4."""
+    """Length of a step of the inner attack, in pixel values of [0, 1]; by default eps / 4, for n-fgsm eps."""
+    on_masking: str = "warn"
+    """What to do when another attack than the inner one shows after an epoch that the model hides gradients: warn, or
+    stop the training."""
     placement: str | None = field(default=None, metadata=group("layer", "The added layer of a *_drelu model."))
     """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
     activation: str | None = None
@@ -116,8 +120,8 @@ class TrainConfig:
     epochs: Count = 10
     """Largest number of passes over the training set."""
     monitor: str | None = None
-    """Held-out figure that selects the best epoch: loss, or pgd (accuracy under the inner attack), of the averaged
-    weights if there are any. By default loss for natural training and pgd for robust objectives."""
+    """Held-out figure that selects the best epoch, of the averaged weights if there are any: loss, pgd (accuracy under
+    the inner attack) or margin (under an attack of another kind). By default loss for natural training, else margin."""
     patience: Count | None = None
     """Stop after N epochs without a better held-out figure; by default never."""
     batch_size: Count = 128
@@ -220,7 +224,8 @@ def _filled(config: TrainConfig) -> TrainConfig:
         config,
         norm=threat_model.norm,
         eps=threat_model.written,
-        step_size=_default_step_size(threat_model) if config.step_size is None else config.step_size,
+        steps=1 if config.objective == "n-fgsm" and config.steps == TrainConfig.steps else config.steps,
+        step_size=config.step_size or _default_step_size(threat_model, config.objective),
         monitor=config.monitor or _default_monitor(config.objective),
     )
 
@@ -242,9 +247,12 @@ def given_settings(saved: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: Norm and eps are not a threat model.
     """
-    filled: dict[str, Any] = {"monitor": _default_monitor(saved.get("objective", "natural"))}
+    objective = saved.get("objective", "natural")
+    filled: dict[str, Any] = {"monitor": _default_monitor(objective)}
+    if objective == "n-fgsm":
+        filled["steps"] = 1
     if saved.get("norm") is not None and saved.get("eps") is not None:
-        filled["step_size"] = _default_step_size(ThreatModel.parse(saved["norm"], saved["eps"]))
+        filled["step_size"] = _default_step_size(ThreatModel.parse(saved["norm"], saved["eps"]), objective)
     of_preset = flag_defaults(saved.get("preset"))  # without a setting that the preset has, the preset's would apply
     return {
         name: value
@@ -267,12 +275,12 @@ def model_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def _default_step_size(threat_model: ThreatModel) -> float:
-    return threat_model.eps / 4
+def _default_step_size(threat_model: ThreatModel, objective: str) -> float:
+    return threat_model.eps if objective == "n-fgsm" else threat_model.eps / 4
 
 
 def _default_monitor(objective: str) -> str:
-    return "loss" if objective == "natural" else "pgd"
+    return "loss" if objective == "natural" else "margin"
 
 
 def _threat_model(config: TrainConfig) -> ThreatModel:
@@ -298,7 +306,8 @@ def _check_names(config: TrainConfig) -> None:
     check_tag("--model", config.model)
     DATASETS[config.dataset].side(config.img_size)
     make_objective(config.objective, beta=config.beta)
-    for name, allowed in {"schedule": SCHEDULES, "monitor": MONITORS, "cap_penalty": CAP_PENALTIES}.items():
+    names = {"schedule": SCHEDULES, "monitor": MONITORS, "on_masking": ON_MASKING, "cap_penalty": CAP_PENALTIES}
+    for name, allowed in names.items():
         if getattr(config, name) not in (None, *allowed):
             raise unknown(flag(name), getattr(config, name), allowed)
     Options(**model_options(config))
@@ -327,6 +336,10 @@ def _check_combinations(config: TrainConfig) -> None:
     if config.generated_fraction and not config.generated:
         given = f"--generated-fraction {config.generated_fraction:g}"
         raise InputError(f"{given} needs --generated FILE.npz [FILE.npz ...] as well")
+    if config.objective == "n-fgsm" and config.steps != 1:
+        raise InputError(f"--steps {config.steps} does not fit --objective n-fgsm, which takes one step. Leave it out.")
+    if config.objective == "natural" and config.monitor == "margin":
+        raise InputError("--monitor margin is measured for robust objectives only. Use loss or pgd.")
     if config.cutmix and config.objective == "mart":
         raise InputError("--cutmix mixes labels, and --objective mart needs one label per image. Omit one of them.")
 

@@ -228,17 +228,33 @@ class Trainer:
         *_, figures = held_out.values()
         assert progress.log is not None
         self.progress = Progress(progress.epoch + 1, best=progress.best, best_epoch=progress.best_epoch)
-        self.models.keep_if_best(self.progress, -figures["loss"] if self.config.monitor == "loss" else figures["pgd"])
+        monitor = self.config.monitor or "loss"
+        self.models.keep_if_best(self.progress, -figures["loss"] if monitor == "loss" else figures[monitor])
         row["best_epoch"] = self.progress.best_epoch
         self.progress.log = (*progress.log, row)
         self.log.write(row)
         self._save()
-        penalty = losses["cap_penalty"]
-        shown = f"{losses['loss'] - penalty:.3g}" + (f" + {penalty:.3g} (cap penalty)" if penalty else "")
-        bar.set_postfix_str(
-            f"epoch {self.progress.epoch}, loss {shown}, "
-            f"held out: clean {figures['clean']:.1%}, PGD {figures['pgd']:.1%}"
-        )
+        self._report(bar, losses, figures)
+
+    def _report(self, bar: tqdm, losses: dict[str, float], figures: dict[str, Any]) -> None:
+        """Show the figures of an epoch, and warn or stop where the model hides gradients."""
+        penalty, epoch = losses["cap_penalty"], self.progress.epoch
+        loss = f"{losses['loss'] - penalty:.3g}" + (f" + {penalty:.3g} (cap penalty)" if penalty else "")
+        attack = "FGSM" if self.update.objective.single_step else "PGD"
+        robust = f"{attack} {figures['pgd']:.1%}"
+        if "margin" in figures:
+            robust += f", margin attack {figures['margin']:.1%}"
+        bar.set_postfix_str(f"epoch {epoch}, loss {loss}, held out: clean {figures['clean']:.1%}, {robust}")
+        if not figures.get("hides_gradients"):
+            return
+        alarm = f"epoch {epoch}: {robust}: this training hides gradients"
+        if self.config.on_masking == "stop":
+            raise InputError(
+                f"{alarm}. Stopped by --on-masking stop. Lower --lr, or use --objective at with more --steps; "
+                "--resume --on-masking warn continues."
+            )
+        if self.accelerator.is_main_process:
+            bar.write(alarm)
 
     def _mean_losses(self) -> dict[str, float]:
         """Return the mean of the loss and its parts over the steps of the epoch and the processes."""
