@@ -1,28 +1,48 @@
-"""Results as the terminal shows them: the accuracies, the verdict and its evidence."""
+"""Results as tables and sentences: in the terminal, in a notebook, and as plain text."""
+
+from collections.abc import Iterator
+from io import StringIO
 
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from ..attacks.suites import ATTACKS
-from .plotting import verdict_at
+from .plotting import VERDICT_COLORS, verdict_at
 from .result import EpsResult, Result
-
-VERDICT_COLOURS = {"sound": "green", "masked": "red", "undecided": "yellow"}
 
 
 def show(result: Result, title: str) -> None:
-    """Print a result: the accuracies with the verdict and its evidence beneath them, of a sweep a row per eps."""
-    console = Console()
-    console.print(title, style="italic")
+    """Print a result: the accuracies, a row per eps for a sweep, and below them the verdict with its evidence."""
+    console, point = Console(), result.points[-1]
+    console.print(Text(title, style="italic"))  # as a Text, since brackets in a name would be read as markup
     if result.is_sweep:
         console.print(_curve(result))
-        _show_verdict(console, f"verdict at {result.points[-1].eps}", result.points[-1])
+        console.print(Group(*_verdict(point, f"verdict at {point.eps}")))
     else:
-        console.print(_accuracies(result.point))
-        _show_cw_l2(console, result.point)
-        _show_verdict(console, "verdict on the white-box accuracies", result.point)
+        console.print(rendered(point))
+
+
+def rendered(at: EpsResult) -> RenderableType:
+    """Return the accuracies, the verdict and its evidence at one eps, for a rich console."""
+    return Group(_accuracies(at), *_carlini_wagner(at), *_verdict(at, "verdict"))
+
+
+def as_text(at: EpsResult) -> str:
+    """Return what `rendered` shows as text without colors."""
+    console = Console(file=StringIO(), width=100, color_system=None)
+    with console.capture() as capture:
+        console.print(rendered(at))
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def as_html(at: EpsResult) -> str:
+    """Return what `rendered` shows as an HTML fragment, in which nothing of the result is taken as HTML."""
+    console = Console(file=StringIO(), width=100, record=True)
+    console.print(rendered(at))
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def _accuracies(at: EpsResult) -> Table:
@@ -31,7 +51,8 @@ def _accuracies(at: EpsResult) -> Table:
     for name, accuracy in at.accuracy.items():
         table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
     table.add_section()
-    table.add_row("worst case", "", _percent(at.worst), style="bold")
+    bound = "" if at.verdict.verdict == "sound" else "≤ "  # an upper bound, unless white-box attacks find nearly all
+    table.add_row("worst case", "", f"{bound}{_percent(at.worst)}", style="bold")
     table.add_row("zero input gradients", "", _percent(at.zero_gradient_share))
     return table
 
@@ -47,18 +68,19 @@ def _curve(result: Result) -> Table:
     return table
 
 
-def _show_cw_l2(console: Console, at: EpsResult) -> None:
+def _carlini_wagner(at: EpsResult) -> Iterator[RenderableType]:
     if cw := at.cw_l2:
-        needs = "breaks fewer than half"
+        needs = "fools the model on fewer than half of the examples"
         if cw.median_l2 is not None:
             needs = f"needs a median L2 distance of {cw.median_l2:.3f}"
-        console.print(f"cw-l2 {needs}; accuracy at L2 {cw.budget:.3f}: {_percent(cw.accuracy_at_budget)}")
+        yield f"cw-l2 {needs}; accuracy at L2 {cw.budget:.3f}: {_percent(cw.accuracy_at_budget)}"
 
 
-def _show_verdict(console: Console, title: str, at: EpsResult) -> None:
-    console.print(f"{title}: [bold]{at.verdict}[/bold]")
+def _verdict(at: EpsResult, heading: str) -> Iterator[RenderableType]:
+    verdict = at.verdict.verdict
+    yield Text.assemble(f"{heading}: ", (verdict, f"bold {VERDICT_COLORS[verdict]}"))
     for sentence in at.verdict.evidence:
-        console.print(Padding(sentence, (0, 0, 0, 2)), highlight=False)
+        yield Padding(Text(sentence), (0, 0, 0, 2))
 
 
 def _percent(share: float) -> str:
