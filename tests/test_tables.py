@@ -172,7 +172,7 @@ def test_a_cap_weight_with_fewer_seeds_is_not_chosen(add, groups):
         add(cap_weight=5.0, held_out=None, seed=seed)
     (lines,) = groups()
     assert [one.training for one in lines.shown] == ["D-ReLU-0.1"]
-    said = "D-ReLU-0.1 (of 0.1; 60.00 %, 3 seeds; 1, 5 have fewer seeds with a log)."
+    said = "D-ReLU-0.1 (of 0.1; 60.00 %, 3 seeds; fewer seeds with a log: 1, 5)."
     assert lines.remarks[0].endswith(said)
 
 

@@ -11,11 +11,20 @@ from torch import Tensor
 from ..attacks.threat_model import radius_of, radius_written
 from ..digests import sha256_of
 from ..errors import InputError, one_line
+from ..files import read_json
 from ..models.weights import CONFIG, WEIGHTS
 from ..results.combined import Combined
 from ..results.examples import read_survivors
 from ..results.result import EpsResult, Result, best_sweep, read_result
+from ..schema import Whole, load
 from .training_settings import TrainingSettings, read_held_out, read_settings
+
+CELLS = "cells.json"  # of a sweep: the number of evaluations of each cell
+
+
+@dataclass(frozen=True)
+class _Cells:
+    cells: dict[str, Whole]
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,13 @@ class EvaluatedRuns:
         found: One entry per run and threat model.
         broken: One line per file that was skipped, with the reason.
         notes: Other remarks for the reader, one line each.
+        unfinished: One sentence per sweep that is not finished, with its missing cells.
     """
 
     found: list[EvaluatedRun] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
 
     def skip(self, error: InputError) -> None:
         """Record a file that cannot be used, once."""
@@ -164,9 +175,28 @@ def _run_folders(folder: Path, runs: EvaluatedRuns) -> Iterator[Path]:
         return
     if is_run:
         yield folder
+    elif (folder / CELLS).is_file():
+        _read_cells(folder, runs)
     for inner in inside:
         if not inner.name.startswith("."):
             yield from _run_folders(inner, runs)
+
+
+def _read_cells(folder: Path, runs: EvaluatedRuns) -> None:
+    """Record which cells of a sweep lack evaluations."""
+    try:
+        cells = load(_Cells, read_json(folder / CELLS), folder / CELLS).cells
+    except InputError as error:
+        runs.skip(error)
+        return
+    evaluated = {
+        name: sum(1 for inside in ("results", "sweeps") for _ in (folder / name / inside).glob("*.json"))
+        for name in cells
+    }
+    if missing := [name for name, count in cells.items() if evaluated[name] < count]:
+        done = f"{len(cells) - len(missing)} of {len(cells)} cells"
+        name = folder.resolve().name
+        runs.unfinished.append(f"{done} of the sweep {name} are done; missing: {', '.join(missing)}.")
 
 
 def _read_run(folder: Path, runs: EvaluatedRuns) -> list[EvaluatedRun]:

@@ -63,12 +63,18 @@ def opening(runs: EvaluatedRuns, groups: Sequence[GroupMethods]) -> Section:
         "; ".join(dict.fromkeys(method.label for method in shown if method.worst_verdict == verdict))
         for verdict in ("masked", "undecided")
     )
-    text = ["The worst case is the robust accuracy: the share of the test images on which nothing fooled the model."]
+    text = [f"This report is incomplete. {' '.join(runs.unfinished)}"] if runs.unfinished else []
+    text.append(
+        "The worst case is the robust accuracy: the share of the test images on which nothing fooled the model."
+    )
     if masked:
         text.append(
             "The accuracy of a masked row under gradient attacks is not robustness: the model hides its gradients, so "
             f"these attacks fail where others succeed. Masked: {masked}."
         )
+    if not masked and not undecided:
+        without = "" if any(method.first.cap_weight is not None for method in shown) else " No model has a D-ReLU."
+        text.append(f"The verdict on all rows of the main tables is sound.{without}")
     if undecided:
         text.append(f"For these rows the probes show neither a sound nor a masked accuracy: {undecided}.")
     if len(groups) > 1:
