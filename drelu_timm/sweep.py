@@ -13,12 +13,11 @@ completes a sweep that was stopped, however it was stopped.
 import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from .errors import InputError, one_line, unknown
-from .files import locked, write_json
+from .errors import InputError, unknown
+from .files import held, locked, write_json
 from .flags import SweepConfig
 from .launch import Launch
 from .reports.evaluated_runs import CELLS
@@ -62,7 +61,7 @@ def sweep(config: SweepConfig) -> int:
         if not config.generated and any(cell.train.generated for cell in cells):
             print(f"--generated has to name the generated images, here {_PLACEHOLDER}, before the sweep can run")
         return 0
-    with _lock(output_dir):
+    with held(output_dir / ".lock", f"--output-dir {output_dir}"):
         queued = _refuse_running(cells, output_dir, config.cluster)
         # For `report`, which names the cells that are missing.
         write_json(output_dir / CELLS, {"cells": {cell.name: len(cell.evaluations) for cell in cells}})
@@ -95,20 +94,6 @@ def _check(config: SweepConfig) -> None:
 def _minutes(config: SweepConfig) -> int:
     """Return the time limit of a job."""
     return round(60 * (_HOURS if config.hours is None else config.hours))
-
-
-def _lock(output_dir: Path) -> BinaryIO:
-    """Lock the folder for one sweep; the processes that it starts do not inherit the lock."""
-    path = output_dir / ".lock"
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        return locked(path)
-    except BlockingIOError as error:
-        raise InputError(
-            f"--output-dir {output_dir} is in use by another sweep. Wait, or end it (fuser {path} lists its process)."
-        ) from error
-    except OSError as error:
-        raise InputError(f"--output-dir {output_dir} cannot be written to ({one_line(error)}). Use another.") from error
 
 
 def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> Collection[str]:

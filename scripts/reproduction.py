@@ -31,7 +31,7 @@ from drelu_timm.errors import InputError
 from drelu_timm.files import read_json, write_json, write_text
 from drelu_timm.formatting import escape_markdown, written
 from drelu_timm.models.variants import Options
-from drelu_timm.publishing.records import without_paths
+from drelu_timm.publishing.evaluations import without_paths
 from drelu_timm.report import markdown_table
 from drelu_timm.reports.evaluated_runs import EvaluatedRun, read_evaluated_runs
 from drelu_timm.reports.figures import draw_cap_weights, draw_eps

@@ -1,7 +1,10 @@
 """Run directories: what is read, and what is left out and reported."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 from synthetic_runs import (
@@ -19,6 +22,9 @@ from synthetic_runs import (
 
 from drelu_timm.errors import InputError
 from drelu_timm.reports.evaluated_runs import read_evaluated_runs
+from drelu_timm.reports.methods import methods_of
+from drelu_timm.reports.sections import attacks, opening, origin, trainings
+from drelu_timm.reports.tables import against_paper, all_rows, paper_table, square_tables
 
 
 def evaluated_run(path, result=None, **train):
@@ -456,14 +462,65 @@ def test_a_config_of_another_version_is_named(tmp_path, of_start):
     assert broken == f"{where} has no cap_penalty. The file is cut or of another version; create it again."
 
 
-@pytest.mark.parametrize("log", ["", '{"epoch": 1, "held', '{"epoch": 1}\n', "[1]\n"])
-def test_a_log_cut_short_is_named(tmp_path, log):
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("", ": best_epoch of the last line is None, not an epoch of the log."),
+        ('{"epoch": 1, "held', ":1 is not JSON (Unterminated string"),
+        ('{"epoch": 1}\n', ":1 has no held_out."),
+        ("[1]\n", ":1 is [1]."),
+        ('{"epoch": 1, "held_out": {"pgd": 0.5}}\n', ": best_epoch of the last line is None"),
+        ('{"epoch": 1, "held_out": {"pgd": 0.5}, "best_epoch": 3}\n', ": best_epoch of the last line is 3"),
+        ('{"epoch": 1, "held_out": {"pgd": 0.5}}\n{"epoch": 2, "held_out": {"pgd": "x"}}\n', ":2: held_out.pgd is 'x'"),
+        ('{"epoch": 1, "held_out": {"pgd": 1.5}, "best_epoch": 1}\n', ":1: held_out.pgd is 1.5"),
+        ("[" * 100_000, ":1 is not JSON ("),
+        ("\ud800", " cannot be read ("),
+    ],
+)
+def test_a_broken_log_is_named_with_line_and_field(tmp_path, log, message):
     run = evaluated_run(tmp_path / "x")
-    (run / "log.jsonl").write_text(log)
+    (run / "log.jsonl").write_bytes(log.encode("utf-8", "surrogatepass"))
     (broken,) = read_evaluated_runs([tmp_path]).broken
-    assert broken.startswith(f"{run / 'log.jsonl'} is not a complete log of a training (") and broken.endswith(
-        ". Train again."
-    )
+    assert broken.startswith(f"{run / 'log.jsonl'}{message}") and "\n" not in broken
+
+
+def _mutations(content: bytes, random: Random) -> Iterator[bytes]:
+    """Yield broken variants of a file: cut, empty, flipped, binary, and JSON with other types, keys and numbers."""
+    yield from (b"", content[: len(content) // 2], b"\xff\xfe\x00", b"[" * 50_000, b"null", b"{}", b"[]", b"\n\n")
+    for _ in range(5):
+        where = random.randrange(len(content))
+        yield content[:where] + bytes([random.randrange(256)]) + content[where + 1 :]
+    text = content.decode()
+    values = list(re.finditer(r"(?<=: )[^,{}\[\]\n]+|(?<=,)[^,\n]+", text))
+    for found in random.sample(values, min(4, len(values))):
+        for value in ("null", "[]", "{}", "-1", "1e999", "NaN", '"x"', "true", "10" * 30):
+            yield (text[: found.start()] + value + text[found.end() :]).encode()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "log.jsonl", "results/paper-Linf-0.1.json", "results/paper-Linf-0.1.csv"]
+)
+def test_a_mutated_file_is_a_one_line_error_or_a_correct_table(tmp_path, name):
+    """No exception but InputError, and no table with numbers that are not accuracies."""
+    evaluated_run(tmp_path / "a", start={})
+    run = evaluated_run(tmp_path / "x", objective="at", **RELU)
+    content = (run / name).read_bytes()
+    for mutation in _mutations(content, Random(name)):
+        (run / name).write_bytes(mutation)
+        runs = read_evaluated_runs([tmp_path])
+        for group, of_group in runs.groups().items():
+            methods = methods_of(group, of_group)
+            cells = all_rows(methods).cells
+            paper_table(methods), square_tables([methods]), against_paper(methods)
+            trainings([methods]), attacks([methods]), opening(runs, [methods]), origin(runs, [methods], [])
+            numbers = re.findall(r"[-\d.]+(?= |$)", " ".join(cells["Worst case"]))
+            assert all(0 <= float(number) <= 100 for number in numbers)
+            for one in of_group:
+                try:
+                    one.survivors()
+                except InputError as error:
+                    runs.skip(error)
+        assert all("\n" not in line for line in (*runs.broken, *runs.notes)), mutation[:50]
 
 
 def test_a_sweep_cut_short_leaves_the_rest(tmp_path):

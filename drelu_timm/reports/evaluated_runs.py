@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from ..attacks.threat_model import radius_of, radius_written
-from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..files import read_json
+from ..hashing import sha256_of
 from ..models.weights import CONFIG, WEIGHTS
 from ..results.combined import Combined
 from ..results.examples import read_survivors
