@@ -172,46 +172,37 @@ def _pairs(methods: GroupMethods, runs: EvaluatedRuns) -> Section:
     """Return McNemar's test of every two methods of a model, on the test images of the first seed that both have."""
     title = f"Pairs of methods in the worst case: {methods.group}"
     rows: list[dict[str, str]] = []
-    untested: dict[str, list[str]] = {}
+    untested: list[str] = []
     for first, second in (pair for shown in methods.by_architecture.values() for pair in combinations(shown, 2)):
-        try:
-            pair = _pair(first, second)
-        except InputError as error:
-            runs.skip(error)
-            pair = "rows that cannot be read"
-        if isinstance(pair, str):
-            untested.setdefault(pair, []).append(f"{first.label} and {second.training}")
+        if row := _pair(first, second, runs):
+            rows.append(row)
         else:
-            rows.append(pair)
+            untested.append(f"{first.label} and {second.training}")
+    needed = "a common seed with rows per example on the same number of test images"
     if not rows:
-        reason = "No two methods of a model have a common seed with rows for each test image."
-        return Section(title, missing=reason)
+        return Section(title, missing=f"No two methods of a model have {needed}.")
     text = (
         "McNemar's exact test on the test images of the first common seed, and the difference of the two accuracies in "
         "percentage points with its 95 % interval. An image counts as correct if no evaluation fooled the model on it. "
         "p is for one pair, not corrected for the number of pairs, and for these two trained models, not other seeds."
     )
-    text = f"{text} {attack_differences(methods.shown)}".strip()
-    if untested:
-        text += "\n\nNot tested: " + "; ".join(f"{', '.join(pairs)} ({why})" for why, pairs in untested.items()) + "."
-    return Section(title, text, pd.DataFrame(rows))
+    without = f"\n\nNot tested, without {needed}: {'; '.join(untested)}." if untested else ""
+    return Section(title, f"{text} {attack_differences(methods.shown)}".strip() + without, pd.DataFrame(rows))
 
 
-def _pair(first: Method, second: Method) -> dict[str, str] | str:
-    """Return a row of the table, or why there is none.
-
-    Raises:
-        InputError: Rows per example that cannot be read.
-    """
+def _pair(first: Method, second: Method, runs: EvaluatedRuns) -> dict[str, str] | None:
+    """Return a row of the table; None if the two cannot be tested. Rows that cannot be read are recorded."""
     common = [seed for seed in first.seeds if seed in second.seeds]
     if not common:
-        return "no common seed"
+        return None
     one, other = (next(run for run in method.runs if run.seed == common[0]) for method in (first, second))
-    if one.combined.n_examples != other.combined.n_examples:
-        return "different numbers of test images"
-    correct = one.survivors(), other.survivors()
-    if correct[0] is None or correct[1] is None:
-        return "no rows for each test image"
+    try:
+        correct = one.survivors(), other.survivors()
+    except InputError as error:
+        runs.skip(error)
+        return None
+    if correct[0] is None or correct[1] is None or len(correct[0]) != len(correct[1]):
+        return None
     pair = compare_pair(correct[0], correct[1])
     return {
         "Model": model_name(first.architecture),
@@ -347,23 +338,30 @@ def _settings(settings: TrainingSettings) -> list[str]:
 
 
 def attacks(groups: Iterable[GroupMethods]) -> Section:
-    """Return the settings of each attack, by group, with the number of rows where they differ."""
-    rows: dict[tuple[str, str, str], set[str]] = {}
+    """Return the settings of each attack, by group, and the runs that were attacked by it if they are not all."""
+    rows: dict[tuple[str, str, str], set[tuple[str, int]]] = {}
     for methods in groups:
-        for method in methods.all:
-            for run in method.runs:
-                for attack, settings in run.combined.tried:
-                    rows.setdefault((str(methods.group), attack, settings), set()).add(method.label)
+        runs = [(method.label, run) for method in methods.all for run in method.runs]
+        tried: dict[tuple[str, str], set[tuple[str, int]]] = {}
+        for label, run in runs:
+            elsewhere = {(name, f"{settings}, {n} images") for name, settings, n in run.combined.tried_elsewhere}
+            for attack in run.combined.tried | elsewhere:
+                tried.setdefault(attack, set()).add((label, run.seed))
+        for attack, by in tried.items():
+            rows[str(methods.group), *attack] = set() if len(by) == len(runs) else by
     table = pd.DataFrame(
-        [(group, attack, settings or "none", len(labels)) for (group, attack, settings), labels in rows.items()],
-        columns=["Group", "Attack", "Settings", "Rows"],
-    ).sort_values(["Group", "Attack", "Settings"])
+        [
+            (*key, "; ".join(f"{label} seed {seed}" for label, seed in sorted(by)) or "all")
+            for key, by in sorted(rows.items())
+        ],
+        columns=["Group", "Attack", "Settings", "Runs"],
+    )
     several = table[table.duplicated(["Group", "Attack"], keep=False)]
     text = "The driver projects what an attack returns into the threat model and judges it on the model itself."
     if len(several):
         names = ", ".join(dict.fromkeys(several["Attack"]))
-        text += f" Rows were attacked differently by {names}: their accuracies under it are not comparable."
-    return Section("How the models were attacked", text, table.reset_index(drop=True).astype(str))
+        text += f" Runs were attacked differently by {names}: their accuracies under it are not comparable."
+    return Section("How the models were attacked", text, table)
 
 
 def origin(runs: EvaluatedRuns, groups: Sequence[GroupMethods], files: Iterable[str]) -> list[Section]:
