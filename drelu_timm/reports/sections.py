@@ -348,7 +348,7 @@ def attacks(groups: Iterable[GroupMethods]) -> Section:
             for attack in run.combined.tried | elsewhere:
                 tried.setdefault(attack, set()).add((label, run.seed))
         for attack, by in tried.items():
-            rows[str(methods.group), *attack] = set() if len(by) == len(runs) else by
+            rows[(str(methods.group), *attack)] = set() if len(by) == len(runs) else by
     table = pd.DataFrame(
         [
             (*key, "; ".join(f"{label} seed {seed}" for label, seed in sorted(by)) or "all")
