@@ -157,7 +157,7 @@ def _write(config: ReportConfig, folder: Path, groups: Sequence[GroupMethods], r
     if config.against_paper:
         sections.append(Section("The paper", f"{SOURCE}." if compared else "It has none of these numbers."))
     for methods in groups:
-        sections += statistics(methods, folder / "figures", runs)
+        sections += statistics(methods, folder / "figures")
         sections += figures(methods, folder / "figures", runs)
     sections += over_eps(groups, folder / "figures")
     sections += papers_statistics(groups) if config.against_paper else []

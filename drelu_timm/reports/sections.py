@@ -86,13 +86,12 @@ def opening(runs: EvaluatedRuns, groups: Sequence[GroupMethods]) -> Section:
 # Statistics
 
 
-def statistics(methods: GroupMethods, folder: Path, runs: EvaluatedRuns) -> list[Section]:
+def statistics(methods: GroupMethods, folder: Path) -> list[Section]:
     """Return whether the methods differ: under the paper's attacks, in the worst case, and pair by pair.
 
     Args:
         methods: The group.
         folder: Folder for the pictures.
-        runs: Where rows that cannot be read are recorded.
     """
     without_natural = replace(methods, shown=[one for one in methods.shown if one.first.method != "natural"])
     worst, remarks = scores(methods, ["worst"])
@@ -112,7 +111,7 @@ def statistics(methods: GroupMethods, folder: Path, runs: EvaluatedRuns) -> list
             folder / f"methods-worst-{slug(methods.group)}.png",
             "A block is a model.",
         ),
-        _pairs(methods, runs),
+        _pairs(methods),
     ]
 
 
@@ -168,13 +167,13 @@ def _mean_ranks(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(table | {f"p against {method}": [f"{value:.2g}" for value in p[method]] for method in methods})
 
 
-def _pairs(methods: GroupMethods, runs: EvaluatedRuns) -> Section:
+def _pairs(methods: GroupMethods) -> Section:
     """Return McNemar's test of every two methods of a model, on the test images of the first seed that both have."""
     title = f"Pairs of methods in the worst case: {methods.group}"
     rows: list[dict[str, str]] = []
     untested: list[str] = []
     for first, second in (pair for shown in methods.by_architecture.values() for pair in combinations(shown, 2)):
-        if row := _pair(first, second, runs):
+        if row := _pair(first, second):
             rows.append(row)
         else:
             untested.append(f"{first.label} and {second.training}")
@@ -190,17 +189,13 @@ def _pairs(methods: GroupMethods, runs: EvaluatedRuns) -> Section:
     return Section(title, f"{text} {attack_differences(methods.shown)}".strip() + without, pd.DataFrame(rows))
 
 
-def _pair(first: Method, second: Method, runs: EvaluatedRuns) -> dict[str, str] | None:
-    """Return a row of the table; None if the two cannot be tested. Rows that cannot be read are recorded."""
+def _pair(first: Method, second: Method) -> dict[str, str] | None:
+    """Return a row of the table; None if the two cannot be tested."""
     common = [seed for seed in first.seeds if seed in second.seeds]
     if not common:
         return None
     one, other = (next(run for run in method.runs if run.seed == common[0]) for method in (first, second))
-    try:
-        correct = one.survivors(), other.survivors()
-    except InputError as error:
-        runs.skip(error)
-        return None
+    correct = one.survivors(), other.survivors()
     if correct[0] is None or correct[1] is None or len(correct[0]) != len(correct[1]):
         return None
     pair = compare_pair(correct[0], correct[1])

@@ -21,6 +21,7 @@ from scipy import stats
 from ..attacks.suites import ATTACKS
 from ..errors import InputError
 from ..results.combined import worst_verdict
+from ..results.result import share_interval
 from .methods import HEADINGS, GroupMethods, Method, by_architecture
 from .paper import model_name
 
@@ -172,7 +173,7 @@ class PairComparison:
         only_second: Number of examples that only the second method classifies correctly.
         p: p value of McNemar's exact test.
         difference: Accuracy of the first minus that of the second, in percentage points.
-        interval: Newcombe's interval of the difference at the confidence 1 - ``alpha``, in percentage points.
+        interval: Newcombe's 95 % interval of the difference, in percentage points.
     """
 
     n_examples: int
@@ -264,13 +265,12 @@ def _critical_difference(n_blocks: int, n_methods: int, alpha: float) -> float:
     return float(q * math.sqrt(n_methods * (n_methods + 1) / (6 * n_blocks)))
 
 
-def compare_pair(first: np.ndarray, second: np.ndarray, *, alpha: float = 0.05) -> PairComparison:
-    """Compare two methods on the same examples by McNemar's exact test and Newcombe's interval of the difference.
+def compare_pair(first: np.ndarray, second: np.ndarray) -> PairComparison:
+    """Compare two methods on the same examples by McNemar's exact test and Newcombe's 95 % interval of the difference.
 
     Args:
         first: 1 for each example that the first method classifies correctly (under attack), else 0, [N].
         second: The same for the second method, in the same order.
-        alpha: 1 minus the confidence.
 
     Raises:
         InputError: No examples, different numbers of examples, or values other than 0 and 1.
@@ -291,24 +291,24 @@ def compare_pair(first: np.ndarray, second: np.ndarray, *, alpha: float = 0.05) 
         only_second=only_second,
         p=float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0,
         difference=100 * (only_first - only_second) / first.size,
-        interval=_newcombe(table, alpha),
+        interval=_newcombe(table),
     )
 
 
-def _newcombe(table: np.ndarray, alpha: float) -> tuple[float, float]:
+def _newcombe(table: np.ndarray) -> tuple[float, float]:
     """Return the interval of method 10, in percentage points: Wilson's intervals combined by their correlation."""
     n = int(table.sum())
     counts = int(table[0].sum()), int(table[:, 0].sum())  # correct by the first method, by the second
     first, second = (count / n for count in counts)
-    wilson = [stats.binomtest(count, n).proportion_ci(1 - alpha, method="wilson") for count in counts]
+    (first_low, first_high), (second_low, second_high) = (share_interval(count, n) for count in counts)
     phi = _correlation(table)
 
     def span(a: float, b: float) -> float:
         return math.sqrt(max(a**2 - 2 * phi * a * b + b**2, 0))
 
     difference = first - second
-    low = difference - span(first - wilson[0].low, wilson[1].high - second)
-    high = difference + span(wilson[0].high - first, second - wilson[1].low)
+    low = difference - span(first - first_low, second_high - second)
+    high = difference + span(first_high - first, second - second_low)
     return 100 * low, 100 * high
 
 
