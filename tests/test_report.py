@@ -403,7 +403,7 @@ def test_worst_cases_under_different_attacks_are_not_tested(runs, tmp_path):
     assert "\n\nMethods in the worst case: MNIST, Linf, eps 0.1: 3 methods over 1 block cannot be" in text
     assert "Dense: the worst cases have no rank, since the methods" in text
     (square,) = (line for line in text.splitlines() if "| square | steps 40 |" in line)
-    assert "Dense AT seed 1; " in square and "Dense AT seed 0" not in square
+    assert "| Dense AT seed 1; Dense TRADES-6; " in square
 
 
 def test_untested_pairs_are_named(small, tmp_path):

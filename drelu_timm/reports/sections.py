@@ -87,12 +87,7 @@ def opening(runs: EvaluatedRuns, groups: Sequence[GroupMethods]) -> Section:
 
 
 def statistics(methods: GroupMethods, folder: Path) -> list[Section]:
-    """Return whether the methods differ: under the paper's attacks, in the worst case, and pair by pair.
-
-    Args:
-        methods: The group.
-        folder: Folder for the pictures.
-    """
+    """Return whether the methods differ: under the paper's attacks, in the worst case, and pair by pair."""
     without_natural = replace(methods, shown=[one for one in methods.shown if one.first.method != "natural"])
     worst, remarks = scores(methods, ["worst"])
     return [
@@ -216,13 +211,7 @@ def _pair(first: Method, second: Method) -> dict[str, str] | None:
 
 
 def figures(methods: GroupMethods, folder: Path, runs: EvaluatedRuns) -> list[Section]:
-    """Return accuracy over cap weights, and the learned caps.
-
-    Args:
-        methods: The group.
-        folder: Folder for the pictures.
-        runs: Where weights that cannot be read are recorded.
-    """
+    """Return accuracy over cap weights, and the learned caps. Weights that cannot be read are recorded in ``runs``."""
     group, sections = methods.group, []
     for family in families(methods.all):
         if len(family) > 1:
@@ -317,7 +306,7 @@ def trainings(groups: Iterable[GroupMethods]) -> Section:
         f"Shared by all rows: {', '.join(shared)}. The presets paper-drelu, paper-at and paper-trades of train have "
         "the settings that the paper states."
     )
-    return Section("How the models were trained", text, table)
+    return Section("How the models were trained", text, _without_constant(table))
 
 
 def _settings(settings: TrainingSettings) -> list[str]:
@@ -333,30 +322,40 @@ def _settings(settings: TrainingSettings) -> list[str]:
 
 
 def attacks(groups: Iterable[GroupMethods]) -> Section:
-    """Return the settings of each attack, by group, and the runs that were attacked by it if they are not all."""
-    rows: dict[tuple[str, str, str], set[tuple[str, int]]] = {}
+    """Return the settings of each attack, by group, and the methods or runs attacked by it if they are not all."""
+    rows: list[tuple[str, str, str, str]] = []
     for methods in groups:
-        runs = [(method.label, run) for method in methods.all for run in method.runs]
-        tried: dict[tuple[str, str], set[tuple[str, int]]] = {}
-        for label, run in runs:
+        tried: dict[tuple[str, str], list[EvaluatedRun]] = {}
+        for run in (run for method in methods.all for run in method.runs):
             elsewhere = {(name, f"{settings}, {n} images") for name, settings, n in run.combined.tried_elsewhere}
-            for attack in run.combined.tried | elsewhere:
-                tried.setdefault(attack, set()).add((label, run.seed))
-        for attack, by in tried.items():
-            rows[(str(methods.group), *attack)] = set() if len(by) == len(runs) else by
-    table = pd.DataFrame(
-        [
-            (*key, "; ".join(f"{label} seed {seed}" for label, seed in sorted(by)) or "all")
-            for key, by in sorted(rows.items())
-        ],
-        columns=["Group", "Attack", "Settings", "Runs"],
-    )
+            for attack in sorted(run.combined.tried | elsewhere):
+                tried.setdefault(attack, []).append(run)
+        for (attack, settings), by in sorted(tried.items()):
+            rows.append((str(methods.group), attack, settings or "none", _named_runs(by, methods.all)))
+    table = pd.DataFrame(rows, columns=["Group", "Attack", "Settings", "Attacked"])
     several = table[table.duplicated(["Group", "Attack"], keep=False)]
     text = "The driver projects what an attack returns into the threat model and judges it on the model itself."
     if len(several):
         names = ", ".join(dict.fromkeys(several["Attack"]))
         text += f" Runs were attacked differently by {names}: their accuracies under it are not comparable."
-    return Section("How the models were attacked", text, table)
+    return Section("How the models were attacked", text, _without_constant(table))
+
+
+def _named_runs(runs: Sequence[EvaluatedRun], methods: Sequence[Method]) -> str:
+    """Return "all", or the methods that some runs are of, with the seeds if these are not all of a method."""
+    names = []
+    for method in methods:
+        seeds = [str(run.seed) for run in method.runs if run in runs]
+        if seeds:
+            names.append(method.label if len(seeds) == len(method.runs) else f"{method.label} seed {', '.join(seeds)}")
+    return "all" if names == [method.label for method in methods] else "; ".join(names)
+
+
+def _without_constant(table: pd.DataFrame) -> pd.DataFrame:
+    """Drop the column of the group if there is one group, and columns without any text."""
+    return table.drop(
+        columns=[name for name in table if set(table[name]) == {""} or (name == "Group" and table[name].nunique() == 1)]
+    )
 
 
 def origin(runs: EvaluatedRuns, groups: Sequence[GroupMethods], files: Iterable[str]) -> list[Section]:
