@@ -256,6 +256,7 @@ def _write_model(folder: Path, card: Card, run: Run) -> None:
 
 def _registration(card: Card) -> str:
     """Return register.py, which lets timm and RobustBench load the model from the folder of the file."""
+    named = ", ".join(map(json.dumps, (card.key, card.dataset, card.norm)))
     return f'''\
 """Registers {card.name} with timm, and so with RobustBench.
 
@@ -269,7 +270,7 @@ from drelu_timm import register_robust_model
 SHA256 = "{card.weights.sha256}"
 CONFIG_SHA256 = "{card.config_sha256}"
 SOURCE = Path(__file__).parent / "hub"
-register_robust_model("{card.key}", "{card.dataset}", "{card.norm}", SOURCE, sha256=SHA256, config_sha256=CONFIG_SHA256)
+register_robust_model({named}, SOURCE, sha256=SHA256, config_sha256=CONFIG_SHA256)
 '''
 
 

@@ -137,9 +137,9 @@ def test_paths_of_this_machine_are_not_published(exported, evaluated):
 def test_the_checks_are_listed_with_their_results(exported, results):
     page = (exported / "CHECKS.md").read_text()
     clean = f"clean accuracy {100 * results['clean']:.2f} %"
-    assert f"| `timm.create_model` | its predictions | 60 of 60 as in the evaluation; {clean}" in page
+    assert f"| timm.create_model | its predictions | 60 of 60 as in the evaluation; {clean}" in page
     assert "| forward pass | the same 60 images twice | bit-equal logits: deterministic |" in page
-    assert "| normalization | is the first layer, for images in [0, 1] | mean 0, std 1 |" in page
+    assert r"| normalization | is the first layer, for images in \[0, 1\] | mean 0, std 1 |" in page
     assert f"{100 * results['worst']:.2f} %, the worst case {100 * results['worst']:.2f} % |" in page
 
 
@@ -185,7 +185,7 @@ def test_robustbench_loads_and_benchmarks_it_with_the_accuracies_of_the_run(expo
     accuracies = robustbench.eval.benchmark(model, n_examples=N, dataset="digits", threat_model="Linf", eps=0.1)
     assert accuracies == pytest.approx((results["clean"], results["accuracy"]["autoattack"]), abs=1.5 / N)
     page = (exported / "CHECKS.md").read_text()
-    assert "| `robustbench.utils.load_model` | its predictions | 60 of 60 as in the evaluation" in page
+    assert "| robustbench.utils.load_model | its predictions | 60 of 60 as in the evaluation" in page
     assert "| the first 32 test images | robustbench.eval.benchmark | clean " in page
 
 

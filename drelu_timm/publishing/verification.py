@@ -3,7 +3,7 @@
 import runpy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..data.images import Images, to_float
 from ..digests import sha256_of
 from ..errors import InputError
+from ..formatting import escape_markdown
 from ..models.weights import WEIGHTS
 from ..results.examples import read_adversarial, read_rows, read_survivors
 from ..results.result import ROUNDING, Result
@@ -150,11 +151,12 @@ def verify(
 
 def checks_page(card: Card, checks: list[Check]) -> str:
     """Return the text of CHECKS.md."""
-    rows = "\n".join(f"| {check.what} | {check.how} | {check.result} |" for check in checks)
+    cells = [[escape_markdown(cell) for cell in astuple(check)] for check in checks]
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     return f"""\
 # Checks of {card.key}
 
-Made by `drelu-timm export` on the files in this folder. {card.sample}
+Made by `drelu-timm export` on the files in this folder. {escape_markdown(card.sample)}
 
 | what | how | result |
 | --- | --- | --- |
@@ -200,7 +202,7 @@ def _check_predictions(loader: str, model: nn.Module, evaluated: EvaluatedImages
             f"{loader} loads a model other than the evaluated one ({equal} of {n} predictions are equal, {accuracy}). "
             "Evaluate the run again."
         )
-    return Check(f"`{loader}`", "its predictions", f"{equal:,} of {n:,} as in the evaluation; {accuracy}")
+    return Check(loader, "its predictions", f"{equal:,} of {n:,} as in the evaluation; {accuracy}")
 
 
 def _check_adversarial(model: nn.Module, evaluated: EvaluatedImages, card: Card) -> Check:
