@@ -16,6 +16,9 @@ The folder gets its name only after the model was loaded from it and predicted t
 """
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +31,6 @@ import torch
 from .attacks.threat_model import ThreatModel
 from .data.images import Images, to_float
 from .data.readers import load_images
-from .digests import sha256_of
 from .doctor import robustbench_clashes
 from .errors import InputError, one_line
 from .files import (
@@ -43,6 +45,7 @@ from .files import (
     write_text,
 )
 from .flags import ExportConfig
+from .hashing import sha256_of
 from .models.weights import CONFIG, WEIGHTS
 from .publishing.card import AUTOATTACK, SHIPPED, Card, Paper
 from .publishing.card_markdown import model_card
@@ -114,17 +117,19 @@ def push_exported(config: ExportConfig, repo: str) -> str:
             f"{', '.join(differing)}). Remove it first."
         )
     hub = output_dir / "hub"
-    files = _hub_files(card, hub / WEIGHTS, source=f"hf-hub:{repo}")
-    _check_unchanged(hub, files)
-    commit = push(files, repo)
+    with _locked(output_dir):
+        files = _hub_files(card, hub / WEIGHTS, source=f"hf-hub:{repo}")
+        _check_unchanged(hub, files)
+        commit = push(files, repo)
+        if commit is not None:
+            write_text(hub / README, files[README].decode())
+            write_text(output_dir / "submission" / "new-model.md", new_model(card, repo))
     if commit is None:
         listed = "\n".join(f"  {name}, {len(content):,} bytes" for name, content in files.items())
         return (
             f"Dry run without a token: {len(files)} files would be uploaded to {repo} in one commit\n{listed}\n"
             "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and push again."
         )
-    write_text(hub / README, files[README].decode())
-    write_text(output_dir / "submission" / "new-model.md", new_model(card, repo))
     return f"uploaded {len(files)} files to {repo} in the commit {commit}"
 
 
@@ -156,15 +161,15 @@ def export(config: ExportConfig) -> Path:
             from the evaluation. Nothing is left behind.
     """
     output_dir = _output_dir(config)
-    if output_dir.exists():
-        raise InputError(f"--output-dir {output_dir} exists already. Pass another one or remove it.")
+    _check_is_new(output_dir)
     run, dataset, threat_model = _entry(config)
     robustbench = _robustbench_or_reason()
     _check_key_is_free(config.key, dataset, threat_model.norm, run, robustbench)
     card, evaluations, test = _read(config, run, dataset, threat_model)
     check_entry(model_info(card))
     evaluated = read_evaluated(evaluations[0], evaluations[1:], test)
-    with held(output_dir.with_name(f".{output_dir.name}.lock"), f"--output-dir {output_dir}"):
+    with _locked(output_dir):
+        _check_is_new(output_dir)  # again: another process may have written it
         remove_leftovers(output_dir.parent, output_dir.name)
         with atomic_folder(output_dir) as folder:
             _write_model(folder, card, run)
@@ -177,7 +182,32 @@ def export(config: ExportConfig) -> Path:
 
 
 def _output_dir(config: ExportConfig) -> Path:
-    return config.output_dir or config.run / "export" / config.key
+    """Return the folder to write, whose name the disk must be able to have."""
+    path = config.output_dir or config.run / "export" / config.key
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise InputError(f"--output-dir {str(path)!r} cannot be used ({one_line(error)}). Pass another one.") from error
+    return path
+
+
+def _check_is_new(output_dir: Path) -> None:
+    if os.path.lexists(output_dir):
+        raise InputError(f"--output-dir {output_dir} exists already. Pass another one or remove it.")
+
+
+@contextmanager
+def _locked(output_dir: Path) -> Iterator[None]:
+    """Hold the lock of an exported folder, and report a failed write in one line."""
+    with held(output_dir.with_name(f".{output_dir.name}.lock"), f"--output-dir {output_dir}"):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"--output-dir {output_dir} cannot be written ({one_line(error)}). Free space or pass another one."
+            ) from error
 
 
 def _entry(config: ExportConfig) -> tuple[Run, str, ThreatModel]:
@@ -288,7 +318,10 @@ def _write_submission(folder: Path, card: Card, test: Images, evaluated: Evaluat
 
 def _save_tensors(tensors: Any, path: Path) -> None:
     with atomic_file(path) as temporary:
-        torch.save(tensors, temporary)
+        try:
+            torch.save(tensors, temporary)
+        except RuntimeError as error:  # which torch raises where other functions raise OSError
+            raise OSError(f"{path.name}: {error}") from error
 
 
 # What is checked first

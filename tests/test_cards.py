@@ -18,8 +18,8 @@ from drelu_timm.attacks.suites import SUITES
 from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
-from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
+from drelu_timm.hashing import sha256_of
 from drelu_timm.publishing.card import AUTOATTACK, SHIPPED, Paper, read_card
 from drelu_timm.publishing.card_markdown import VERDICTS, model_card
 from drelu_timm.publishing.leaderboard import (

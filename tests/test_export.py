@@ -19,11 +19,11 @@ from torch import nn
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
-from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
 from drelu_timm.export import export, main, push_exported
 from drelu_timm.files import read_toml
 from drelu_timm.flags import ExportConfig, read
+from drelu_timm.hashing import sha256_of
 from drelu_timm.publishing.evaluations import _differing, choose_evaluation, further_evaluations, with_further
 from drelu_timm.publishing.verification import read_evaluated
 from drelu_timm.runs import Run
@@ -289,7 +289,7 @@ def _results(**changes):
 @pytest.mark.parametrize(
     ("spoil", "settings", "message"),
     [
-        (lambda run: shutil.rmtree(run), {}, r"run is no run directory"),
+        (lambda run: shutil.rmtree(run), {}, r"run is not a run directory"),
         (lambda run: shutil.rmtree(run / "results"), {}, r"has no evaluation\. Make one: drelu-timm evaluate .*run"),
         (lambda run: (run / "results" / f"{RESULTS}.json").write_text("{"), {}, r"\.json cannot be read as JSON"),
         (_no_worst, {}, r"\.json has no worst\. The file is cut or of another version; create it again\."),

@@ -12,7 +12,7 @@ import torch
 from hub_server import hub_fixture  # noqa: F401
 
 from drelu_timm import InputError, load_folder, normalized, save_folder
-from drelu_timm.digests import sha256_of
+from drelu_timm.hashing import sha256_of
 from drelu_timm.zoo.hub import push
 
 REPO = "robust-lab/Tester2026Hub_dense"

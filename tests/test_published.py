@@ -13,7 +13,7 @@ import torch
 
 import drelu_timm
 from drelu_timm import InputError, load_folder, normalized, save_folder
-from drelu_timm.digests import sha256_of
+from drelu_timm.hashing import sha256_of
 from drelu_timm.zoo import robust_models
 from drelu_timm.zoo.robust_models import register_published
 

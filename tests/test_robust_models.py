@@ -14,7 +14,7 @@ from hub_server import connect, hub_fixture, sha  # noqa: F401
 
 import drelu_timm
 from drelu_timm import InputError, load_folder, normalized, register_robust_model, save_folder
-from drelu_timm.digests import sha256_of
+from drelu_timm.hashing import sha256_of
 from drelu_timm.zoo import robust_models
 
 KEY = "Tester2026Sources_dense-8"

@@ -165,9 +165,11 @@ Title: [New evaluation] {card.key}
 ## New evaluation
 + **Link to adversarial images:** (address of {images} after the upload: a tensor as large as the test set, in its \
 order; images that stayed robust, are misclassified anyway, or were not evaluated are clean{missing})
-+ **Robust accuracy:** {percent(card.point.worst)} (AutoAttack: {percent(card.autoattack)}). {escape_markdown(card.sample)}
++ **Robust accuracy:** {percent(card.point.worst)} (AutoAttack: {percent(card.autoattack)}). \
+{escape_markdown(card.sample)}
 + **Author(s):** {escape_markdown(card.paper.authors)}
-+ **Description of the method used:** for every image, the first that fooled the model of {card.attacks}. Gradient \
++ **Description of the method used:** for every image, the first that fooled the model of \
+{escape_markdown(card.attacks)}. Gradient \
 masking: {card.verdict}. {escape_markdown(" ".join(card.point.verdict.evidence))}
 """
 

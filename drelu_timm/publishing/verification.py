@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.images import Images, to_float
-from ..digests import sha256_of
 from ..errors import InputError
 from ..formatting import escape_markdown
+from ..hashing import sha256_of
 from ..models.weights import WEIGHTS
 from ..results.examples import read_adversarial, read_rows, read_survivors
 from ..results.result import ROUNDING, Result

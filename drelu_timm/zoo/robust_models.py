@@ -21,9 +21,9 @@ import timm
 import torch.hub
 from torch import nn
 
-from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..files import atomic_file, read_json
+from ..hashing import sha256_of
 from ..models.inference import channels_of, normalized
 from ..models.registry import list_as_pretrained, register_model
 from ..models.weights import CONFIG, WEIGHTS, load_saved
