@@ -167,13 +167,13 @@ def export(config: ExportConfig) -> Path:
     _check_key_is_free(config.key, dataset, threat_model.norm, run, robustbench)
     card, evaluations, test = _read(config, run, dataset, threat_model)
     check_entry(model_info(card))
-    evaluated = read_evaluated(evaluations[0], evaluations[1:], test)
+    evaluated = read_evaluated(evaluations, test)
     with _locked(output_dir):
         _check_is_new(output_dir)  # again: another process may have written it
         remove_leftovers(output_dir.parent, output_dir.name)
         with atomic_folder(output_dir) as folder:
             _write_model(folder, card, run)
-            _write_submission(folder / "submission", card, test, evaluated)
+            _write_submission(folder / "submission", card, evaluated)
             checks = verify(folder, card, evaluated, robustbench, config.benchmark_examples)
             write_text(folder / "CHECKS.md", checks_page(card, checks))
     digests = {"sha256": card.weights.sha256, "config_sha256": card.config_sha256}
@@ -304,16 +304,15 @@ register_robust_model({named}, SOURCE, sha256=SHA256, config_sha256=CONFIG_SHA25
 '''
 
 
-def _write_submission(folder: Path, card: Card, test: Images, evaluated: EvaluatedImages) -> None:
+def _write_submission(folder: Path, card: Card, evaluated: EvaluatedImages) -> None:
     """Write what is submitted to RobustBench by hand."""
     write_text(folder / "new-model.md", new_model(card, None))
     write_text(folder / "autoattack.log", autoattack_log(card.results))
     if is_external(card):
         file = f"{card.key}_adversarial.pt"
         write_text(folder / "new-external-evaluation.md", new_evaluation(card, file, evaluated.without_image))
-        images = to_float(test.images)
-        images[evaluated.broken] = evaluated.adversarial
-        _save_tensors(images, folder / file)
+        rest = evaluated.test.images[len(evaluated.predictions) :]
+        _save_tensors(torch.cat([evaluated.worst, to_float(rest)]), folder / file)
 
 
 def _save_tensors(tensors: Any, path: Path) -> None:

@@ -1,21 +1,31 @@
 """Export and push refuse changed files by name, and leave nothing behind when a disk refuses them."""
 
+import csv
+import json
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from drelu_timm.data.images import to_float
+from drelu_timm.data.readers import load_images
 from drelu_timm.errors import InputError
 from drelu_timm.export import _save_tensors, export, push_exported
 from drelu_timm.flags import ExportConfig
+from drelu_timm.hashing import sha256_of
 
 KEY = "Tester2026Forged_dense"
 RESULTS = "standard-Linf-0.1"
+TEST = load_images("digits", None, "test")
 PAPER = {"title": "A Title", "authors": "A. One", "link": "https://example.org", "venue": "ICLR 2026"}
 
 
@@ -32,6 +42,96 @@ def exported(evaluated, tmp_path_factory) -> Path:
 
 def config(run: Path, output_dir: Path, **settings) -> ExportConfig:
     return ExportConfig(run, KEY, output_dir=output_dir, **{**PAPER, "benchmark_examples": 0, **settings})
+
+
+# Results
+
+
+def edit_result(run: Path, change: Callable[[dict], Any], *, sealed: bool = False) -> None:
+    path = run / "results" / f"{RESULTS}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    if not sealed:
+        content.pop("seal")
+    path.write_text(json.dumps(content))
+
+
+def edit_rows(run: Path, change: Callable[[list[dict[str, str]]], Any]) -> None:
+    path = run / "results" / f"{RESULTS}.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    change(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def call_broken_robust(run: Path) -> str:
+    """Call four images robust in the rows and in the result, on which attacks fooled the model."""
+
+    def change_rows(rows):
+        for row in [row for row in rows if row["broken_by"] not in ("", "clean")][:4]:
+            columns = list(row)
+            attacks = columns[columns.index("clean_prediction") + 1 : columns.index("broken_by")]
+            row |= {**dict.fromkeys(attacks, "1"), "broken_by": ""}
+
+    def change_result(content):
+        with (run / "results" / f"{RESULTS}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for name in content["accuracy"]:
+            content["accuracy"][name] = sum(row[name] == "1" for row in rows) / len(rows)
+        content["worst"] = sum(row["broken_by"] == "" for row in rows) / len(rows)
+
+    edit_rows(run, change_rows)
+    edit_result(run, change_result)
+    return r"adversarial\.safetensors and the rows in .*\.csv differ in which examples fooled the model"
+
+
+def another_verdict(run: Path) -> str:
+    words = {"sound": "masked", "undecided": "sound", "masked": "sound"}
+    edit_result(run, lambda content: content["verdict"].update(verdict=words[content["verdict"]["verdict"]]))
+    return r"standard-Linf-0\.1\.json.*verdict"
+
+
+def another_machine(run: Path) -> str:
+    edit_result(run, lambda content: content.update(hardware="8 x H200"), sealed=True)
+    return r"standard-Linf-0\.1\.json: its content changed after the evaluation, by its seal"
+
+
+def clean_images(run: Path) -> str:
+    """Put the clean images into the place of the adversarial ones."""
+    path = run / "results" / f"{RESULTS}.adversarial.safetensors"
+    index = load_file(path)["index"]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"index": index, "images": to_float(TEST.images[index])}, path, metadata=metadata)
+    edit_result(run, lambda content: content.update(adversarial_sha256=sha256_of(path)))
+    return r"(\d+) of the \1 adversarial images of .*\.json do not fool the model \(example \d+ first\)"
+
+
+def other_predictions(run: Path) -> str:
+    """Write other wrong classes for images that are misclassified, which no accuracy shows."""
+
+    def change(rows):
+        for row in [row for row in rows if row["broken_by"] == "clean"][:3]:
+            wrong = {*map(str, range(10))} - {row["label"], row["clean_prediction"]}
+            row["clean_prediction"] = min(wrong)
+
+    edit_rows(run, change)
+    edit_result(run, lambda content: None)
+    return r"timm\.create_model loads a model other than the evaluated one \(57 of 60 predictions are equal"
+
+
+@pytest.mark.parametrize(
+    "change", [call_broken_robust, another_verdict, another_machine, clean_images, other_predictions]
+)
+def test_forged_results_are_not_exported(run, tmp_path, change):
+    message = change(run)
+    with pytest.raises(InputError, match=message) as caught:
+        export(config(run, tmp_path / "exported", as_masked=False))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "exported").exists()
 
 
 # Uploads
@@ -154,6 +254,7 @@ def test_an_export_that_was_killed_is_swept_by_the_next(evaluated, tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
+from drelu_timm.files import held
 with held(Path(sys.argv[1]), "the test"):
     print("held", flush=True)
     sys.stdin.read()

@@ -16,6 +16,7 @@ from ..models.weights import CONFIG, WEIGHTS
 from ..results.combined import Combined
 from ..results.examples import read_survivors
 from ..results.result import EpsResult, Further, Result, best_sweep, read_result
+from ..results.seal import check_result
 from ..runs import Run
 from ..schema import Count, Whole, load
 from .card import AUTOATTACK, Card, Paper, Seed, Weights, evaluation_name
@@ -86,8 +87,10 @@ def with_further(chosen: Result, further: Sequence[Result]) -> Result:
     """Return an evaluation with the worst case and the worst verdict over all evaluations.
 
     Raises:
-        InputError: The rows of one of them are missing or incomplete.
+        InputError: The files of an evaluation contradict each other or its seal, or are missing or incomplete.
     """
+    for one in (chosen, *further):
+        check_result(one)
     if not further:
         return chosen
     eps = chosen.point.eps
@@ -198,7 +201,10 @@ def _training(run: Run) -> dict[str, Any]:
 def _curve(run: Run, results: Result) -> Result | None:
     """Return the run's best sweep over eps in the norm of ``results``."""
     best = best_sweep(one for one in _read_all(run, "sweeps") if one.images == results.images)
-    return None if best is None else best.published()
+    if best is None:
+        return None
+    check_result(best)
+    return best.published()
 
 
 def _seeds(run: Run, chosen: Result, results: Result, others: Sequence[Path]) -> tuple[Seed, ...]:
