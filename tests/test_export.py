@@ -273,12 +273,6 @@ def _no_worst(run):
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "worst"}))
 
 
-def _no_autoattack(run):
-    path = run / "results" / f"{RESULTS}.json"
-    accuracy = json.loads(path.read_text())["accuracy"]
-    _edit(path, accuracy={name: value for name, value in accuracy.items() if name != "autoattack"})
-
-
 def _other_adversarial(run):
     path = run / "results" / f"{RESULTS}.adversarial.safetensors"
     content = bytearray(path.read_bytes())
@@ -289,6 +283,11 @@ def _other_adversarial(run):
 def _fewer_rows(run):
     path = run / "results" / f"{RESULTS}.csv"
     _write_rows(path, list(csv.DictReader(path.open()))[:-1])
+
+
+def _pgd_only(run):
+    accuracy = json.loads((run / "results" / f"{RESULTS}.json").read_text())["accuracy"]
+    _edit(run / "results" / f"{RESULTS}.json", accuracy={"pgd": accuracy["pgd"]})
 
 
 def _results(**changes):
@@ -355,7 +354,7 @@ def _results(**changes):
             r"--as-masked does not match the verdict \((sound|undecided)\)\. Leave it out",
         ),
         (
-            _no_autoattack,
+            _pgd_only,
             {"title": None, "venue": None},
             r"entry lacks --title, --venue, AutoAttack's accuracy \(drelu-timm evaluate .* standard\)\. --paper",
         ),

@@ -81,6 +81,10 @@ def call_broken_robust(run: Path) -> str:
             rows = list(csv.DictReader(file))
         for name in content["accuracy"]:
             content["accuracy"][name] = sum(row[name] == "1" for row in rows) / len(rows)
+        for column, after in content["sequences"].items():
+            lowest = content["accuracy"][column]
+            content["sequences"][column] = {name: max(left, lowest) for name, left in after.items()}
+            content["sequences"][column][[*after][-1]] = lowest
         content["worst"] = sum(row["broken_by"] == "" for row in rows) / len(rows)
 
     edit_rows(run, change_rows)
