@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .drelu import DReLU, along_channels, drelu_layers
+from .drelu import CapLayer, DReLU, along_channels, cap_layers
 from .head import DReLUHead
 
 
 def cap_penalty(model: nn.Module) -> Tensor:
-    """Return the sum of the squared caps of all D-ReLUs (second term of the paper's eq. 1), a scalar >= 0."""
-    return _total([_gathered(layer.cap).square().sum() for layer in drelu_layers(model)])
+    """Return the sum of the squared learnable caps (second term of the paper's eq. 1), a scalar >= 0."""
+    return _total([_gathered(layer.cap).square().sum() for layer in cap_layers(model)])
 
 
 def effective_cap_penalty(model: nn.Module) -> Tensor:
@@ -29,12 +29,12 @@ CAP_PENALTIES: dict[str, Callable[[nn.Module], Tensor]] = {"squared": cap_penalt
 
 
 def check_cap_penalty(name: str, model: nn.Module) -> None:
-    """Check before training that a penalty in `CAP_PENALTIES` covers all D-ReLUs of a model.
+    """Check before training that a penalty in `CAP_PENALTIES` covers all caps of a model.
 
     Raises:
         InputError: "effective" for a D-ReLU that has no output layer behind it.
     """
-    if name == "effective" and len(_with_output(model)) < len(list(drelu_layers(model))):
+    if name == "effective" and len(_with_output(model)) < len(list(cap_layers(model))):
         raise InputError(
             "--cap-penalty effective weighs each cap by the output layer behind it, but this model has a D-ReLU "
             "without one. Use --cap-penalty squared or --placement head."
@@ -63,8 +63,8 @@ def _total(penalties: list[Tensor]) -> Tensor:
 
 
 def cap_statistics(model: nn.Module) -> dict[str, float]:
-    """Return the mean, minimum and maximum cap and the share of caps <= 0; empty for a model without D-ReLU."""
-    caps = [_gathered(layer.cap.detach()).flatten() for layer in drelu_layers(model)]
+    """Return the mean, minimum and maximum cap and the share of caps <= 0; empty for a model without caps."""
+    caps = [_gathered(layer.cap.detach()).flatten() for layer in cap_layers(model)]
     if not caps:
         return {}
     values = torch.cat(caps).float()
@@ -85,13 +85,13 @@ def unit_shares(model: nn.Module, images: Tensor) -> dict[str, float]:
     counts: list[Tensor] = []
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, DReLU)
+        assert isinstance(layer, CapLayer)
         (x,) = inputs
         cap = along_channels(layer.cap.clamp(min=0), x, layer.channel_dim).to(x.dtype)
         zero, capped = x <= 0, x > cap
         counts.append(torch.stack([zero.sum(), (~zero & ~capped).sum(), (capped & ~zero).sum()]))
 
-    hooks = [layer.register_forward_pre_hook(count) for layer in drelu_layers(model)]
+    hooks = [layer.register_forward_pre_hook(count) for layer in cap_layers(model) if isinstance(layer, DReLU)]
     try:
         model.forward(images)  # not __call__: a compiled model would skip the hooks
     finally:

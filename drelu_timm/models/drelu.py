@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class DReLU(nn.Module):
-    """``DReLU(x) = max(0, min(m, x))`` with a learnable cap ``m`` per neuron, or per channel of 4-D input.
-
-    A negative cap gives output 0, as in the formula, but receives the gradient of a cap at 0. With the formula's own
-    gradient, which is zero there, a cap that an optimizer step moved below 0 would stay there. For positive caps the
-    gradient is the formula's; at ``x == m`` it goes to ``x``.
+class CapLayer(nn.Module):
+    """Base class of activations with a learnable ``cap`` per neuron, or per channel of 4-D input.
 
     Args:
         num_features: Number of caps; 1 for one cap shared by all units.
@@ -34,14 +30,23 @@ class DReLU(nn.Module):
         self.channel_dim = channel_dim
         self.cap = nn.Parameter(torch.full((num_features,), float(cap)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Clamp ``x`` to [0, cap] of its unit."""
-        return capped(x, self.cap, self.channel_dim)
-
     def extra_repr(self) -> str:
         """Return the number of caps and, if it is not the default, their dimension."""
         channel_dim = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
         return f"{self.cap.numel()}{channel_dim}"
+
+
+class DReLU(CapLayer):
+    """``DReLU(x) = max(0, min(m, x))`` with a learnable cap ``m`` per neuron, or per channel of 4-D input.
+
+    A negative cap gives output 0, as in the formula, but receives the gradient of a cap at 0. With the formula's own
+    gradient, which is zero there, a cap that an optimizer step moved below 0 would stay there. For positive caps the
+    gradient is the formula's; at ``x == m`` it goes to ``x``. See `CapLayer` for the arguments.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clamp ``x`` to [0, cap] of its unit."""
+        return capped(x, self.cap, self.channel_dim)
 
 
 def capped(x: Tensor, cap: Tensor, channel_dim: int | None) -> Tensor:
@@ -140,6 +145,6 @@ def channel_dim_of(x: Tensor, channel_dim: int | None) -> int:
     return 1 if x.ndim == 4 else -1
 
 
-def drelu_layers(model: nn.Module) -> Iterator[DReLU]:
-    """Yield every D-ReLU of a model once."""
-    return (module for module in model.modules() if isinstance(module, DReLU))
+def cap_layers(model: nn.Module) -> Iterator[CapLayer]:
+    """Yield every layer of a model with learnable caps once."""
+    return (module for module in model.modules() if isinstance(module, CapLayer))
