@@ -321,6 +321,21 @@ def test_a_head_has_the_sizes_of_a_classifier():
     assert not hasattr(model.fc, "weight")
 
 
+@pytest.mark.parametrize("name", ["resnet10t", "dla46_c"])
+def test_the_weight_and_bias_of_a_head_are_assigned(name):
+    model = create(name)
+    head = next(module for module in model.modules() if isinstance(module, DReLUHead))
+    names = [name for name, _ in model.named_parameters()]
+    weight, bias = nn.Parameter(torch.ones_like(head.weight)), nn.Parameter(torch.full_like(head.bias, 2.0))
+    head.weight, head.bias = weight, bias
+    assert head.output.weight is head.weight is weight
+    assert head.output.bias is head.bias is bias
+    assert [name for name, _ in model.named_parameters()] == names
+    head.reset(0)
+    with pytest.raises(AttributeError, match="a head without classes has no weight"):
+        head.weight = weight
+
+
 def test_a_head_replaced_by_the_users_layer():
     model = create("resnet10t")
     model.fc = nn.Linear(model.fc.in_features, 3)
