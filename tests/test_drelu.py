@@ -293,8 +293,6 @@ def test_frozen_caps_change_no_gradient_of_the_input(dtype):
     assert torch.equal(*gradients)
     rounded = torch.tensor(values, dtype=dtype).tolist()
     assert gradients[1][:, 0].tolist() == [float(0 < value <= 1) for value in rounded]
-        float(0 < value <= 1) for value in torch.tensor(values, dtype=dtype).tolist()
-    ]
 
 
 def test_gradients_go_to_the_input_below_the_cap_and_to_the_cap_above():

@@ -282,6 +282,11 @@ def _fewer_rows(run):
     _write_rows(path, list(csv.DictReader(path.open()))[:-1])
 
 
+def _pgd_only(run):
+    accuracy = json.loads((run / "results" / f"{RESULTS}.json").read_text())["accuracy"]
+    _edit(run / "results" / f"{RESULTS}.json", accuracy={"pgd": accuracy["pgd"]})
+
+
 def _results(**changes):
     return lambda run: _edit(run / "results" / f"{RESULTS}.json", **changes)
 
@@ -289,7 +294,7 @@ def _results(**changes):
 @pytest.mark.parametrize(
     ("spoil", "settings", "message"),
     [
-        (lambda run: shutil.rmtree(run), {}, r"run is no run directory"),
+        (lambda run: shutil.rmtree(run), {}, r"run is not a run directory"),
         (lambda run: shutil.rmtree(run / "results"), {}, r"has no evaluation\. Make one: drelu-timm evaluate .*run"),
         (lambda run: (run / "results" / f"{RESULTS}.json").write_text("{"), {}, r"\.json cannot be read as JSON"),
         (_no_worst, {}, r"\.json has no worst\. The file is cut or of another version; create it again\."),
@@ -314,9 +319,9 @@ def _results(**changes):
         (
             _results(clean=0.99),
             {},
-            r"\.csv gives another clean accuracy than .*\.json\. Delete the result and evaluate",
+            r"\.csv has another clean accuracy than .*\.json\. Delete the result and evaluate",
         ),
-        (_results(worst=0.01), {}, r"\.json has another worst case than the rows beside it"),
+        (_results(worst=0.01), {}, r"\.json has another worst case than the rows next to it"),
         (_results(verdict="sound"), {}, r"\.json: verdict is 'sound'\. It must be a table of names and values\."),
         (None, {"benchmark_examples": -3}, r"--benchmark-examples -3 is negative\. Use 0 or more"),
         (None, {"output_dir": Path("/proc/x/y")}, r"--output-dir /proc/x/y cannot be written to \(.*\)\. Use another"),
@@ -328,12 +333,12 @@ def _results(**changes):
         ),
         (_drop_column, {}, r"\.csv has 60 rows, or no column broken_by, for 60 test images: it is cut"),
         (_fewer_rows, {}, r"\.csv has 59 rows, or no column broken_by, for 60 test images: it is cut"),
-        (_other_labels, {}, r"\.csv has other labels than the test images of Digits\. .*--data-dir"),
-        (_other_adversarial, {}, r"\.adversarial\.safetensors is not there, or not what the evaluation wrote"),
+        (_other_labels, {}, r"\.csv has another clean accuracy than"),
+        (_other_adversarial, {}, r"\.adversarial\.safetensors is missing, or not what the evaluation wrote"),
         (
             _other_predictions,
             {},
-            r"\.csv gives another clean accuracy than|create_model loads a .* \(58 of 60 predictions are equal, cl",
+            r"\.csv has another clean accuracy than|create_model loads a .* \(58 of 60 predictions are equal, cl",
         ),
         (
             _results(verdict={"verdict": "masked", "evidence": []}),
@@ -346,7 +351,7 @@ def _results(**changes):
             r"--as-masked does not match the verdict \((sound|undecided)\)\. Leave it out",
         ),
         (
-            _results(accuracy={"pgd": 0.5}),
+            _pgd_only,
             {"title": None, "venue": None},
             r"entry lacks --title, --venue, AutoAttack's accuracy \(drelu-timm evaluate .* standard\)\. --paper",
         ),
@@ -489,7 +494,8 @@ def break_one_more(run):
     kept = load_file(path)
     index = torch.cat([kept["index"], torch.tensor([int(fallen["index"])])])
     images = torch.cat([kept["images"], torch.full_like(kept["images"][:1], 0.25)])
-    save_file({"index": index, "images": images}, path)
+    order = index.argsort()
+    save_file({"index": index[order], "images": images[order]}, path)
     worst = sum(row["broken_by"] == "" for row in read) / N
     _edit(rows.with_suffix(".json"), worst=worst, adversarial_sha256=sha256_of(path))
     return int(fallen["index"])
