@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from drelu_timm.models.activations import ACTIVATIONS, KWTA, PACT, RCRAF, FitReLU, Tent, make_activation
-from drelu_timm.models.caps import cap_penalty, cap_statistics, unit_shares
+from drelu_timm.models.caps import (
+    cap_penalty,
+    cap_statistics,
+    check_cap_penalty,
+    effective_cap_penalty,
+    unit_shares,
+)
 from drelu_timm.models.drelu import DReLU, SReLU, cap_layers
 
 FORMULAS = {
@@ -84,6 +90,8 @@ def test_learnable_caps_are_trained_like_those_of_d_relu(name):
     caps = 1 if name == "pact" else 6
     assert [layer.cap.numel() for layer in cap_layers(model)] == [caps]
     assert cap_penalty(model).item() == 4.0 * caps
+    check_cap_penalty("effective", model)
+    assert effective_cap_penalty(model).item() > 0
     assert cap_statistics(model)["mean"] == 2.0
     assert bool(unit_shares(model, torch.rand(2, 1, 28, 28))) == isinstance(next(cap_layers(model)), DReLU)
 

@@ -803,7 +803,7 @@ def spoil(folder, what: str) -> None:
         ("cut weights", "model.safetensors cannot be read"),
         ("no weights", "model.safetensors cannot be read"),
         ("cut config", "config.json cannot be read"),
-        ("other json", "config.json holds no JSON object"),
+        ("other json", "config.json is not a JSON object"),
         ("unknown architecture", "architecture 'shallow_cnn_dreluu' is unknown; did you mean shallow_cnn_drelu"),
         ("other width", "is not a complete shallow_cnn_drelu .*size mismatch"),
         ("unknown argument", "is not a complete shallow_cnn_drelu .*colour"),

@@ -116,7 +116,9 @@ def test_train_pretrained_without_weights(no_images, tmp_path):
 @pytest.fixture
 def on_the_hub(offline):
     """Return the name of a registered robust model that cannot be fetched."""
-    return register_robust_model("Tester2026Hub", "digits", "Linf", "hf-hub:lab/x")
+    return register_robust_model(
+        "Tester2026Hub", "digits", "Linf", "hf-hub:lab/x", sha256="0" * 64, config_sha256="0" * 64
+    )
 
 
 def test_evaluate_a_timm_model(offline, no_images):

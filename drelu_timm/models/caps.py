@@ -16,7 +16,7 @@ def cap_penalty(model: nn.Module) -> Tensor:
 
 
 def effective_cap_penalty(model: nn.Module) -> Tensor:
-    """Return the sum over all D-ReLU heads and their units i of ``(cap_i * |W_i|)^2``, a scalar >= 0.
+    """Return the sum over all heads and their units i of ``(cap_i * |W_i|)^2``, a scalar >= 0.
 
     ``W_i`` are the weights from unit i to the logits, so ``cap_i * |W_i|`` is the largest distance (L2) by which the
     unit can move them. Shrinking the caps and scaling up the output layer, which lowers `cap_penalty` but does not
@@ -32,22 +32,22 @@ def check_cap_penalty(name: str, model: nn.Module) -> None:
     """Check before training that a penalty in `CAP_PENALTIES` covers all caps of a model.
 
     Raises:
-        InputError: "effective" for a D-ReLU that has no output layer behind it.
+        InputError: "effective" for caps that have no output layer behind them.
     """
     if name == "effective" and len(_with_output(model)) < len(list(cap_layers(model))):
         raise InputError(
-            "--cap-penalty effective weighs each cap by the output layer behind it, but this model has a D-ReLU "
+            "--cap-penalty effective weighs each cap by the output layer behind it, but this model has caps "
             "without one. Use --cap-penalty squared or --placement head."
         )
 
 
 def _with_output(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return the caps of each D-ReLU head and the weights [K, caps, ...] of the output layer behind them."""
+    """Return the caps of each head that has some and the weights [K, caps, ...] of the output layer behind them."""
     heads = [module for module in model.modules() if isinstance(module, DReLUHead)]
     return [
         (_gathered(head.activation.cap), _gathered(head.output.weight))
         for head in heads
-        if isinstance(head.activation, DReLU) and isinstance(head.output, nn.Linear | nn.Conv2d)
+        if isinstance(head.activation, CapLayer) and isinstance(head.output, nn.Linear | nn.Conv2d)
     ]
 
 
