@@ -26,8 +26,8 @@ from .doctor import installed_version
 from .errors import InputError
 from .files import read_json
 from .hashing import sha256_of
-from .models.normalize import normalized
-from .models.saved import WEIGHTS, load_folder
+from .models.inference import normalized
+from .models.weights import WEIGHTS, load_folder
 
 _PACKAGES = ("drelu-timm", "torch", "timm", "accelerate", "pyautoattack", "foolbox", "robustbench")
 
