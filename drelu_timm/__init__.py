@@ -82,4 +82,4 @@ warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureW
 def _register(_: ModuleType) -> None:
     """Register the models with timm: now if timm is imported already, else at the end of its import."""
     import_module(".models.registry", __name__)
-    import_module(".zoo.published", __name__).register_published()
+    import_module(".zoo.robust_models", __name__).register_published()
