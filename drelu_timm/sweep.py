@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError, unknown
-from .files import held, locked
+from .files import held, locked, remove_leftovers
 from .flags import SweepConfig
 from .launch import Launch
 from .sweeps.cell import Cell
@@ -61,6 +61,8 @@ def sweep(config: SweepConfig) -> int:
             print(f"--generated has to name the generated images, here {_PLACEHOLDER}, before the sweep can run")
         return 0
     with held(output_dir / ".lock", f"--output-dir {output_dir}"):
+        for folder in (output_dir, output_dir / "jobs"):
+            remove_leftovers(folder)
         queued = _refuse_running(cells, output_dir, config.cluster)
         cells.sort(key=lambda cell: cell.name not in queued)  # queued jobs may be the reason why others are refused
         failed = Scheduler(grid.name, cells, _executor(output_dir, config), launch).run()
