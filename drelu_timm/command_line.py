@@ -1,11 +1,11 @@
 """Flags: how every verb reads them into its config, a frozen dataclass, and writes them into commands."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from copy import copy
 from dataclasses import fields, make_dataclass
-from itertools import takewhile
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import tyro
@@ -70,15 +70,21 @@ def _parsed(shown: type, verb: str, argv: Sequence[str], given: Mapping[str, Any
     except SystemExit as exit_:
         if not exit_.code:  # of --help
             raise
-        # The first part of the box is the error. Options are indented by 4 in it, and their texts by 8.
-        lines = [line.strip(" │") for line in _inside(box.getvalue()) if not line.startswith(" " * 9)]
-        raise InputError(f"{' '.join(lines).rstrip('.')}. drelu-timm {verb} --help shows all options.") from None
+        error = " ".join(_first_part(box.getvalue())).rstrip(".")
+        raise InputError(f"{error}. drelu-timm {verb} --help shows all options.") from None
 
 
-def _inside(box: str) -> list[str]:
-    """Return the lines of the first part of a box."""
-    lines = [line.removeprefix("│") for line in box.splitlines()[1:]]
-    return list(takewhile(lambda line: not line.lstrip(" ├").startswith("─"), lines))
+def _first_part(box: str) -> list[str]:
+    """Return the lines of a box of tyro between its first two rules, without the texts of options."""
+    parts: list[list[str]] = [[]]
+    for line in box.replace("│", " ").splitlines():
+        if re.search("[─-]{3}", line):
+            parts.append([])
+        elif line.strip():
+            parts[-1].append(line)
+    first = parts[min(1, len(parts) - 1)]
+    indents = [len(line) - len(line.lstrip()) for line in first]  # 4 more for an option, 8 more for its text
+    return [line.strip() for line, indent in zip(first, indents, strict=True) if indent < indents[0] + 8]
 
 
 def _check_names(config: type, argv: Sequence[str]) -> None:
