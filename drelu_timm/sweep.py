@@ -119,7 +119,7 @@ def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> Co
             except BlockingIOError as error:
                 raise InputError(
                     f"--output-dir {output_dir}: cell {cell.name} of a sweep that was killed still runs. "
-                    f"Wait, or end it (fuser {cell.log} lists its processes)."
+                    f"Wait, or end it (fuser {shlex.quote(str(cell.log))} lists its processes)."
                 ) from error
     return queued
 

@@ -20,8 +20,8 @@ from drelu_timm.training.config import TrainConfig
 
 @pytest.mark.parametrize("name", ["config.json", "rows.csv", "picture.png"])
 def test_an_incomplete_file_has_no_known_suffix_and_is_hidden(tmp_path, name):
-    with atomic_file(tmp_path / name) as beside:
-        beside.touch()
+    with atomic_file(tmp_path / name) as temporary:
+        temporary.touch()
         assert not list(tmp_path.glob(f"*{Path(name).suffix}"))
         assert all(path.name.startswith(".") for path in tmp_path.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -40,8 +40,8 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(tmp_path, mo
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", renamed)
-    with atomic_file(tmp_path / "x") as beside:
-        beside.write_text("whole")
+    with atomic_file(tmp_path / "x") as temporary:
+        temporary.write_text("whole")
     assert events == [(tmp_path / "x").stat().st_ino, "renamed", tmp_path.stat().st_ino]
 
 

@@ -115,8 +115,8 @@ def test_conversion_without_space(tmp_path, monkeypatch):
 def test_conversion_that_cannot_be_written(tmp_path, monkeypatch):
     path = write(tmp_path / "a.npz", save=np.savez_compressed)
 
-    def copy_members(_archive, _members, beside):
-        beside.write_text("a part")
+    def copy_members(_archive, _members, temporary):
+        temporary.write_text("a part")
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(generated_module, "_copy_members", copy_members)

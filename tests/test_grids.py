@@ -1,4 +1,4 @@
-"""Grids: their product, its names, their short versions, what is refused, and those that come with the package."""
+"""Grids: product, names, short versions, errors, and the grids in the package."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Folders and tars of images: which files are read, how they are labelled, and what is said of the rest."""
+"""Folders and tars of images: which files are read, their labels, and what is printed about the others."""
 
 import tarfile
 import zipfile
