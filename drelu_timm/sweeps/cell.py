@@ -18,7 +18,6 @@ from ..launch import Launch
 from ..results.result import read_result
 from ..training.config import TrainConfig, flag_defaults, resolve
 from ..training.model import check_start
-from ..training.objectives import make_objective
 from ..training.validation import ATTACKED, MARGIN_STEPS
 
 GRADIENT = 3  # A gradient costs about three forward passes: one forward, and a backward pass takes two.
@@ -120,12 +119,11 @@ class Cell:
             return None
         images = min(images, train.n_train or images)
         held_out = int(images * DATASETS[train.dataset].held_out)
-        objective = make_objective(train.objective, beta=train.beta)
-        steps = 0 if objective.raised is None else 1 if objective.single_step else train.steps
-        attack = 1 + steps * GRADIENT if steps else 0
+        is_robust = train.objective != "natural"
+        attack = 1 + train.steps * GRADIENT if is_robust else 0
         updates = 2 if train.objective in ("trades", "mart") else 1  # these see clean and adversarial images
         updates *= 2 if train.awp_gamma else 1
-        margin = 1 + MARGIN_STEPS * GRADIENT if steps else 0
+        margin = 1 + MARGIN_STEPS * GRADIENT if is_robust else 0
         validation = held_out + min(held_out, ATTACKED) * (train.steps * GRADIENT + 2 + margin)
         return train.epochs * ((images - held_out) * (attack + updates * GRADIENT) + validation)
 
