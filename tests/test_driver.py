@@ -228,7 +228,7 @@ def test_a_model_that_changes_during_the_evaluation_is_refused(toy):
     def changes(x):
         return model(x) * (1 if next(calls) < 30 else -1)
 
-    with pytest.raises(InputError, match="the model changed during the evaluation|do not fool the model"):
+    with pytest.raises(InputError, match=r"the model changed during the evaluation|do not fool the model"):
         evaluate_model(changes, images, labels, eps="8/255")
 
 
