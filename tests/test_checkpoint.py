@@ -52,7 +52,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "xyz"}, r"another model \(abc before, xyz now\)\. Give what it was started with, or delete it"),
+        ({"model": "xyz"}, r"another model \(abc before, xyz now\)\. Use the earlier value, or delete the folder"),
         ({"eps": [0.1]}, r"another eps \(\[0.1, 0.2\] before, \[0.1\] now\)"),
         ({"layout": 1}, r"another layout \(3 before, 1 now\)"),
         ({"seed": 1, "model": "x"}, r"another model \(abc before, x now\), another seed \(0 before, 1 now\)"),

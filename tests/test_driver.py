@@ -25,8 +25,8 @@ from drelu_timm.attacks.square import Square
 from drelu_timm.attacks.suites import ATTACKS
 from drelu_timm.data import images as decoded
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import processes
-from drelu_timm.evaluation.attacked import Attacked, label_margin
+from drelu_timm.evaluation import checkpoint
+from drelu_timm.evaluation.driver import Attacked, label_margin
 from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
 
 
@@ -245,8 +245,8 @@ def test_processes_wait_long_for_each_other(tmp_path, monkeypatch):
         asked.update(options)
         return SimpleNamespace(process_index=0, num_processes=1)
 
-    monkeypatch.setattr(processes, "PartialState", state)
-    processes.Processes(tmp_path)
+    monkeypatch.setattr(checkpoint, "PartialState", state)
+    checkpoint.Processes(tmp_path)
     assert asked["timeout"] == timedelta(days=1)
 
 

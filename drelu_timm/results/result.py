@@ -1,4 +1,4 @@
-"""Result of an evaluation, as its JSON file holds it: the one schema for evaluate, export, report and sweep."""
+"""Result of an evaluation, as its JSON file holds it; the schema for evaluate, export, report and sweep."""
 
 import re
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ from ..errors import InputError
 from ..files import read_json
 from ..schema import Constraint, Count, Share, Text, Whole, dump, load, one_of
 
-ROUNDING = 1e-9  # of shares that are equal
+ROUNDING = 1e-9  # largest difference between equal shares
 
 Word = Literal["sound", "undecided", "masked"]
-VERDICTS: tuple[Word, ...] = get_args(Word)  # from good to bad
+VERDICTS: tuple[Word, ...] = get_args(Word)  # from best to worst
 
 
 def _is_eps(value: Any) -> bool:
@@ -36,10 +36,10 @@ class Verdict:
     """Whether white-box robust accuracies can be believed.
 
     Attributes:
-        verdict: "sound": white-box attacks find nearly all that is to be found; "masked": they do not, by far;
-            "undecided": neither is shown.
-        evidence: A sentence for each signal.
-        numbers: The same by name: shares in [0, 1] of the ``examples`` that were probed.
+        verdict: "sound": white-box attacks find nearly all adversarial examples that other attacks find; "masked": they
+            miss many; "undecided": neither is shown.
+        evidence: A sentence per signal.
+        numbers: The signals by name: shares in [0, 1] of the ``examples`` that were probed.
     """
 
     verdict: Annotated[Word, one_of(VERDICTS, "a verdict on gradient masking")]
@@ -52,13 +52,13 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class CarliniWagner:
-    """What a minimum-norm attack shows in addition to a robust accuracy.
+    """Result of a minimum-norm attack, in addition to a robust accuracy.
 
     Attributes:
-        median_l2: Median L2 distance it needs over the correctly classified examples; None where it fools the model on
-            fewer than half of them.
-        budget: An L2 radius: eps for L2; for Linf that of the corners of the epsilon ball, eps * sqrt(C * H * W).
-        accuracy_at_budget: Share of all examples that are right and have no adversarial example found within it.
+        median_l2: Median L2 distance over the correctly classified examples; None if it fools the model on fewer than
+            half of them.
+        budget: L2 radius: eps for L2; for Linf the distance of the corners of the epsilon ball, eps * sqrt(C * H * W).
+        accuracy_at_budget: Share of all examples that are correct and have no adversarial image within the budget.
     """
 
     median_l2: float | None
@@ -72,17 +72,17 @@ class EpsResult:
 
     Attributes:
         eps: As written.
-        settings: For each attack, what decides what it finds.
+        settings: Settings of each attack.
         clean: Clean accuracy in [0, 1].
         accuracy: Robust accuracy in [0, 1] under each attack, or column of several attacks such as "autoattack".
         worst: Share of the examples on which neither an attack nor a probe for masking fooled the model.
-        sequences: For each column of several attacks, the accuracy that each of its attacks left, with those before it.
-        zero_gradient_share: Of the examples classified right, those with an input gradient (of the cross-entropy) of
+        sequences: For each column of several attacks, the accuracy after each of them.
+        zero_gradient_share: Share of the correctly classified examples whose input gradient (of the cross-entropy) is
             exactly zero.
-        cw_l2: Of the suites that hold "cw-l2".
-        verdict: On gradient masking.
-        seconds: Wall-clock time, of a sweep that of the whole; without what was measured before it resumed.
-        attack_seconds: The same for each attack of the suite; without those that had started before it resumed.
+        cw_l2: For the suites with "cw-l2".
+        verdict: Verdict on gradient masking.
+        seconds: Wall-clock time, of a whole sweep; without the time before it resumed.
+        attack_seconds: Wall-clock time of each attack of the suite that started after the evaluation resumed.
     """
 
     eps: Eps
@@ -104,17 +104,17 @@ class EpsResult:
 
     @property
     def accuracies(self) -> dict[str, float]:
-        """Those of ``accuracy``, and of the first attack of each sequence, which saw all examples."""
+        """``accuracy``, and that of the first attack of each sequence, which saw all examples."""
         first = [next(iter(stages.items())) for stages in self.sequences.values() if stages]
         return {**dict(first), **self.accuracy}
 
     @property
     def columns(self) -> set[str]:
-        """The attacks that there is an accuracy for; "cw-l2" is the one at its L2 budget."""
+        """Attacks with an accuracy; that of "cw-l2" is at its L2 budget."""
         return {*self.accuracies} - {"cw-l2"} | ({"cw-l2"} if self.cw_l2 else set())
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a file holds of it."""
+        """Return the JSON content."""
         content = {one.name: dump(getattr(self, one.name)) for one in fields(EpsResult)}
         times = {attack: round(seconds, 1) for attack, seconds in self.attack_seconds.items()}
         return content | {"seconds": round(self.seconds, 1), "attack_seconds": times}
@@ -122,7 +122,7 @@ class EpsResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Further:
-    """Another evaluation of the same weights whose images count in a published worst case; as of `Result`."""
+    """Another evaluation of the same weights that counts in a published worst case; its fields are as in `Result`."""
 
     suite: str
     eps: Annotated[str | tuple[str, ...], _ONE_EPS_OR_SEVERAL]
@@ -142,25 +142,25 @@ class Result:
     Attributes:
         run: Run directory, timm name, or RobustBench's key, as given; None once published, like ``command``.
         model: Architecture, or the name again.
-        dataset: Its name, such as "cifar10".
-        dataset_title: What it is called, such as "CIFAR-10 (JPEG copy)".
+        dataset: Name, such as "cifar10".
+        dataset_title: Name in tables, such as "CIFAR-10 (JPEG copy)".
         norm: "Linf" or "L2".
         eps: As written; of a sweep all of them, from the smallest.
-        suite: Of attacks.
-        n_examples: Number of test images, the first of the test set.
-        seed: Keys all randomness.
-        precision: What attacks searched in, such as "float32".
+        suite: Name of the suite of attacks.
+        n_examples: Number of test images, from the first.
+        seed: Key of all randomness.
+        precision: Precision of the search, such as "float32".
         transfer_from: A second model whose adversarial images were tried.
         model_digest: sha256 of the weights file; None for weights that timm or RobustBench downloads.
-        points: At each eps.
+        points: Accuracies at each eps.
         processes: Number of processes that shared the work.
-        versions: Of packages.
-        hardware: In words.
-        command: That made it.
-        git_revision: Of the checkout; None of an installed package.
-        adversarial_sha256: Of the file of adversarial images; None of a sweep, which keeps none.
+        versions: Versions of packages.
+        hardware: Description of the machine.
+        command: Command line that wrote it.
+        git_revision: Revision of the checkout; None for an installed package.
+        adversarial_sha256: sha256 of the file of adversarial images; None for a sweep, which keeps none.
         further: Of a published result, the other evaluations that count in its worst case.
-        path: The file it was read from, if any.
+        path: File that it was read from, if any.
     """
 
     run: str | None = None
@@ -187,10 +187,10 @@ class Result:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], path: Path) -> "Result":
-        """Make a result of what a file holds.
+        """Return the result in a file's JSON content.
 
         Raises:
-            InputError: A field is missing or holds something else, an attack that no suite names, or a worst case
+            InputError: A field is missing or of another type, an attack has an impossible name, or the worst case is
                 above another accuracy.
         """
         several = isinstance(content.get("eps"), list)
@@ -200,11 +200,11 @@ class Result:
         for point in result.points:
             _check_point(path, point)
         if several and result.eps != tuple(point.eps for point in result.points):
-            raise InputError(f"{path} has other radii in its curve than under eps; evaluate anew")
+            raise InputError(f"{path} has other radii in its curve than under eps. Evaluate again.")
         return result
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a file holds of it: of one eps the fields of its point among its own, of several a curve."""
+        """Return the JSON content, with the fields of the only eps among its own, or with a curve of several."""
         points = [point.to_json() for point in self.points]
         content = self.identity() | ({"curve": points} if self.is_sweep else points[0])
         content |= {name: dump(getattr(self, name)) for name in _AFTER_POINTS}
@@ -212,23 +212,23 @@ class Result:
         return {name: value for name, value in content.items() if name not in left_out}
 
     def identity(self) -> dict[str, Any]:
-        """Return what was evaluated and how, as in a file."""
+        """Return the fields that describe what was evaluated, and how."""
         return {name: dump(getattr(self, name)) for name in _BEFORE_POINTS}
 
     def published(self) -> "Result":
-        """Return it without what concerns this machine only: paths and the command."""
+        """Return the result without paths and the command, which concern one machine only."""
         source = self.transfer_from and Path(self.transfer_from).name
         return replace(self, run=None, command=None, transfer_from=source, path=None)
 
     @property
     def file(self) -> Path:
-        """The file it was read from."""
+        """File that it was read from."""
         assert self.path is not None
         return self.path
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it is over several eps."""
+        """Whether it is at several eps."""
         return not isinstance(self.eps, str)
 
     @property
@@ -243,17 +243,17 @@ class Result:
 
     @property
     def images(self) -> tuple[str, str, str]:
-        """Which images it is of, and in which norm."""
+        """Dataset, its title, and the norm."""
         return self.dataset, self.dataset_title, self.norm
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What the numbers have to be read with."""
+        """Versions, hardware and revision that the numbers depend on."""
         return {"versions": self.versions, "hardware": self.hardware, "git_revision": self.git_revision}
 
     @property
     def measured_with(self) -> str:
-        """Hardware and versions in a line."""
+        """Hardware and versions in one line."""
         return f"{self.hardware}; {', '.join(f'{package} {version}' for package, version in self.versions.items())}"
 
 
@@ -261,26 +261,26 @@ _NAMES = [one.name for one in fields(Result) if one.name != "path"]
 _BEFORE_POINTS = _NAMES[: _NAMES.index("points")]
 _AFTER_POINTS = _NAMES[_NAMES.index("points") + 1 :]
 _ATTACK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_NO_ATTACKS = {"clean", "worst", "net", "training", "masking", "images", "seeds"}  # what else has a column in tables
+_NO_ATTACKS = {"clean", "worst", "net", "training", "masking", "images", "seeds"}  # other columns of tables
 
 
 def _check_point(path: Path, point: EpsResult) -> None:
     names = {*point.accuracy, *point.settings, *point.sequences}
     if strange := sorted(name for name in names if name in _NO_ATTACKS or not _ATTACK.fullmatch(name)):
-        raise InputError(f"{path} names an attack {strange[0]!r}, which no suite does; evaluate anew")
+        raise InputError(f"{path} names an attack {strange[0]!r}, which no suite has. Evaluate again.")
     if point.worst > min([point.clean, *point.accuracy.values()]) + ROUNDING:
-        raise InputError(f"{path} has a worst case above another of its accuracies; evaluate anew")
+        raise InputError(f"{path} has a worst case above another of its accuracies. Evaluate again.")
 
 
 def read_result(path: Path) -> Result:
     """Read a result file, of one eps or of several.
 
     Raises:
-        InputError: It is cut short, of another version, or holds something other than accuracies and verdicts.
+        InputError: It is cut short, of another version, or a field has an impossible value.
     """
     return Result.from_json(read_json(path), path)
 
 
 def best_sweep(sweeps: Iterable[Result]) -> Result | None:
-    """Return the one on the most examples, then at the most eps; None of none."""
+    """Return the sweep with the most examples, then the most eps; None if there is none."""
     return max(sweeps, key=lambda sweep: (sweep.n_examples, len(sweep.points)), default=None)

@@ -22,7 +22,7 @@ from ..launches import Launch
 from ..preemption import Preempted, noticed_sigterm
 from ..reports.outcomes import Outcome
 from ..reports.reading import read_outcomes
-from ..results.display import VERDICT_COLOURS
+from ..results.plotting import VERDICT_COLORS
 from .cell import Cell
 from .jobs import CellJob, Executor, Pending, Refused
 
@@ -271,4 +271,4 @@ def _row(ended: Ended) -> tuple[str, str, str, str]:
     if ended.error or ended.outcome is None:
         return "", "", "", "[red]failed" if ended.error else ""
     at, verdict = ended.outcome.at, ended.outcome.verdict
-    return at.eps, f"{100 * at.clean:.1f}", f"{100 * at.worst:.1f}", f"[{VERDICT_COLOURS[verdict]}]{verdict}"
+    return at.eps, f"{100 * at.clean:.1f}", f"{100 * at.worst:.1f}", f"[{VERDICT_COLORS[verdict]}]{verdict}"
