@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import gettempdir
@@ -97,20 +97,16 @@ def judge(entry: Entry, model: nn.Module, *, suite: str, seed: int) -> dict[str,
     }
 
 
-def measure(entries: Iterable[Entry], folder: Path, *, seed: int) -> Iterable[Row]:
-    """Yield a row for every entry."""
-    code = source_digest()
-    for entry in entries:
-        kept = Kept.of(entry, folder)
-        answer = Answer(**kept.measured("answer", lambda model: asdict(find_answer(entry, model))))
-        rivals = Rivals(**kept.measured("rivals", lambda model: asdict(ask_rivals(entry, model))))
-        ours = {
-            suite: kept.measured(
-                f"{suite}-{seed}-{code}", lambda model, suite=suite: judge(entry, model, suite=suite, seed=seed)
-            )
-            for suite in ("quick", "adaptive")
-        }
-        yield Row(entry, answer, rivals, ours["quick"], ours["adaptive"])
+def measure(entry: Entry, folder: Path, *, code: str, seed: int) -> Row:
+    """Return all that is measured of an entry."""
+    kept = Kept.of(entry, folder)
+
+    def judged(suite: str) -> dict[str, Any]:
+        return kept.measured(f"{suite}-{seed}-{code}", lambda model: judge(entry, model, suite=suite, seed=seed))
+
+    answer = Answer(**kept.measured("answer", lambda model: asdict(find_answer(entry, model))))
+    rivals = Rivals(**kept.measured("rivals", lambda model: asdict(ask_rivals(entry, model))))
+    return Row(entry, answer, rivals, judged("quick"), judged("adaptive"))
 
 
 def main() -> None:
@@ -128,7 +124,9 @@ def main() -> None:
         if unknown := [name for name in arguments.only if name not in by_name]:
             parser.error(f"--only {unknown[0]!r} is not a model of the test. Models: {', '.join(by_name)}.")
         entries = [by_name[name] for name in arguments.only]
-    rows = list(print_rows(measure(entries, arguments.folder, seed=arguments.seed), with_evidence=bool(arguments.only)))
+    code = source_digest()
+    measured = (measure(entry, arguments.folder, code=code, seed=arguments.seed) for entry in entries)
+    rows = list(print_rows(measured, with_evidence=bool(arguments.only)))
     if not arguments.only:
         print("\n" + matrix(rows))
 

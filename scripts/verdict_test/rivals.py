@@ -13,7 +13,7 @@ from drelu_timm.attacks.attack import Attack, Batch
 from drelu_timm.attacks.losses import cross_entropy, margin
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.square import Square
-from drelu_timm.evaluation.attacked import Attacked
+from drelu_timm.evaluation.driver import Attacked
 from drelu_timm.models.modes import frozen
 
 from .roster import Entry
