@@ -24,15 +24,15 @@ class EstimatedPGD(Attack):
     that the estimate follows a smoothed model: rounding and shattered gradients vanish in it.
 
     Attributes:
-        steps: Number of steps.
-        samples: Directions per step; each costs two queries.
+        n_queries: Number of queries at most.
+        samples: Directions per step; each costs two queries, and the step's end one.
         relative_width: Length of a difference, in units of eps.
         relative_step_size: First step, in units of eps; it falls to a fifth of it.
         momentum: Share of the earlier estimates that is kept at each step. It averages over more directions.
     """
 
     kind: ClassVar[Kind] = "black-box"
-    steps: int = 25
+    n_queries: int = 1225
     samples: int = 24
     relative_width: float = 0.5
     relative_step_size: float = 0.4
@@ -40,23 +40,25 @@ class EstimatedPGD(Attack):
 
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Search for adversarial images; see `Attack.run`."""
+        per_step = 2 * self.samples + 1
+        steps = self.n_queries // per_step
         found = batch.images.clone()
-        spent = torch.full_like(batch.labels, 2 * self.steps * self.samples)
+        spent = torch.full_like(batch.labels, steps * per_step)
         ended = torch.zeros_like(batch.labels, dtype=torch.bool)
         left = torch.arange(len(batch), device=batch.labels.device)
         generators = generators_of(batch.seeds)
         images, labels, points = batch.images, batch.labels, batch.images
         mean = torch.zeros_like(images)
-        for step in range(self.steps):
+        for step in range(steps):
             directions = _directions(generators, self.samples, images)
             mean = self.momentum * mean + self._estimated(model, points, labels, directions, threat_model)
-            size = self.relative_step_size * (1 - 0.8 * step / self.steps) * threat_model.eps
+            size = self.relative_step_size * (1 - 0.8 * step / steps) * threat_model.eps
             points = threat_model.project(threat_model.ascend(points, mean, size), images)
             with torch.no_grad():
                 wrong = model(points).argmax(dim=1) != labels
             found[left] = points
             if wrong.any():
-                ended[left[wrong]], spent[left[wrong]] = True, 2 * (step + 1) * self.samples
+                ended[left[wrong]], spent[left[wrong]] = True, (step + 1) * per_step
                 generators = [own for own, gone in zip(generators, wrong.tolist(), strict=True) if not gone]
                 left, images, labels, points, mean = (tensor[~wrong] for tensor in (left, images, labels, points, mean))
             if not len(left):

@@ -43,7 +43,7 @@ def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Pro
     """Return the probes for a model in their order; each one gets the examples that the earlier ones left.
 
     White-box attacks come first. They cost at most 255 gradients (230 without the adaptive attack) and 500 queries per
-    example, nearly all of them on examples that stay correct. `STRONGER`, the last one, costs 1,200 queries more and is
+    example, nearly all of them on examples that stay correct. `STRONGER`, the last one, costs 1,225 queries more and is
     only for models that `is_suspicious`.
 
     Args:
@@ -189,6 +189,7 @@ def is_suspicious(flags: Mapping[str, Tensor], gradients: Mapping[str, Tensor], 
     return (
         any(_share(flag) > _SUSPICIOUS for flag in useless)
         or _share(found) > _SUSPICIOUS_GAP
+        or _share(broken["margin"]) > _SUSPICIOUS  # PGD on the cross-entropy missed much
         or bool(flags["unsteady"].any())
     )
 

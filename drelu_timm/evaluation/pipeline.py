@@ -13,12 +13,15 @@ from ..attacks.adaptive import Transfer
 from ..attacks.attack import Batch
 from ..attacks.suites import Suite, single_attacks
 from ..attacks.threat_model import ThreatModel
+from ..data.images import as_float
 from ..errors import InputError
 from ..results.examples import Adversarial, Broken, Rows, share
 from ..results.result import CarliniWagner, EpsResult, Verdict
+from . import layers
 from .checkpoint import Measurement
 from .driver import DRAWS, Attacked, AttackOutcome, Driver, example_seed, label_margin
 from .fidelity import EXAMINED, FLAGS, gradient_flags
+from .layers import HidingLayer
 from .masking import MOST_PROBED, PROBED, SIGNALS, STRONGER, is_suspicious, probes, probing_order, signals
 from .user_model import UserModel
 from .verdicts import needs_more_examples, verdict
@@ -200,10 +203,18 @@ def run_probes(driver: Driver, position: int, columns: Suite, clean: CleanPass, 
         examples[order[:count]] = True
         broken, outcomes = _probed(driver, position, examples, clean, gradients, suite_run, measured)
         flags = {name: flag[examples] for name, flag in clean.signals.items()}
-        found = verdict(driver.labels[examples], flags, gradients, broken, hidden[examples])
+        hiding = _hiding_layers(driver, order) if is_suspicious(flags, gradients, broken) else []
+        found = verdict(driver.labels[examples], flags, gradients, broken, hidden[examples], hiding)
         if count >= min(len(order), MOST_PROBED) or not needs_more_examples(found):
             return ProbeRun(outcomes, found)
         count *= 2
+
+
+def _hiding_layers(driver: Driver, positions: Tensor) -> list[HidingLayer]:
+    if not isinstance(driver.model, UserModel):
+        return []
+    images = driver.images[positions[: layers.EXAMINED].to(driver.images.device)]
+    return layers.hiding_layers(driver.model, as_float(images.to(driver.device)))
 
 
 def _gradient_flags(driver: Driver, positions: Tensor) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """The verdict on gradient masking from the signals, the probes and the attacks of a suite, and its evidence."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
 from ..results.result import Verdict, Word
+from .layers import HidingLayer
 from .masking import FAR, STRONGER, WHITE_BOX, is_suspicious
 
 # Set on the models of scripts/masking_battery.py and on the development set of scripts/verdict_test.
@@ -41,6 +42,7 @@ def verdict(
     gradients: Mapping[str, Tensor],
     broken: Mapping[str, Tensor],
     hidden: Tensor,
+    layers: Sequence[HidingLayer] = (),
 ) -> Verdict:
     """Return the verdict of the signals, the probes and the attacks of a suite.
 
@@ -50,6 +52,7 @@ def verdict(
         gradients: Those of `fidelity.gradient_flags`, on a part of these examples.
         broken: By probe, [n]: the examples on which it fooled the model; False for examples that it did not get.
         hidden: [n], the examples that the suite's white-box attacks left and another of its attacks did not.
+        layers: Layers that hide the gradient, for the evidence only.
     """
     if not len(labels):
         nothing = "No example is classified correctly, so there is nothing to attack."
@@ -75,7 +78,7 @@ def verdict(
         numbers[f"{name}_low"], numbers[f"{name}_high"] = float(interval.low), float(interval.high)
     numbers["suspicious"] = float(is_suspicious(flags, gradients, broken))
     word = _conclusion(numbers)
-    return Verdict(word, tuple(_evidence(numbers, word)), numbers)
+    return Verdict(word, (*_evidence(numbers), *map(str, layers), *_advice(numbers, word, layers)), numbers)
 
 
 def needs_more_examples(found: Verdict) -> bool:
@@ -107,8 +110,8 @@ def _conclusion(numbers: Mapping[str, float]) -> Word:
     return "sound" if found_all and looked and enough and not numbers["unsteady"] else "undecided"
 
 
-def _evidence(numbers: Mapping[str, float], word: Word) -> Iterator[str]:
-    """Yield a sentence per signal; those that decide come first, what to do next comes last."""
+def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
+    """Yield a sentence per signal; those that decide come first."""
 
     def percent(name: str) -> str:
         return f"{100 * numbers[name]:.1f} %"
@@ -150,19 +153,24 @@ def _evidence(numbers: Mapping[str, float], word: Word) -> Iterator[str]:
     for name, sentence in _SENTENCES.items():
         if f"broken_by_{name}" in numbers:
             yield sentence.format((with_interval if f"broken_by_{name}" in _GAPS else percent)(f"broken_by_{name}"))
-    yield from _advice(numbers, word)
 
 
-def _advice(numbers: Mapping[str, float], word: Word) -> Iterator[str]:
+def _advice(numbers: Mapping[str, float], word: Word, layers: Sequence[HidingLayer]) -> Iterator[str]:
     """Yield what a user can do next."""
-    if word != "sound":
-        yield "The worst case is an upper bound of the robust accuracy: stronger attacks can find more."
+    if word == "sound":
+        return
+    yield "The worst case is an upper bound of the robust accuracy: stronger attacks can find more."
+    if kinds := dict.fromkeys(type(hiding.layer).__name__ for hiding in layers if hiding.name):
+        yield (
+            f"Register what attacks differentiate instead of {' and '.join(kinds)}, for example the identity: "
+            f"attacks.adaptive.backward.register({next(iter(kinds))}, lambda layer, x, clamp: x)."
+        )
     if word == "masked":
         yield (
-            "Register what attacks differentiate for the layer that hides the gradient (attacks.adaptive.backward), or "
-            "give --transfer-from a model without it: for preprocessing and purification, the undefended model."
+            "Evaluate with --transfer-from a model without the trick: for preprocessing and purification, the "
+            "undefended model."
         )
-    if word == "undecided" and numbers["examples"] < _FEWEST:
+    elif numbers["examples"] < _FEWEST:
         yield f"A verdict can be sound from {_FEWEST} correctly classified examples on. Evaluate more."
-    elif word == "undecided" and not numbers["unsteady"]:
-        yield "The intervals include a limit. Evaluate more examples, or use --suite all."
+    elif not numbers["unsteady"]:
+        yield "A share is too close to its limit. Evaluate more examples."
