@@ -104,8 +104,8 @@ class Driver:
         batch_size: Images per pass, at most.
         search_dtype: Used by attacks; the images that they find are judged in float32.
         checkpoint: Measurements so far.
-        draws: Judgments of every image, the majority of which counts. Each sees the images in another order and every
-            second one in half batches.
+        draws: Judgments of every image, the majority of which counts. Each sees the images in another order, and two of
+            three in a half or a third of the batch.
         processes: The processes that share the work.
     """
 
@@ -267,7 +267,7 @@ class Driver:
         margins = []
         for draw in range(self.draws):
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(draw)).to(images.device)
-            logits = torch.cat([self.model(images[part]) for part in order.chunk(1 + draw % 2)])
+            logits = torch.cat([self.model(images[part]) for part in order.chunk(1 + draw % 3)])
             margins.append(label_margin(logits, labels[order])[order.argsort()])
         return torch.stack(margins).median(dim=0).values
 
