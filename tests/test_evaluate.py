@@ -366,7 +366,7 @@ def test_the_same_images_are_the_same_file(tmp_path):
         (lambda m, x, y: (m, x[:0], y[:0]), r"0 images and labels of shape \[0\]\. Use one label per image"),
         (lambda m, x, y: (m, x, y[:-1]), r"40 images and labels of shape \[39\]\. Use one label per image"),
         (lambda m, x, y: (m, x, y.float()), r"labels are torch.float32 .*Use integers from 0 to classes - 1"),
-        (lambda m, x, y: (m, x, y - 1), "labels are torch.int64 from -1\. Use integers"),
+        (lambda m, x, y: (m, x, y - 1), r"labels are torch.int64 from -1\. Use integers"),
         (lambda m, x, y: (m, x, y + 10), "the model has 6 outputs, the labels go up to 15"),
         (
             lambda m, x, y: (m, x[..., 1:], y),

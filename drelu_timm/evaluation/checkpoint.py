@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError, one_line
 from ..files import atomic_file
-from ..launches import PATIENCE, launched_on_cpu
+from ..launch import PATIENCE, launched_on_cpu
 
 LAYOUT = 3  # of the files; layouts 1 and 2 were files of JSON lines
 _COLUMN = "column "  # starts the name of a column's tensor

@@ -114,20 +114,9 @@ def evaluate_under(
 ) -> list[Evaluation]:
     """Evaluate a model under parsed threat models of one norm, from the smallest eps; see `evaluate_sweep`.
 
-    Args:
-        threat_models: As `parse_threat_models` returns them.
-        model: As for `evaluate_model`, like the arguments that follow.
-        images: [N, C, H, W].
-        labels: [N].
-        suite: Name of the suite.
-        seed: Key of all randomness.
-        batch_size: Images per pass, at most.
-        search_dtype: Used by attacks.
-        transfer_from: A second model.
-        state: Folder of the checkpoint.
-        called: Names of the model and of the second model in errors.
-        num_classes: Outputs that the models must have; by default any number above the labels.
-        processes: Processes that share the work; each of them makes the same call.
+    Args not described there are the names (``called``) of the model and of the second model in errors, the number of
+    outputs that they must have (by default any number above the labels), and the ``processes`` that share the work,
+    each of which makes the same call.
     """
     started, caller = time.monotonic(), Defaults.current()
     processes = processes or Processes()
