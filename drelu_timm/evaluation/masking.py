@@ -28,6 +28,7 @@ MOST_PROBED = 800  # where fewer do not decide
 
 _SUSPICIOUS = 0.1  # share of examples with a useless gradient above which `STRONGER` is needed
 _SUSPICIOUS_GAP = 0.02  # share that attacks without the gradient find in addition
+_SUSPICIOUS_MARGIN = 0.05  # share that PGD on the margin finds in addition to PGD on the cross-entropy
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def is_suspicious(flags: Mapping[str, Tensor], gradients: Mapping[str, Tensor], 
     return (
         any(_share(flag) > _SUSPICIOUS for flag in useless)
         or _share(found) > _SUSPICIOUS_GAP
-        or _share(broken["margin"]) > _SUSPICIOUS  # PGD on the cross-entropy missed much
+        or _share(broken["margin"]) > _SUSPICIOUS_MARGIN  # PGD on the cross-entropy missed much
         or bool(flags["unsteady"].any())
     )
 

@@ -31,7 +31,7 @@ class Answer:
         clean: Clean accuracy.
         pgd: Robust accuracy under 50 steps of PGD on the cross-entropy with the model's own gradient.
         robust: Robust accuracy under all attacks here.
-        stable: Whether the output is a function of the image alone.
+        stable: Whether the output is a function of the image alone. If not, the majority of `DRAWS` draws counts.
     """
 
     clean: float
@@ -40,21 +40,12 @@ class Answer:
     stable: bool
 
     @property
-    def is_masked(self) -> bool:
-        """Whether PGD overstates the robust accuracy by more than 10 points."""
-        return self.pgd - self.robust > 0.1
-
-    @property
-    def is_honest(self) -> bool:
-        """Whether the model is deterministic and PGD overstates its robust accuracy by at most 5 points."""
-        return self.stable and self.pgd - self.robust <= 0.05
-
-    @property
     def truth(self) -> str:
-        """One of "masked", "honest", "unstable" (and not masked), "between" (5 to 10 points)."""
-        if self.is_masked:
-            return "masked"
-        return "honest" if self.is_honest else "between" if self.stable else "unstable"
+        """One of "masked" (PGD overstates by more than 10 points), "honest" (at most 5), "between", and "unstable"."""
+        overstated = self.pgd - self.robust
+        if not self.stable:
+            return "unstable"
+        return "masked" if overstated > 0.1 else "honest" if overstated <= 0.05 else "between"
 
 
 class Judge:
