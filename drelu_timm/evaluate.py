@@ -12,6 +12,7 @@ as ``.json``, ``.csv`` and ``.png``. The folder ``.state`` next to them is the c
 resumes.
 """
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from .files import write_json, write_text
 from .results.examples import ADVERSARIAL, csv_text, sweep_csv_text
 from .results.plotting import draw_curve, require_matplotlib, verdict_at
 from .results.result import EpsResult, Result, read_result
+from .results.seal import images_digest, seal
 from .runs import environment
 
 
@@ -250,12 +252,15 @@ def _write(task: _Task, result: Result, evaluations: Sequence[Evaluation]) -> Re
     try:
         if adversarial is None:
             by_eps = {evaluation.eps: evaluation.rows for evaluation in evaluations}
-            write_text(path.with_suffix(".csv"), sweep_csv_text(by_eps))
+            rows = sweep_csv_text(by_eps)
             draw_curve(result.points, path.with_suffix(".png"), title=task.title)
         else:
-            write_text(path.with_suffix(".csv"), csv_text(evaluations[0].rows))
+            rows = csv_text(evaluations[0].rows)
             sha256 = adversarial.save(path.with_suffix(ADVERSARIAL), result.identity())
             result = replace(result, adversarial_sha256=sha256)
+        write_text(path.with_suffix(".csv"), rows)
+        sealed = seal(result, images=images_digest(task.images), rows=hashlib.sha256(rows.encode()).hexdigest())
+        result = replace(result, seal=sealed)
         write_json(path, result.to_json())
     except (OSError, SafetensorError) as error:
         raise InputError(

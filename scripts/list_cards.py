@@ -1,10 +1,10 @@
-"""The published models as a table: `python scripts/list_cards.py`, from model_cards/."""
+"""Print a table of the published models from model_cards/: `python scripts/list_cards.py`."""
 
 from pathlib import Path
 from statistics import mean
 
 from drelu_timm.files import read_json
-from drelu_timm.publishing.measured import Measured, from_record, percent, spread
+from drelu_timm.publishing.card import Card, percent, read_card, spread
 from drelu_timm.publishing.recipes import OBJECTIVES
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -13,10 +13,10 @@ RULE = "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |"
 
 
 def table() -> str:
-    """Markdown; a heading for every board, a row a card, by the mean of their worst cases."""
-    boards: dict[str, list[Measured]] = {}
+    """Return a Markdown table per threat model, one row per card, sorted by the mean worst case."""
+    boards: dict[str, list[Card]] = {}
     for path in sorted(CARDS.glob("*/*/*.json")):
-        measured = from_record(read_json(path), path)
+        measured = read_card(read_json(path), path)
         boards.setdefault(f"{measured.results.dataset_title}, {measured.threat_model}", []).append(measured)
     return "\n\n".join(
         "\n".join([f"{board}:", "", HEAD, RULE, *map(_row, sorted(cards, key=lambda card: -mean(_worst(card))))])
@@ -24,9 +24,9 @@ def table() -> str:
     )
 
 
-def _row(card: Measured) -> str:
+def _row(card: Card) -> str:
     train, point = card.config["train"], card.point
-    activation = train["activation"] or ("drelu" if train["model"].endswith("_drelu") else "as it is")
+    activation = train["activation"] or ("drelu" if train["model"].endswith("_drelu") else "unchanged")
     where = " everywhere" if train["placement"] == "all" else ""
     cells = [
         f"[{card.key}](model_cards/{card.place.as_posix()}.md)",
@@ -41,12 +41,12 @@ def _row(card: Measured) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _worst(card: Measured) -> list[float]:
+def _worst(card: Card) -> list[float]:
     return [seed.worst for seed in card.seeds] or [card.point.worst]
 
 
-def _spread(card: Measured) -> str:
-    """The mean with its standard deviation (n - 1), and of how many."""
+def _spread(card: Card) -> str:
+    """Return the mean with its standard deviation (n - 1) and the number of seeds."""
     worst = _worst(card)
     return f"{spread(worst, digits=1)} (n = {len(worst)})" if len(worst) > 1 else "-"
 

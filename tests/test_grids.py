@@ -187,7 +187,7 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[train]", "[train", r"cannot be read as TOML \(.+\); fix it there"),
+        ("[train]", "[train", r"cannot be read as TOML \(.+\)\. Correct it"),
         ("[train]", "[trian]", "'trian' is unknown; did you mean train"),
         ("seed =", "sed =", r"\[train\] 'sed' is unknown; did you mean seed"),
         ("cap_weight = [", "cap_wieght = [", r"\[\[method\]\] drelu: 'cap_wieght' is unknown; did you mean cap_weight"),
@@ -211,11 +211,11 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
         ("cap_lr = 1", "cap_lr = -1", "g, cell dense-natural-seed0: --cap-lr -1.0 must be a number above 0"),
         ('suite = "quick"', 'suite = "quik"', "g, cell dense-natural-seed0: --suite 'quik' is unknown; did you mean"),
         ('"0,0.05,0.1"', '"0,x"', "g, cell dense-natural-seed0: .*'x'"),
-        ('"0,0.05,0.1"', '"0.1,0.10"', "--eps 0.1,0.10 names 0.10 twice; give each radius once"),
-        ('"0,0.05,0.1"', '"0"', "--eps 0 leaves nothing to attack; give a radius above 0"),
+        ('"0,0.05,0.1"', '"0.1,0.10"', "--eps 0.1,0.10 names 0.10 twice. Name each radius once"),
+        ('"0,0.05,0.1"', '"0"', "--eps 0 leaves nothing to attack. Use a radius above 0"),
         ('"0,0.05,0.1"', '"0.1"', "two .*would write results/quick-Linf-0.1.json. Give them other suites"),
         ('suite = "quick"', 'eps = "0.2/2,0.1"', "names 0.1 twice"),
-        ('suite = "quick"', 'norm = "L2"', "g, cell .*: --norm L2 needs --eps: 0.1 is a radius for Linf"),
+        ('suite = "quick"', 'norm = "L2"', "g, cell .*: --norm L2 needs --eps: the default 0.1 is a radius for Linf"),
         ('suite = "quick"', 'eps = "0.01,0.1"', "two .*would write sweeps/quick-Linf-up-to-0.1.json"),
         ('suite = "quick"', 'dataset = "mnits"', "--dataset 'mnits' is unknown; did you mean mnist"),
     ],

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attack import Attack, Batch, Candidates, Kind
-from .losses import margin
+from .attack import Attack, Batch, Candidates, Kind, margin
 from .pgd import generators_of
 from .threat_model import ThreatModel
 

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attacks.adaptive import Transfer
-from ..attacks.attack import Attack, Batch, Candidates
-from ..attacks.losses import margin
+from ..attacks.attack import Attack, Batch, Candidates, margin
 from ..attacks.threat_model import ThreatModel, per_image
 from ..data.images import as_float
-from ..models.modes import device_of
+from ..models.inference import device_of
 from .checkpoint import Checkpoint, Measurement, Processes
 
 DRAWS = 11  # judgments of an image where a model's output is not a function of the image; odd, so that most decide
@@ -96,7 +95,7 @@ class Driver:
     """Runs measurements of a model on examples, batch by batch, and keeps them in a checkpoint.
 
     Attributes:
-        model: Frozen, see `models.modes.frozen`; a user's model is a `UserModel`.
+        model: Frozen, see `models.inference.frozen`; a user's model is a `UserModel`.
         images: [N, C, H, W], floats in [0, 1] or uint8, on any device.
         labels: [N], on the CPU.
         threat_models: All of one norm, from the smallest eps.

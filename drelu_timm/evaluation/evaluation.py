@@ -19,8 +19,8 @@ from ..attacks.adaptive import Transfer, substitutable_layers
 from ..attacks.attack import Attack
 from ..attacks.suites import Suite, find_suite
 from ..attacks.threat_model import ThreatModel, parse_threat_models
-from ..digests import digest
 from ..errors import DReLUWarning, InputError
+from ..hashing import digest
 from .checkpoint import Checkpoint, Processes
 from .config import PRECISIONS
 from .driver import Driver

@@ -11,7 +11,7 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from ..attacks.losses import targeted_margin
+from ..attacks.attack import targeted_margin
 from ..attacks.pgd import generators_of
 
 EXAMINED = 60  # examples

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..data.images import as_float
-from ..digests import digest, model_digest
 from ..errors import InputError, one_line
-from ..models.modes import channels_last, device_of, frozen
+from ..hashing import digest, model_digest
+from ..models.inference import channels_last, device_of, frozen
 from .functions import FunctionModel
 
 AnyModel = nn.Module | Callable[[Tensor], Tensor]

@@ -3,26 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
-from ..results.result import Verdict, Word
+from ..results.result import CHANCE_TELLS_BELOW, FEWEST, GAPS, Verdict, Word, conclusion, share_interval
 from .layers import HidingLayer
 from .masking import FAR, STRONGER, WHITE_BOX, is_suspicious
-
-# Set on the models of scripts/masking_battery.py and on the development set of scripts/verdict_test.
-_MASKED_ABOVE = 0.05  # share of examples that some attacks miss and others do not; 4 % on long-trained ReLU models
-_SOUND_BELOW = 0.10
-_UNION_MASKED_ABOVE = 0.08  # the same for all gaps together
-_UNION_SOUND_BELOW = 0.13
-_FEWEST = 100  # examples for "sound"
-# Adversarial training with caps, whose zero gradients hide nothing at eps, leaves some 20 % there.
-_STUCK_ABOVE = 1 / 3  # of the examples beyond chance that stay correct at an eps where nothing can be robust
-_CHANCE_TELLS_BELOW = 0.7  # above it, too few examples are beyond chance
-
-# Shares of examples that an attack misses, and that another one finds by scaled logits, by more starting points, or
-# without following the gradient at the point alone.
-_GAPS = ("broken_by_rescaled", "broken_by_restarts", "hidden")
 
 _SENTENCES = {  # by probe, on examples that the earlier ones left
     "rescaled": "PGD on rescaled logits, which saturate no softmax, fools the model on {} that PGD left.",
@@ -69,15 +54,13 @@ def verdict(
         "hidden": ~white_box & others,
         "stuck": ~white_box & ~broken[FAR],
     }
-    shares["any_gap"] = torch.stack([shares[name] for name in _GAPS]).any(dim=0)
+    shares["any_gap"] = torch.stack([shares[name] for name in GAPS]).any(dim=0)
     numbers = {"examples": len(labels), "chance": int(labels.bincount().max()) / len(labels)}
     numbers |= {name: float(flag.double().mean()) for name, flag in shares.items()}
-    for name in (*_GAPS, "any_gap", "stuck"):
-        # Of a binomial share (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
-        interval = binomtest(int(shares[name].sum()), len(labels)).proportion_ci(0.95, method="wilson")
-        numbers[f"{name}_low"], numbers[f"{name}_high"] = float(interval.low), float(interval.high)
+    for name in (*GAPS, "any_gap", "stuck"):
+        numbers[f"{name}_low"], numbers[f"{name}_high"] = share_interval(int(shares[name].sum()), len(labels))
     numbers["suspicious"] = float(is_suspicious(flags, gradients, broken))
-    word = _conclusion(numbers)
+    word = conclusion(numbers)
     return Verdict(word, (*_evidence(numbers), *map(str, layers), *_advice(numbers, word, layers)), numbers)
 
 
@@ -88,26 +71,6 @@ def needs_more_examples(found: Verdict) -> bool:
 
 def _any(broken: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
     return torch.stack([broken[name] for name in names]).any(dim=0)
-
-
-def _limits(numbers: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
-    """Yield shares by name, above which limit the model is masked, and below which one it can be sound."""
-    for gap in _GAPS:
-        yield gap, _MASKED_ABOVE, _SOUND_BELOW
-    yield "any_gap", _UNION_MASKED_ABOVE, _UNION_SOUND_BELOW
-    if numbers["chance"] < _CHANCE_TELLS_BELOW:
-        above = numbers["chance"] + (1 - numbers["chance"]) * _STUCK_ABOVE
-        yield "stuck", above, above
-
-
-def _conclusion(numbers: Mapping[str, float]) -> Word:
-    limits = list(_limits(numbers))
-    if any(numbers[f"{name}_low"] > masked_above for name, masked_above, _ in limits):
-        return "masked"
-    found_all = all(numbers[f"{name}_high"] < sound_below for name, _, sound_below in limits)
-    looked = not numbers["suspicious"] or f"broken_by_{STRONGER}" in numbers
-    enough = numbers["examples"] >= _FEWEST
-    return "sound" if found_all and looked and enough and not numbers["unsteady"] else "undecided"
 
 
 def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
@@ -124,7 +87,7 @@ def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
         f"{percent('withstand_white_box')} under every white-box attack, {percent('withstand_all')} under all attacks."
     )
     yield f"Attacks without the gradient, or with a repaired one, fool the model on {with_interval('hidden')} more."
-    if numbers["chance"] < _CHANCE_TELLS_BELOW:
+    if numbers["chance"] < CHANCE_TELLS_BELOW:
         yield (
             f"At an eps that reaches the gray image from everywhere, at most {percent('chance')} (chance) can stay "
             f"correct; white-box PGD leaves {with_interval('stuck')}."
@@ -152,7 +115,7 @@ def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
         )
     for name, sentence in _SENTENCES.items():
         if f"broken_by_{name}" in numbers:
-            yield sentence.format((with_interval if f"broken_by_{name}" in _GAPS else percent)(f"broken_by_{name}"))
+            yield sentence.format((with_interval if f"broken_by_{name}" in GAPS else percent)(f"broken_by_{name}"))
 
 
 def _advice(numbers: Mapping[str, float], word: Word, layers: Sequence[HidingLayer]) -> Iterator[str]:
@@ -170,7 +133,7 @@ def _advice(numbers: Mapping[str, float], word: Word, layers: Sequence[HidingLay
             "Evaluate with --transfer-from a model without the trick: for preprocessing and purification, the "
             "undefended model."
         )
-    elif numbers["examples"] < _FEWEST:
-        yield f"A verdict can be sound from {_FEWEST} correctly classified examples on. Evaluate more."
+    elif numbers["examples"] < FEWEST:
+        yield f"A verdict can be sound from {FEWEST} correctly classified examples on. Evaluate more."
     elif not numbers["unsteady"]:
         yield "A share is too close to its limit. Evaluate more examples."

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..attacks.threat_model import radius_of
-from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..files import atomic_file
+from ..hashing import sha256_of
 from .result import ROUNDING, EpsResult, Result
 
 ADVERSARIAL = ".adversarial.safetensors"  # the suffix of the file with the images, in place of the result's .json
@@ -147,11 +148,30 @@ def read_rows(result: Result, eps: str) -> Rows | None:
         raise InputError(f"{path} does not list the test images in order. Evaluate again.")
     try:
         rows = _rows(table, point, sweep=result.is_sweep)
-    except (KeyError, TypeError, ValueError) as error:
+    except (InputError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{path} is not a table of an evaluation ({error!r}). Evaluate again.") from error
+    _check_rows(path, result, rows, point)
+    return rows
+
+
+def _check_rows(path: Path, result: Result, rows: Rows, point: EpsResult) -> None:
+    """Check the rows against the accuracies of the result, and the columns of each row against each other."""
     if abs(share(rows.survivors) - point.worst) > ROUNDING:
         raise InputError(f"{result.path} has another worst case than the rows next to it. Evaluate again.")
-    return rows
+    if rows.robust.keys() != point.accuracy.keys():
+        return  # rows without a column per attack, of earlier versions
+    for name, accuracy in {"clean": point.clean, **point.accuracy}.items():
+        if abs(rows.shares[name] - accuracy) > ROUNDING:
+            raise InputError(
+                f"{path} has another {name} accuracy than {result.path}. Delete the result and evaluate again."
+            )
+    correct, robust = rows.predictions == rows.labels, torch.stack([*rows.robust.values()])
+    impossible = rows.survivors & ~(correct & robust.all(0)) | robust.any(0) & ~correct
+    if impossible.any():
+        raise InputError(
+            f"{path}: example {int(impossible.nonzero()[0])} is robust in one column and not in another. Evaluate "
+            "again."
+        )
 
 
 def _rows(table: Sequence[Mapping[str, str]], point: EpsResult, *, sweep: bool) -> Rows:
@@ -222,7 +242,7 @@ def read_adversarial(result: Result) -> Adversarial:
     """Read the images next to a result.
 
     Raises:
-        InputError: The file is missing, or its sha256 is not the one in the result.
+        InputError: The file is missing or malformed, or its sha256 is not the one in the result.
     """
     path = result.file.with_suffix(ADVERSARIAL)
     if not path.is_file() or sha256_of(path) != result.adversarial_sha256:
@@ -230,4 +250,17 @@ def read_adversarial(result: Result) -> Adversarial:
             f"{path} is missing, or not what the evaluation wrote (by its sha256). Delete the result and evaluate "
             "again."
         )
-    return Adversarial(**load_file(path))
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}). Delete the result and evaluate again.") from error
+    index, images = tensors.get("index"), tensors.get("images")
+    if index is None or index.dtype != torch.int64 or index.ndim != 1 or (index.diff() <= 0).any():
+        raise InputError(f"{path} has no ascending index of examples. Delete the result and evaluate again.")
+    if images is None or images.dtype != torch.float32 or images.ndim != 4 or len(images) != len(index):
+        raise InputError(
+            f"{path} has no float32 image for each example in its index. Delete the result and evaluate again."
+        )
+    if not ((images >= 0) & (images <= 1)).all():  # NaN fails too
+        raise InputError(f"{path} has pixels outside of [0, 1]. Delete the result and evaluate again.")
+    return Adversarial(index, images)

@@ -1,8 +1,9 @@
 """Result of an evaluation, as its JSON file holds it; the schema for evaluate, export, report and sweep."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -44,6 +45,47 @@ class Verdict:
 
     def __str__(self) -> str:
         return self.verdict
+
+
+# Set on the models of scripts/masking_battery.py and on the development set of scripts/verdict_test.
+MASKED_ABOVE = 0.05  # share of examples that some attacks miss and others do not; 4 % on long-trained ReLU models
+SOUND_BELOW = 0.10
+UNION_MASKED_ABOVE = 0.08  # the same for all gaps together
+UNION_SOUND_BELOW = 0.13
+# Adversarial training with caps, whose zero gradients hide nothing at eps, leaves some 20 % there.
+STUCK_ABOVE = 1 / 3  # of the examples beyond chance: share that stays correct at an eps where nothing can be robust
+CHANCE_TELLS_BELOW = 0.7  # above it, too few examples are beyond chance
+FEWEST = 100  # examples for "sound"
+# Shares of examples that an attack misses, and that another one finds by scaled logits, by more starting points, or
+# without following the gradient at the point alone.
+GAPS = ("broken_by_rescaled", "broken_by_restarts", "hidden")
+
+
+def conclusion(numbers: Mapping[str, float]) -> Word:
+    """Return the verdict on gradient masking that follows from its numbers, by name; see `Verdict`."""
+    if not numbers.get("examples"):
+        return "undecided"
+    limits = [(gap, MASKED_ABOVE, SOUND_BELOW) for gap in GAPS]
+    is_of_first_version = "any_gap" not in numbers  # 0.1.0 had neither the union, nor suspicion, nor fewest examples
+    if not is_of_first_version:
+        limits.append(("any_gap", UNION_MASKED_ABOVE, UNION_SOUND_BELOW))
+    if numbers["chance"] < CHANCE_TELLS_BELOW:
+        stuck_above = numbers["chance"] + (1 - numbers["chance"]) * STUCK_ABOVE
+        limits.append(("stuck", stuck_above, stuck_above))
+    if any(numbers[f"{name}_low"] > masked_above for name, masked_above, _ in limits):
+        return "masked"
+    found_all = all(numbers[f"{name}_high"] < sound_below for name, _, sound_below in limits)
+    looked = not numbers.get("suspicious") or "broken_by_estimated" in numbers
+    enough = is_of_first_version or numbers["examples"] >= FEWEST
+    return "sound" if found_all and looked and enough and not numbers["unsteady"] else "undecided"
+
+
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """Return the 95 % interval of a binomial share (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
+    from scipy.stats import binomtest  # 0.3 s, which commands that read a result may not need
+
+    interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +174,25 @@ class Further:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seal:
+    """Chain of sha256 digests over the parts of a result; see `results.seal`. It is no signature.
+
+    Attributes:
+        weights: Link of the model_digest.
+        images: Link of the test images and labels.
+        settings: Link of the threat model and the settings of every attack.
+        rows: Link of the .csv file.
+        result: Link of the .json file without its seal.
+    """
+
+    weights: str
+    images: str
+    settings: str
+    rows: str
+    result: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """Result of an evaluation: at one eps, or of a sweep at several.
 
@@ -156,6 +217,7 @@ class Result:
         git_revision: Revision of the checkout; None for an installed package.
         adversarial_sha256: sha256 of the file of adversarial images; None for a sweep, which keeps none.
         further: Of a published result, the other evaluations that count in its worst case.
+        seal: Of a result that is not published; None for version 0.1.0.
         path: File that it was read from, if any.
     """
 
@@ -179,6 +241,7 @@ class Result:
     git_revision: str | None
     adversarial_sha256: str | None = None
     further: tuple[Further, ...] = ()
+    seal: Seal | None = None
     path: Path | None = None
 
     @classmethod
@@ -206,7 +269,7 @@ class Result:
         points = [point.to_json() for point in self.points]
         content = self.identity() | ({"curve": points} if self.is_sweep else points[0])
         content |= {name: dump(getattr(self, name)) for name in _AFTER_POINTS}
-        left_out = [name for name in ("run", "command", "adversarial_sha256", "further") if not content[name]]
+        left_out = [name for name in ("run", "command", "adversarial_sha256", "further", "seal") if not content[name]]
         return {name: value for name, value in content.items() if name not in left_out}
 
     def identity(self) -> dict[str, Any]:
@@ -214,9 +277,9 @@ class Result:
         return {name: dump(getattr(self, name)) for name in _BEFORE_POINTS}
 
     def published(self) -> "Result":
-        """Return the result without paths and the command, which concern one machine only."""
+        """Return the result without paths, the command and the seal over them, which concern one machine only."""
         source = self.transfer_from and Path(self.transfer_from).name
-        return replace(self, run=None, command=None, transfer_from=source, path=None)
+        return replace(self, run=None, command=None, transfer_from=source, seal=None, path=None)
 
     @property
     def file(self) -> Path:
@@ -263,11 +326,41 @@ _NO_ATTACKS = {"clean", "worst", "net", "training", "masking", "images", "seeds"
 
 
 def _check_point(what: Path | str, point: EpsResult) -> None:
+    """Check the accuracies and the verdict at one eps against each other."""
     names = {*point.accuracy, *point.settings, *point.sequences}
     if strange := sorted(name for name in names if name in _NO_ATTACKS or not _ATTACK.fullmatch(name)):
         raise InputError(f"{what} names an attack {strange[0]!r}, which no suite has. Evaluate again.")
     if point.worst > min([point.clean, *point.accuracy.values()]) + ROUNDING:
         raise InputError(f"{what} has a worst case above another of its accuracies. Evaluate again.")
+    for name, accuracy in point.accuracies.items():
+        if accuracy > point.clean + ROUNDING:
+            raise InputError(f"{what} has an accuracy under {name} above the clean accuracy. Evaluate again.")
+    for column, after in point.sequences.items():
+        if any(later > earlier + ROUNDING for earlier, later in pairwise(after.values())):
+            raise InputError(f"{what} has accuracies of {column} that rise from attack to attack. Evaluate again.")
+        if column in point.accuracy and after and abs([*after.values()][-1] - point.accuracy[column]) > ROUNDING:
+            raise InputError(f"{what} has another accuracy under {column} than after its last attack. Evaluate again.")
+    _check_verdict(f"{what}: verdict at eps {point.eps}", point.verdict)
+
+
+def _check_verdict(what: str, verdict: Verdict) -> None:
+    """Check that a verdict follows from its numbers, if it has any."""
+    numbers = verdict.numbers
+    if not numbers:
+        return
+    shares = (*GAPS, "stuck", *(["any_gap"] if "any_gap" in numbers else []))
+    for name in shares if numbers.get("examples") else ():
+        examples, low_and_high = round(numbers["examples"]), (f"{name}_low", f"{name}_high")
+        if missing := [one for one in ("chance", "unsteady", name, *low_and_high) if one not in numbers]:
+            raise InputError(f"{what} has no number {missing[0]}. Evaluate again.")
+        count = round(numbers[name] * examples)
+        if not 0 <= count <= examples or abs(count - numbers[name] * examples) > 1e-6:
+            raise InputError(f"{what} has {name} {numbers[name]}, not a share of {examples} examples. Evaluate again.")
+        for one, expected in zip(low_and_high, share_interval(count, examples), strict=True):
+            if abs(numbers[one] - expected) > 1e-4:  # version 0.1.0 rounded a quantile to 1.96
+                raise InputError(f"{what} has {one} {numbers[one]:.4f} instead of {expected:.4f}. Evaluate again.")
+    if verdict.verdict != conclusion(numbers):
+        raise InputError(f"{what} is {verdict}, but its numbers give {conclusion(numbers)}. Evaluate again.")
 
 
 def read_result(path: Path) -> Result:

@@ -4,17 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from drelu_timm.models.modes import frozen
 from torch import Tensor, nn
 
 from drelu_timm.attacks.adaptive import Annealing, TargetedAnnealing, substitutable_layers
 from drelu_timm.attacks.apgd import APGD, TargetedAPGD
-from drelu_timm.attacks.attack import Attack, Batch
-from drelu_timm.attacks.losses import LOSSES
+from drelu_timm.attacks.attack import LOSSES, Attack, Batch
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.square import Square
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.evaluation.driver import Attacked
-from drelu_timm.models.modes import frozen
 
 from .roster import Entry
 from .training import task

@@ -5,16 +5,15 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from drelu_timm.models.modes import frozen
 from pyautoattack import checks
 from torch import Tensor, nn
 
 from drelu_timm.attacks.apgd import APGD, TargetedAPGD
-from drelu_timm.attacks.attack import Attack, Batch
-from drelu_timm.attacks.losses import cross_entropy, margin
+from drelu_timm.attacks.attack import Attack, Batch, cross_entropy, margin
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.square import Square
 from drelu_timm.evaluation.driver import Attacked
-from drelu_timm.models.modes import frozen
 
 from .roster import Entry
 from .training import task
