@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attack import Attack, Batch, Candidates, Kind, margin
 from .pgd import generators_of
-from .threat_model import ThreatModel
+from .threat_model import ThreatModel, per_image
 
 _FINE = 16  # height and width up to which every pixel has a random sign of its own
 
@@ -49,8 +49,7 @@ class EstimatedPGD(Attack):
         images, labels, points = batch.images, batch.labels, batch.images
         mean = torch.zeros_like(images)
         for step in range(steps):
-            directions = _directions(generators, self.samples, images)
-            mean = self.momentum * mean + self._estimated(model, points, labels, directions, threat_model)
+            mean = self.momentum * mean + self._estimated(model, points, labels, generators, threat_model)
             size = self.relative_step_size * (1 - 0.8 * step / steps) * threat_model.eps
             points = threat_model.project(threat_model.ascend(points, mean, size), images)
             with torch.no_grad():
@@ -66,29 +65,32 @@ class EstimatedPGD(Attack):
 
     @torch.no_grad()
     def _estimated(
-        self, model: nn.Module, points: Tensor, labels: Tensor, directions: Tensor, threat_model: ThreatModel
+        self,
+        model: nn.Module,
+        points: Tensor,
+        labels: Tensor,
+        generators: Sequence[torch.Generator],
+        threat_model: ThreatModel,
     ) -> Tensor:
-        """Return the gradient of the margin [B, C, H, W] from differences along directions [S, B, C, H, W]."""
+        """Return the gradient of the margin [B, C, H, W] from differences in random directions."""
         width = self.relative_width * threat_model.eps
         estimate = torch.zeros_like(points)
-        for direction in directions:
-            # Direction of length `width` for L2 and of +-width per pixel for Linf; inside [0, 1] on both sides.
+        for _ in range(self.samples):
+            direction = _direction(generators, points)
+            # Of length `width` for L2 and of +-width per pixel for Linf; in [0, 1] on both sides.
             ahead = threat_model.ascend(points, direction, width).clamp(0, 1)
             behind = threat_model.ascend(points, -direction, width).clamp(0, 1)
             gain = margin(labels)(model(ahead)) - margin(labels)(model(behind))
-            estimate += gain.view(-1, 1, 1, 1) * direction
+            estimate += per_image(gain, points) * direction
         return estimate
 
 
-def _directions(generators: Sequence[torch.Generator], samples: int, images: Tensor) -> Tensor:
-    """Return random signs [S, B, C, H, W] of each example's own generator; of larger images they are constant in parts.
+def _direction(generators: Sequence[torch.Generator], images: Tensor) -> Tensor:
+    """Return random signs [B, C, H, W] from each example's own generator; of larger images they are constant in parts.
 
     An estimate from few directions is useful only in a space of few dimensions.
     """
     _, channels, height, width = images.shape
     coarse = (channels, min(height, _FINE), min(width, _FINE))
-    drawn = torch.stack([torch.randint(0, 2, (samples, *coarse), generator=own) for own in generators], dim=1)
-    signs = (2 * drawn - 1).to(images)
-    if coarse[1:] != (height, width):
-        signs = F.interpolate(signs.flatten(0, 1), (height, width)).view(samples, *images.shape)
-    return signs
+    signs = torch.stack([2 * torch.randint(0, 2, coarse, generator=own) - 1 for own in generators]).to(images)
+    return signs if coarse[1:] == (height, width) else F.interpolate(signs, (height, width))

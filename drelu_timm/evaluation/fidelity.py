@@ -48,12 +48,13 @@ def gradient_flags(model: nn.Module, images: Tensor, labels: Tensor, seeds: Sequ
         gradient = _gradient(loss(logits).sum(), points)
     not_finite = ~gradient.isfinite().flatten(1).all(dim=1)
     gradient = gradient.nan_to_num(0, 0, 0)
-    shape = (_DIRECTIONS, *images.shape[1:])
-    signs = torch.stack([2 * torch.randint(0, 2, shape, generator=own) - 1 for own in generators_of(seeds)], dim=1)
+    generators = generators_of(seeds)
     error, size = (torch.zeros(len(images), dtype=torch.float64, device=images.device) for _ in range(2))
     rounding = _ROUNDING * logits.detach().abs().amax(dim=1).double()
     with torch.no_grad():
-        for direction, width in zip(signs.to(images), cycle(_HALF_WIDTHS)):
+        for _, width in zip(range(_DIRECTIONS), cycle(_HALF_WIDTHS)):
+            direction = torch.stack([torch.randint(0, 2, images.shape[1:], generator=own) for own in generators])
+            direction = (2 * direction - 1).to(images)
             derivative = (gradient * direction).flatten(1).sum(dim=1).double()
             ahead, behind = (loss(model(points + side * direction).float()).double() for side in (width, -width))
             difference = (ahead - behind) / (2 * width)

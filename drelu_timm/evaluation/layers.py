@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .user_model import UserModel
 
-EXAMINED = 16  # images
+EXAMINED = 8  # images: the inputs of all layers are in memory at once
 _DIRECTIONS = 8
 _RELATIVE_WIDTH = 0.05  # of a difference, in standard deviations of the layer's input: rounding has to show in it
 _ERROR_ABOVE = 0.6  # relative, of a derivative
