@@ -13,6 +13,7 @@ from drelu_timm.attacks.attack import Batch
 from drelu_timm.attacks.estimated import EstimatedPGD
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.threat_model import ThreatModel
+from drelu_timm.evaluation import pipeline
 from drelu_timm.evaluation.checkpoint import Checkpoint
 from drelu_timm.evaluation.driver import DRAWS, Driver
 from drelu_timm.evaluation.evaluation import evaluate_model
@@ -192,6 +193,20 @@ def test_draws_see_the_images_in_other_batches():
     driver = Driver(OfBatch(), images, labels, [ThreatModel.parse("Linf", 0.1)], 0, 8, Checkpoint(8), draws=DRAWS)
     together = replace(driver, draws=1).margin(images, labels)
     assert not torch.equal(driver.margin(images, labels), together)
+
+
+# How many examples are probed
+
+
+@pytest.mark.parametrize(("decided_at", "probed"), [(10, 20), (40, 40), (1000, 80)])
+def test_more_examples_are_probed_until_they_decide(monkeypatch, decided_at, probed):
+    monkeypatch.setattr(pipeline, "PROBED", 20)
+    monkeypatch.setattr(pipeline, "MOST_PROBED", 80)
+    monkeypatch.setattr(pipeline, "needs_more_examples", lambda found: found.numbers["examples"] < decided_at)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).requires_grad_(False)
+    images = torch.rand(100, 1, 2, 2)
+    found = evaluate_model(model, images, model(images).argmax(dim=1), eps=0.1).verdict
+    assert found.numbers["examples"] == probed
 
 
 # The verdict on kinds that it was wrong for

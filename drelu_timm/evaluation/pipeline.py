@@ -258,10 +258,10 @@ def _probed(
     left: dict[ThreatModel, Tensor] = {}
     flags = {name: flag[examples] for name, flag in clean.signals.items()}
     for probe in probes(driver.model, threat_model, driver.images[0].numel()):
-        so_far = {name: flag[examples] for name, flag in broken.items()}
-        if probe.name == STRONGER and not is_suspicious(flags, gradients, so_far):
-            continue
         stage = f"probe {probe.name} at {probe.threat_model.written}"
+        so_far = {name: flag[examples] for name, flag in broken.items()}
+        if probe.name == STRONGER and stage not in measured and not is_suspicious(flags, gradients, so_far):
+            continue
         remaining = left.setdefault(probe.threat_model, examples)
         within = replace(driver, threat_models=[probe.threat_model])
         counts = probe.threat_model == threat_model
