@@ -15,6 +15,7 @@ resumes.
 import hashlib
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -40,7 +41,7 @@ from .evaluation.checkpoint import Processes, launched
 from .evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
 from .evaluation.evaluation import Evaluation, evaluate_under
 from .evaluation.named_model import NamedModel, find_model
-from .files import write_json, write_text
+from .files import held, remove_leftovers, write_json, write_text
 from .results.examples import ADVERSARIAL, csv_text, sweep_csv_text
 from .results.plotting import draw_curve, require_matplotlib, verdict_at
 from .results.result import EpsResult, Result, read_result
@@ -95,6 +96,11 @@ class _Task:
         return result_path(self.target.results_folder, self.config.suite, self.threat_models)
 
     @property
+    def state(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.path.with_suffix(".state")
+
+    @property
     def title(self) -> str:
         """Title of the table and the plot."""
         largest = self.threat_models[-1]
@@ -131,19 +137,24 @@ def evaluate(config: EvaluateConfig) -> Path:
         The .json file; the other files are next to it.
 
     Raises:
-        InputError: A flag that cannot be used, or a result with other settings in the same place.
+        InputError: A flag that cannot be used, a result with other settings in the same place, or another process
+            that evaluates the same.
     """
     check_flags(config)
     with launched().main_process_first():  # which may have to download
         task = _find(config)
     if task.is_sweep:
         require_matplotlib()
-    if task.path.is_file():
-        result, title = _existing(task), f"{task.path} exists. Delete it to evaluate again."
+    is_first, exists = launched().is_main_process, task.path.is_file()
+    if exists and not task.state.exists():
+        result = _existing(task)
     else:
-        result, title = _measure(task), task.title
-    if launched().is_main_process:
-        _show(result, title)
+        lock = task.path.with_name(f".{task.path.name}.lock")
+        # The other processes of a launch wait for the first one in `Processes`, before they write anything.
+        with held(lock, str(task.path)) if is_first else nullcontext():
+            result = _measure(task)
+    if is_first:
+        _show(result, f"{task.path} exists. Delete it to evaluate again." if exists else task.title)
     return task.path
 
 
@@ -220,8 +231,15 @@ def _existing(task: _Task) -> Result:
 
 def _measure(task: _Task) -> Result:
     """Evaluate, and let the first process write the files."""
-    config, state = task.config, task.path.with_suffix(".state")
-    processes = Processes(state)
+    config = task.config
+    is_first = launched().is_main_process
+    if is_first:
+        remove_leftovers(task.path.parent, f"{task.path.stem}.*")
+    processes = Processes(task.state)
+    if task.path.is_file():  # of a process that ended before we had the lock, or was killed while it cleaned up
+        if is_first:
+            shutil.rmtree(task.state, ignore_errors=True)
+        return _existing(task)
     model, *source = [each.to(launched().device) for each in task.models]
     evaluations = evaluate_under(
         task.threat_models,
@@ -233,7 +251,7 @@ def _measure(task: _Task) -> Result:
         batch_size=config.batch_size,
         search_dtype=getattr(torch, config.precision),
         transfer_from=source[0] if source else None,
-        state=state,
+        state=task.state,
         called=(f"RUN {config.run}", f"--transfer-from {config.transfer_from}"),
         num_classes=len(task.images.classes),
         processes=processes,
@@ -267,7 +285,7 @@ def _write(task: _Task, result: Result, evaluations: Sequence[Evaluation]) -> Re
             f"{path} and the files next to it cannot be written ({one_line(error)}). What was measured is kept: make "
             "room and run the same command again."
         ) from error
-    shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
+    shutil.rmtree(task.state, ignore_errors=True)
     return result
 
 

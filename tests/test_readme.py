@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs, its commands parse."""
+"""Commands and Python code of the README run."""
 
 import re
 import shlex
@@ -116,6 +116,12 @@ def test_five_things_run_on_digits(tmp_path, monkeypatch, run, weights):
     assert len(list(tmp_path.glob("runs/x/results/*.json"))) == 2
 
 
-def test_the_published_models_are_those_of_the_cards():
-    shown = README.partition("<!-- cards -->")[2].partition("<!-- /cards -->")[0]
-    assert shown.strip() == list_cards.table()
+@pytest.mark.parametrize(
+    ("file", "table"),
+    [("README.md", list_cards.short_table), ("model_cards/README.md", list_cards.full_table)],
+)
+def test_published_models_are_those_of_the_cards(file, table):
+    text = (list_cards.REPOSITORY / file).read_text()
+    shown = text.partition("<!-- cards -->")[2].partition("<!-- /cards -->")[0]
+    assert shown.strip() == table()
+    assert all(((list_cards.REPOSITORY / file).parent / link).is_file() for link in re.findall(r"\]\(([^)]+)\)", shown))

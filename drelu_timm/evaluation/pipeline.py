@@ -314,7 +314,7 @@ def _evaluation(
         suite=suite,
         seed=driver.seed,
         rows=rows,
-        adversarial=_adversarial(driver, broken),
+        adversarial=_adversarial(driver, clean, broken),
         eps=threat_model.written,
         settings=suite_settings(columns),
         clean=shares["clean"],
@@ -364,13 +364,26 @@ def _outcomes(suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Iterator[tuple
             yield stage, outcome, outcome.broken_at == 0
 
 
-def _adversarial(driver: Driver, broken: Broken) -> Adversarial | None:
-    """Return the images that fooled the model, where the driver kept them."""
+def _adversarial(driver: Driver, clean: CleanPass, broken: Broken) -> Adversarial | None:
+    """Return the images that fooled the model, where the driver kept them.
+
+    Raises:
+        InputError: They do not fool it now: the checkpoint was edited, or the model has changed.
+    """
     if len(driver.threat_models) > 1 or driver.processes.index:
         return None
     stages = {example: by for example, by in enumerate(broken.by) if by not in ("", CLEAN)}
+    index = torch.tensor(list(stages), dtype=torch.int64)
     images = driver.checkpoint.images(stages, driver.images.shape[1:])
-    return Adversarial(torch.tensor(list(stages), dtype=torch.int64), images)
+    # Not of models that draw random numbers. Rounding on other hardware may turn an image at the boundary.
+    if not clean.signals["unsteady"].any() and (wrong := driver.count_invalid(index, images)) > max(
+        1, len(index) // 1000
+    ):
+        raise InputError(
+            f"{wrong} of {len(index)} adversarial images in the checkpoint do not fool the model inside the epsilon "
+            "ball. Either was changed since: delete the checkpoint to evaluate from scratch."
+        )
+    return Adversarial(index, images)
 
 
 def suite_settings(columns: Suite) -> dict[str, dict[str, Any]]:
