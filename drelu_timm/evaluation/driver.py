@@ -201,7 +201,7 @@ class Driver:
         for part in torch.arange(len(examples)).split(self.batch_size):
             batch, adversarial = self._load("", examples[part]), images[part].to(self.device)
             inside = self.threat_models[0].contains(adversarial, batch.images)
-            count += int((~inside | (self._margin(adversarial, batch.labels) > 0)).sum())
+            count += int((~inside | (self.margin(adversarial, batch.labels) > 0)).sum())
         return count
 
     def _split(self, examples: Tensor) -> list[Tensor]:
