@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 from torch import Tensor, nn
 
 from drelu_timm.attacks.adaptive import Annealing, TargetedAnnealing, substitutable_layers

@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 from pyautoattack import checks
 from torch import Tensor, nn
 

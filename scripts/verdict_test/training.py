@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
