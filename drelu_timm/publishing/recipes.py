@@ -21,7 +21,6 @@ OBJECTIVES = {
     "trades": "TRADES",
     "mart": "MART",
     "n-fgsm": "N-FGSM",
-    "n-fgsm": "N-FGSM",
 }
 _EVALUATION_DEFAULTS = {"precision": "float32", "transfer_from": None, "seed": 0}
 
