@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from drelu_timm.models.inference import frozen
 from torch import Tensor, nn
 
 from drelu_timm.attacks.adaptive import Annealing, TargetedAnnealing, substitutable_layers
@@ -14,6 +13,7 @@ from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.square import Square
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.evaluation.driver import Attacked
+from drelu_timm.models.inference import frozen
 
 from .roster import Entry
 from .training import task

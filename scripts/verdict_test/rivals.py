@@ -5,7 +5,6 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from drelu_timm.models.inference import frozen
 from pyautoattack import checks
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from drelu_timm.attacks.attack import Attack, Batch, cross_entropy, margin
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.square import Square
 from drelu_timm.evaluation.driver import Attacked
+from drelu_timm.models.inference import frozen
 
 from .roster import Entry
 from .training import task

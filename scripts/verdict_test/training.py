@@ -6,13 +6,13 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from drelu_timm.models.inference import frozen
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from drelu_timm.attacks.attack import cross_entropy
 from drelu_timm.attacks.pgd import pgd
 from drelu_timm.attacks.threat_model import ThreatModel
+from drelu_timm.models.inference import frozen
 
 EVALUATED = 200  # test images per model
 LINF = ThreatModel.parse("Linf", "0.1")
