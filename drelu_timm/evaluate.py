@@ -23,15 +23,10 @@ from pathlib import Path
 from shlex import quote
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError
 from torch import nn
 
-from .attacks.suites import ATTACKS, SUITES
+from .attacks.suites import SUITES
 from .attacks.threat_model import ThreatModel
 from .data.datasets import DATASETS, Dataset
 from .data.images import Images
@@ -42,9 +37,10 @@ from .evaluation.config import EvaluateConfig, attacked_in, check_flags, result_
 from .evaluation.evaluation import Evaluation, evaluate_under
 from .evaluation.named_model import NamedModel, find_model
 from .files import held, remove_leftovers, write_json, write_text
+from .results.display import show
 from .results.examples import ADVERSARIAL, csv_text, sweep_csv_text
-from .results.plotting import draw_curve, require_matplotlib, verdict_at
-from .results.result import EpsResult, Result, read_result
+from .results.plotting import draw_curve, require_matplotlib
+from .results.result import Result, read_result
 from .results.seal import images_digest, seal
 from .runs import environment
 
@@ -154,7 +150,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         with held(lock, str(task.path)) if is_first else nullcontext():
             result = _measure(task)
     if is_first:
-        _show(result, f"{task.path} exists. Delete it to evaluate again." if exists else task.title)
+        show(result, f"{task.path} exists. Delete it to evaluate again." if exists else task.title)
     return task.path
 
 
@@ -287,45 +283,3 @@ def _write(task: _Task, result: Result, evaluations: Sequence[Evaluation]) -> Re
         ) from error
     shutil.rmtree(task.state, ignore_errors=True)
     return result
-
-
-def _show(result: Result, title: str) -> None:
-    """Print a result: the accuracies, a row per eps for a sweep, and below them the verdict with its evidence."""
-    console, point = Console(), result.points[-1]
-    console.print(Text(title, style="italic"))  # as a Text, since brackets in a name would be read as markup
-    console.print(_curve(result) if result.is_sweep else _accuracies(point))
-    if (cw := point.cw_l2) and not result.is_sweep:
-        needs = "fools the model on fewer than half of the examples"
-        if cw.median_l2 is not None:
-            needs = f"needs a median L2 distance of {cw.median_l2:.3f}"
-        console.print(f"cw-l2 {needs}; accuracy at L2 {cw.budget:.3f}: {_percent(cw.accuracy_at_budget)}")
-    heading = f"verdict at {point.eps}" if result.is_sweep else "verdict on the white-box accuracies"
-    console.print(f"{heading}: [bold]{point.verdict}[/bold]")
-    for sentence in point.verdict.evidence:
-        console.print(Padding(Text(sentence), (0, 0, 0, 2)))
-
-
-def _accuracies(at: EpsResult) -> Table:
-    table = Table("attack", "kind", "accuracy")
-    table.add_row("none (clean)", "", _percent(at.clean))
-    for name, accuracy in at.accuracy.items():
-        table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
-    table.add_section()
-    table.add_row("worst case", "", _percent(at.worst), style="bold")
-    table.add_row("zero input gradients", "", _percent(at.zero_gradient_share))
-    return table
-
-
-def _curve(result: Result) -> Table:
-    table = Table("eps", caption="accuracy in %", box=SIMPLE)
-    for column in ("clean", *result.points[0].accuracy, "worst"):
-        table.add_column(column, justify="right", overflow="fold")
-    table.add_column("verdict", no_wrap=True)
-    for at in result.points:
-        accuracies = [at.clean, *at.accuracy.values(), at.worst]
-        table.add_row(at.eps, *(f"{100 * accuracy:.1f}" for accuracy in accuracies), verdict_at(at))
-    return table
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -202,7 +202,7 @@ def test_a_forged_checkpoint_does_not_become_a_result(toy, tmp_path):
 
     def breaks_all(tensors):
         tensors["column broken_at"] = torch.zeros_like(tensors["column broken_at"])
-        tensors["kept"], tensors["images"] = tensors["examples"], toy[1][tensors["examples"]]
+        tensors["kept"], tensors["images"] = tensors["examples"].clone(), toy[1][tensors["examples"]]
 
     (path,) = tmp_path.glob("apgd-ce-*")
     forged(path, breaks_all)
@@ -228,7 +228,7 @@ def test_a_model_that_changes_during_the_evaluation_is_refused(toy):
     def changes(x):
         return model(x) * (1 if next(calls) < 30 else -1)
 
-    with pytest.raises(InputError, match="the model changed during the evaluation|do not fool the model"):
+    with pytest.raises(InputError, match=r"the model changed during the evaluation|do not fool the model"):
         evaluate_model(changes, images, labels, eps="8/255")
 
 

@@ -14,6 +14,7 @@ from ..attacks.attack import Batch
 from ..attacks.suites import Suite, single_attacks
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError
+from ..results.display import as_html, as_text
 from ..results.examples import Adversarial, Broken, Rows, share
 from ..results.result import CarliniWagner, EpsResult, Verdict
 from .checkpoint import Measurement
@@ -43,6 +44,15 @@ class Evaluation(EpsResult):
     rows: Rows = field(repr=False)
     adversarial: Adversarial | None = field(repr=False)
     model_dtype: str = "float32"
+
+    def __str__(self) -> str:
+        """Return the table of accuracies, the verdict and its evidence."""
+        how = f"{self.threat_model}, suite {self.suite}, {len(self.labels):,} images, seed {self.seed}"
+        return f"{how}\n{as_text(self)}"
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        return as_html(self)
 
     @property
     def labels(self) -> Tensor:
