@@ -75,7 +75,7 @@ VERBS: dict[str, tuple[Callable[[Path], list[str]], Callable[[Path], Any]]] = {
                 str(folder / "exported"),
             ),
             *("--title", "T", "--authors", "A", "--link", "https://example.org", "--venue", "N/A"),
-            *("--benchmark-examples", "0", "--as-masked"),
+            *("--benchmark-examples", "0"),
         ],
         lambda folder: sorted(str(path.relative_to(folder)) for path in (folder / "exported").rglob("*")),
     ),

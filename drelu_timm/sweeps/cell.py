@@ -13,7 +13,7 @@ from ..attacks.threat_model import ThreatModel
 from ..command_line import written_flags
 from ..data.datasets import DATASETS
 from ..evaluation.config import EvaluateConfig, attacked_in
-from ..evaluation.masking import PROBED, PROBES
+from ..evaluation.masking import MOST_PROBED, PROBES
 from ..launch import Launch
 from ..results.result import read_result
 from ..training.config import TrainConfig, flag_defaults, resolve
@@ -141,7 +141,7 @@ class Cell:
         attacks = sum(map(attack_cost, single_attacks(find_suite(evaluation.suite, classes)).values()))
         probes = sum(map(attack_cost, PROBES.values()))
         n = evaluation.n_examples
-        return n * (1 + 2 * GRADIENT) + n_eps * (n * attacks + min(n, PROBED) * probes)
+        return n * (1 + 2 * GRADIENT) + n_eps * (n * attacks + min(n, MOST_PROBED) * probes)
 
 
 def attack_cost(attack: Attack) -> int:

@@ -90,11 +90,12 @@ class TrainConfig:
     placement: str | None = field(default=None, metadata=group("layer", "The added layer of a *_drelu model."))
     """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
     activation: str | None = None
-    """Activation there: drelu (the default), srelu, relu, relu6, silu, gelu, prelu or pssilu."""
+    """Activation there: drelu (the default), srelu, relu, relu6, silu, gelu, prelu, pssilu, bounded-relu, pact, tent,
+    fitact, rcr-af or kwta."""
     width: int | None = None
     """Units of the added dense layer, or channels of the added convolution; by default 128."""
     cap: float | None = None
-    """Initial cap of a D-ReLU, fixed cap of an S-ReLU; by default 100."""
+    """Initial cap of a D-ReLU, pact, tent or fitact, fixed cap of srelu, bounded-relu or rcr-af; by default 100."""
     cap_weight: _NotNegative = 0.0
     """Weight of the penalty on caps in the loss (the paper's balancer, lambda)."""
     cap_penalty: str = "squared"
