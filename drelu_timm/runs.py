@@ -31,7 +31,7 @@ from .models.weights import WEIGHTS, load_folder
 from .schema import Count, Text, field_types, load, parse
 from .training.config import TrainConfig
 
-_REQUIRED_SETTINGS = ("model", "dataset", "norm", "eps")
+_REQUIRED_SETTINGS = ("model", "dataset", "norm", "eps", "seed", "objective", "monitor")
 _PACKAGES = ("drelu-timm", "torch", "timm", "accelerate", "pyautoattack", "foolbox", "robustbench")
 
 
