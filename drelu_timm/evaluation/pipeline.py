@@ -250,17 +250,8 @@ def _probed(
 ) -> tuple[dict[str, Tensor], dict[str, AttackOutcome]]:
     """Run each probe on those of the examples [N] that the earlier ones in the same threat model left.
 
-    Args:
-        driver: With the model and the examples.
-        position: Of the threat model.
-        examples: [N], to be probed.
-        clean: Measurements on the clean images.
-        gradients: Those of `fidelity.gradient_flags`.
-        suite_run: Outcome of the suite.
-        measured: By stage, the examples [N] that it had on an earlier call; updated.
-
-    Returns:
-        By probe, for each of the examples whether it fooled the model; by stage, the outcomes that count.
+    ``measured`` has by stage the examples [N] of earlier calls, and is updated. Returns by probe, for each of the
+    examples, whether it fooled the model; and by stage the outcomes that count.
     """
     threat_model = driver.threat_models[position]
     broken: dict[str, Tensor] = {}
