@@ -175,7 +175,7 @@ class Further:
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """Chain of sha256 digests over the parts of a result; see `results.seal`. It is no signature.
+    """Chain of sha256 digests over the parts of a result; see `results.seal`. It is not a signature.
 
     Attributes:
         weights: Link of the model_digest.
