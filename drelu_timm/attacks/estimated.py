@@ -1,7 +1,7 @@
 """PGD on gradients that are estimated from the model's outputs, for models whose own gradient misleads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -39,7 +39,8 @@ class EstimatedPGD(Attack):
 
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Search for adversarial images; see `Attack.run`."""
-        per_step = 2 * self.samples + 1
+        samples = max(min(self.samples, (self.n_queries - 1) // 2), 1)  # at least one step, whatever the budget
+        per_step = 2 * samples + 1
         steps = self.n_queries // per_step
         found = batch.images.clone()
         spent = torch.full_like(batch.labels, steps * per_step)
@@ -49,7 +50,9 @@ class EstimatedPGD(Attack):
         images, labels, points = batch.images, batch.labels, batch.images
         mean = torch.zeros_like(images)
         for step in range(steps):
-            mean = self.momentum * mean + self._estimated(model, points, labels, generators, threat_model)
+            mean = self.momentum * mean + replace(self, samples=samples)._estimated(
+                model, points, labels, generators, threat_model
+            )
             size = self.relative_step_size * (1 - 0.8 * step / steps) * threat_model.eps
             points = threat_model.project(threat_model.ascend(points, mean, size), images)
             with torch.no_grad():

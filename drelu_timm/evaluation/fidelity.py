@@ -11,8 +11,10 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from ..attacks.attack import targeted_margin
+from ..attacks.attack import Batch, targeted_margin
 from ..attacks.pgd import generators_of
+from .checkpoint import Measurement
+from .driver import Driver
 
 EXAMINED = 60  # examples
 _DIRECTIONS = 24
@@ -21,6 +23,18 @@ _HALF_WIDTHS = (0.001, 0.004)
 _ERROR_ABOVE = 0.6  # relative; below for all but 0 to 3 % of the examples of honest models, at kinks of ReLU
 _ROUNDING = 32 * torch.finfo(torch.float32).eps  # of a logit, relative to the largest one
 FLAGS = ("misleading", "not_finite")  # what `gradient_flags` measures
+
+
+def measure_gradients(driver: Driver, positions: Tensor) -> dict[str, Tensor]:
+    """Return `gradient_flags` of the examples at some positions; the driver keeps them."""
+    examples = torch.zeros_like(driver.labels, dtype=torch.bool)
+    examples[positions] = True
+
+    def measure(examples: Tensor, batch: Batch) -> Measurement:
+        return Measurement.of(examples, gradient_flags(driver.model, batch.images, batch.labels, batch.seeds))
+
+    driver.measure("gradients", examples, measure)
+    return {name: driver.column("gradients", name)[examples] == 1 for name in FLAGS}
 
 
 def gradient_flags(model: nn.Module, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from ..results.result import CarliniWagner, EpsResult, Verdict
 from . import layers
 from .checkpoint import Measurement
 from .driver import DRAWS, Attacked, AttackOutcome, Driver, example_seed, label_margin
-from .fidelity import EXAMINED, FLAGS, gradient_flags
+from .fidelity import EXAMINED, measure_gradients
 from .layers import HidingLayer
 from .masking import MOST_PROBED, PROBED, SIGNALS, STRONGER, is_suspicious, probes, probing_order, signals
 from .user_model import UserModel
@@ -205,7 +205,7 @@ def run_suite(driver: Driver, columns: Suite, correct: Tensor) -> SuiteRun:
 def run_probes(driver: Driver, position: int, columns: Suite, clean: CleanPass, suite_run: SuiteRun) -> ProbeRun:
     """Run the probes in one of the driver's threat models, on more examples until the verdict is decided."""
     order = probing_order(driver.labels, clean.correct, driver.seed)
-    gradients = _gradient_flags(driver, order[:EXAMINED])
+    gradients = measure_gradients(driver, order[:EXAMINED])
     hidden = _hidden(columns, suite_run, position)
     count, measured = PROBED, dict[str, Tensor]()
     while True:
@@ -227,18 +227,6 @@ def _hiding_layers(driver: Driver, positions: Tensor) -> list[HidingLayer]:
     return layers.hiding_layers(driver.model, as_float(images.to(driver.device)))
 
 
-def _gradient_flags(driver: Driver, positions: Tensor) -> dict[str, Tensor]:
-    """Return `fidelity.gradient_flags` of some examples."""
-    examples = torch.zeros_like(driver.labels, dtype=torch.bool)
-    examples[positions] = True
-
-    def measure(examples: Tensor, batch: Batch) -> Measurement:
-        return Measurement.of(examples, gradient_flags(driver.model, batch.images, batch.labels, batch.seeds))
-
-    driver.measure("gradients", examples, measure)
-    return {name: driver.column("gradients", name)[examples] == 1 for name in FLAGS}
-
-
 def _probed(
     driver: Driver,
     position: int,
@@ -250,17 +238,8 @@ def _probed(
 ) -> tuple[dict[str, Tensor], dict[str, AttackOutcome]]:
     """Run each probe on those of the examples [N] that the earlier ones in the same threat model left.
 
-    Args:
-        driver: With the model and the examples.
-        position: Of the threat model.
-        examples: [N], to be probed.
-        clean: Measurements on the clean images.
-        gradients: Those of `fidelity.gradient_flags`.
-        suite_run: Outcome of the suite.
-        measured: By stage, the examples [N] that it had on an earlier call; updated.
-
-    Returns:
-        By probe, for each of the examples whether it fooled the model; by stage, the outcomes that count.
+    ``measured`` has by stage the examples [N] of earlier calls, and is updated. Returns by probe, for each of the
+    examples, whether it fooled the model; and by stage the outcomes that count.
     """
     threat_model = driver.threat_models[position]
     broken: dict[str, Tensor] = {}
