@@ -125,6 +125,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"--mixed_precision {accelerator.mixed_precision}: the gradients of the inner attack would vanish in it "
             "unscaled; launch with bf16 or no"
         )
+    if config.objective == "ibp" and accelerator.mixed_precision != "no":
+        raise InputError(f"--mixed_precision {accelerator.mixed_precision} rounds interval bounds. Launch ibp with no.")
     if accelerator.gradient_accumulation_steps != 1:
         raise InputError("gradient_accumulation_steps of accelerate must be 1; give --grad-accum-steps instead")
     shares = accelerator.num_processes * config.grad_accum_steps

@@ -51,7 +51,7 @@ class PSSiLU(nn.Module):
 
 
 _WITHOUT_ARGUMENTS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU, "pssilu": PSSiLU}
-ACTIVATIONS = ("drelu", "srelu", "prelu", *_WITHOUT_ARGUMENTS)
+ACTIVATIONS = ("drelu", "pact", "srelu", "prelu", *_WITHOUT_ARGUMENTS)
 
 
 def make_activation(activation: str, num_features: int, cap: float, channel_dim: int | None = None) -> nn.Module:
@@ -60,11 +60,13 @@ def make_activation(activation: str, num_features: int, cap: float, channel_dim:
     Args:
         activation: The name.
         num_features: Number of caps of D-ReLU, of slopes of PReLU.
-        cap: Initial cap of D-ReLU, fixed cap of S-ReLU.
+        cap: Initial cap of D-ReLU and PACT (one learned cap for the layer), fixed cap of S-ReLU.
         channel_dim: See `DReLU`.
     """
     if activation == "drelu":
         return DReLU(num_features, cap, channel_dim=channel_dim)
+    if activation == "pact":  # Choi et al. 2018, https://arxiv.org/abs/1805.06085, without its quantization
+        return DReLU(1, cap, channel_dim=channel_dim)
     if activation == "prelu":
         return PReLU(num_features, channel_dim=channel_dim)
     return SReLU(cap) if activation == "srelu" else _WITHOUT_ARGUMENTS[activation]()

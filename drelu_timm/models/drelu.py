@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
 class DReLU(nn.Module):
@@ -52,6 +53,8 @@ def capped(x: Tensor, cap: Tensor, channel_dim: int | None) -> Tensor:
         cap: Caps [C], or [1] for one cap of all units.
         channel_dim: See `DReLU`.
     """
+    if has_torch_function_unary(x):  # `intervals.Interval`
+        return handle_torch_function(capped, (x,), x, cap, channel_dim)
     # In x's dtype, or a float32 cap would promote bf16 activations to float32 under autocast.
     cap = along_channels(cap, x, channel_dim).to(x.dtype)
     # TorchScript cannot save `_Capped`, and torch.compile cannot trace it. The last two lines have its values and

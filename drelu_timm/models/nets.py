@@ -182,6 +182,7 @@ default_cfgs = generate_default_cfgs(
         "dense.untrained": _cfg(None),
         "shallow_cnn.untrained": _cfg("conv1"),
         "strided_cnn.untrained": _cfg("conv1"),
+        "strided_cnn_wide.untrained": _cfg("conv1"),
     }
 )
 
@@ -203,5 +204,15 @@ def shallow_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def strided_cnn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Two strided convolutions (16, 32 channels), a hidden layer of 100 ReLU, classes; see `ShallowCNN`."""
-    kwargs = {"strided": True, "widths": (16, 32), "hidden_size": 100, "feature_cfg": {"out_indices": (0, 1)}, **kwargs}
-    return build_model_with_cfg(ShallowCNN, "strided_cnn", pretrained, **kwargs)
+    return _strided("strided_cnn", pretrained, **{"widths": (16, 32), "hidden_size": 100, **kwargs})
+
+
+@register_model
+def strided_cnn_wide(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Two strided convolutions (32, 64 channels), a hidden layer of 256 ReLU, classes; see `ShallowCNN`."""
+    return _strided("strided_cnn_wide", pretrained, **{"widths": (32, 64), "hidden_size": 256, **kwargs})
+
+
+def _strided(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    kwargs = {"strided": True, "feature_cfg": {"out_indices": (0, 1)}, **kwargs}
+    return build_model_with_cfg(ShallowCNN, name, pretrained, **kwargs)

@@ -10,7 +10,7 @@ from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs
 from torch import nn
 
 from ..errors import unknown
-from . import nets, preact  # noqa: F401  (our own nets, which get their variants as timm's own do)
+from . import cnn7, nets, preact  # noqa: F401  (our own nets, which get their variants as timm's own do)
 from .registry import register_model
 from .surgery import paths
 from .variants import build

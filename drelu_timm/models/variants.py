@@ -40,8 +40,8 @@ class Options:
     Attributes:
         placement: "head", a dense layer before the classifier (the paper's); "stem", a convolution behind the input;
             "all", in the place of every activation module (functional activations are out of reach).
-        activation: "drelu", or "srelu", "relu", "relu6", "silu", "gelu", "prelu", "pssilu" in the same place, so that
-            controls differ in nothing else.
+        activation: "drelu", or "pact", "srelu", "relu", "relu6", "silu", "gelu", "prelu", "pssilu" in the same place,
+            so that controls differ in nothing else.
         width: Units of the dense layer, or channels of the convolution.
         cap: Initial cap of D-ReLU, fixed cap of S-ReLU.
         small_images: A first convolution for images of some 32 pixels; where the family has none, upsampling.

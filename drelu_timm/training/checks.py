@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import InputError, one_line
 from ..models.caps import check_cap_penalty
 from ..models.drelu import drelu_layers
+from ..models.intervals import certified
 from .config import TrainConfig
 
 
@@ -20,12 +21,14 @@ def check_model(model: nn.Module, images: Tensor, config: TrainConfig, num_proce
         num_processes: Who share a batch.
 
     Raises:
-        InputError: A model that cannot run on images of this size, that has no caps to weigh, or whose BatchNorm would
-            see one image at once.
+        InputError: A model that cannot run on images of this size, that has no caps to weigh, whose BatchNorm would
+            see one image at once, or, for IBP, that has an operation without interval bounds.
     """
     _try(model, images, config)
     _check_caps(model, config)
     _check_batchnorm(model, config, num_processes)
+    if config.objective == "ibp":
+        certified(model, images, torch.zeros(len(images), dtype=torch.long), config.bounded_eps)
 
 
 def _check_caps(model: nn.Module, config: TrainConfig) -> None:

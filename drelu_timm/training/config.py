@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..data.augment import Augmentation
 
 SCHEDULES = ("constant", "cosine", "onecycle", "plateau")
-MONITORS = ("loss", "pgd")
+MONITORS = ("loss", "pgd", "certified")
 # What does not change the result of a run, so that it may change when it is resumed.
 _NOT_SAVED = ("resume", "output_dir", "save_every", "workers", "log_with")
 _MAY_MOVE = ("data_dir", "generated", "init_from")  # what lies there is compared instead, or was read at the start
@@ -59,13 +59,21 @@ class TrainConfig:
     seed: int = 0
     """Keys all randomness."""
     objective: str = field(default="natural", metadata=group("objective", "The loss, and the inner attack."))
-    """natural, at (adversarial training by PGD), trades or mart."""
+    """natural, at (adversarial training by PGD), trades, mart or ibp (certified training by interval bounds)."""
     beta: float = 6.0
     """TRADES and MART: weight of the KL term."""
     awp_gamma: float = 0.0
     """Adversarial weight perturbation, of this size relative to the weights (0.005 is common); 0 for none."""
     label_smoothing: float = 0.0
     """Share of the label that goes to all classes evenly, in the loss (not in the attack)."""
+    ibp_eps: str | None = None
+    """IBP: radius of the bounds in training, such as 0.4 for --eps 0.3; by default --eps."""
+    ibp_clean_weight: float = 0.5
+    """IBP: weight of the loss on clean images after the ramp; the bounds have the rest."""
+    ibp_ramp: float = 0.4
+    """IBP: share of the steps in which the radius rises from 0, and the clean weight falls from 1."""
+    ibp_init: bool = False
+    """Initialize for IBP (Shi et al. 2021), so that bounds do not grow from layer to layer."""
     norm: str | None = None
     """Norm of the inner attack, Linf or L2; by default the dataset's. Another one needs --eps."""
     eps: str | None = None
@@ -79,7 +87,7 @@ class TrainConfig:
     )
     """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
     activation: str | None = None
-    """What stands there: drelu (the default), srelu, relu, relu6, silu, gelu, prelu or pssilu."""
+    """What stands there: drelu (the default), pact, srelu, relu, relu6, silu, gelu, prelu or pssilu."""
     width: int | None = None
     """Units of the added dense layer, or channels of the added convolution; by default 128."""
     cap: float | None = None
@@ -111,8 +119,8 @@ class TrainConfig:
     epochs: int = 10
     """Passes over the training set, at most."""
     monitor: str | None = None
-    """Held-out figure that says which epoch is best: loss, or pgd (accuracy under the inner attack).
-    By default loss for natural training and pgd for robust objectives; of the averaged weights if there are any."""
+    """Held-out figure that says which epoch is best: loss, pgd (accuracy under the inner attack), or certified (IBP).
+    By default loss for natural, certified for ibp, pgd for the others; of the averaged weights if there are any."""
     patience: int | None = None
     """Stop after so many epochs without a better held-out figure; by default never."""
     batch_size: int = 128
@@ -157,6 +165,12 @@ class TrainConfig:
         return ThreatModel.parse(self.norm, self.eps)
 
     @property
+    def bounded_eps(self) -> float:
+        """Radius of IBP's bounds after the ramp, of a resolved config."""
+        threat_model = self.threat_model
+        return ThreatModel.parse(threat_model.norm, self.ibp_eps or threat_model.written).eps
+
+    @property
     def augmentation(self) -> "Augmentation":
         """What is done to training images."""
         from ..data.augment import Augmentation
@@ -189,6 +203,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         monitor=config.monitor or _default_monitor(config.objective),
         output_dir=run_directory(config),
     )
+    config.bounded_eps  # noqa: B018  (which checks its own)
     _check_output(config)
     return config
 
@@ -225,7 +240,7 @@ def _default_step_size(threat_model: ThreatModel) -> float:
 
 
 def _default_monitor(objective: str) -> str:
-    return "loss" if objective == "natural" else "pgd"
+    return {"natural": "loss", "ibp": "certified"}.get(objective, "pgd")
 
 
 def _threat_model(config: TrainConfig) -> ThreatModel:
@@ -278,6 +293,9 @@ def _check_numbers(config: TrainConfig) -> None:
             raise InputError(f"{flag(name)} {getattr(config, name)} must be a number >= 0")
     if not 0 <= config.seed < 2**32:
         raise InputError(f"--seed {config.seed} must be an integer from 0 to {2**32 - 1}")
+    for name in ("ibp_clean_weight", "ibp_ramp"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"{flag(name)} {getattr(config, name)} must be in [0, 1]")
     for name in ("generated_fraction", "ema_decay", "label_smoothing", "warmup"):
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"{flag(name)} {getattr(config, name)} must be in [0, 1)")
@@ -297,6 +315,23 @@ def _check_combinations(config: TrainConfig) -> None:
         raise InputError(f"{given} needs {missing} as well")
     if config.cutmix and config.objective == "mart":
         raise InputError("--cutmix mixes labels, and --objective mart needs one label an image; leave one of them out")
+    if config.objective == "ibp":
+        _check_ibp(config)
+    elif config.ibp_eps is not None or config.monitor == "certified":
+        name = "monitor" if config.ibp_eps is None else "ibp_eps"
+        raise InputError(f"{flag(name)} {getattr(config, name)} belongs to --objective ibp. Leave it out.")
+    if config.ibp_init and (config.pretrained or config.init_from):
+        raise InputError("--ibp-init would overwrite the weights of --pretrained or --init-from. Give one of them.")
+
+
+def _check_ibp(config: TrainConfig) -> None:
+    """Refuse what interval bounds cannot be computed with, or what the objective does not use."""
+    norm = _threat_model(config).norm
+    if norm != "Linf":
+        raise InputError(f"--objective ibp bounds Linf epsilon balls, not --norm {norm}. Give --norm Linf and --eps.")
+    for name in ("cutmix", "label_smoothing", "compile", "sync_bn"):
+        if getattr(config, name):
+            raise InputError(f"{flag(name)} does not go with --objective ibp. Leave it out.")
 
 
 def _check_preset(config: TrainConfig, name: str) -> None:
@@ -314,6 +349,8 @@ def _run_name(config: TrainConfig) -> str:
     parts = [config.dataset, config.model, config.placement, config.activation, config.objective]
     if config.objective in ("trades", "mart"):
         parts.append(f"beta{config.beta:g}")
+    if config.objective == "ibp" and config.ibp_eps:
+        parts.append(f"eps{config.ibp_eps.replace('/', '_')}")
     if config.awp_gamma:
         parts.append(f"awp{config.awp_gamma:g}")
     if config.cap_weight:

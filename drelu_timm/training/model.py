@@ -8,6 +8,7 @@ from torch import nn
 from ..data.datasets import DATASETS
 from ..data.images import Images
 from ..errors import InputError, one_line
+from ..models.intervals import initialize_for_ibp
 from ..models.normalize import normalized
 from ..models.saved import load_folder
 from ..models.small_images import warn_of_small_images
@@ -59,6 +60,8 @@ def create_model(config: TrainConfig, data: Images) -> nn.Module:
     model.pretrained_cfg.update(input_size=(channels, *size), num_classes=len(data.classes), mean=mean, std=std)
     if config.init_from is not None:
         _initialise(model, config.init_from)
+    if config.ibp_init:
+        initialize_for_ibp(model)
     return normalized(model)
 
 

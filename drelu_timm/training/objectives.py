@@ -1,4 +1,4 @@
-"""What training minimises: natural training, adversarial training, TRADES, MART.
+"""What training minimises: natural training, adversarial training, TRADES, MART, interval bound propagation.
 
 An objective says what the inner attack raises, and what the loss is on the images that it gives: two calls, as
 adversarial weight perturbation evaluates the loss twice on the same adversarial images. BatchNorm: the inner attack
@@ -9,7 +9,7 @@ Labels are classes [B], or, for all but MART, probabilities [B, K] as CutMix mix
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ..attacks.losses import Loss, cross_entropy
 from ..attacks.pgd import pgd
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
+from ..models.intervals import bounds
 from ..models.modes import frozen
 
 
@@ -61,6 +62,9 @@ class Losses:
     parts: dict[str, Tensor]
 
 
+LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Losses]
+
+
 @dataclass(frozen=True)
 class Objective:
     """What training minimises, and what the attack inside it raises.
@@ -69,10 +73,19 @@ class Objective:
         raised: (frozen model in eval mode, images [B, C, H, W], labels) to what the inner attack raises; None where
             nothing is attacked.
         losses: (model in training mode, images, adversarial images, labels) to the loss; both images [B, C, H, W].
+        ramp: Share of the training's steps that are done, in [0, 1], to the ``losses`` of that step; None where they
+            are the same in all steps.
+        certifies: Whether training lowers interval bounds, so that validation counts what they prove.
     """
 
     raised: Callable[[nn.Module, Tensor, Tensor], Loss] | None
-    losses: Callable[[nn.Module, Tensor, Tensor, Tensor], Losses]
+    losses: LossFunction
+    ramp: Callable[[float], LossFunction] | None = None
+    certifies: bool = False
+
+    def at(self, share: float) -> "Objective":
+        """Return the objective of the step before which ``share`` of the training's steps are done."""
+        return self if self.ramp is None else replace(self, losses=self.ramp(share))
 
     def adversarial(self, images: Tensor, labels: Tensor, attack: InnerAttack, noise: Tensor) -> Tensor:
         """Adversarial images [B, C, H, W] from ``images + noise``; the images themselves where nothing is attacked."""
@@ -168,6 +181,36 @@ def mart(beta: float, label_smoothing: float = 0.0) -> Objective:
     return Objective(_cross_entropy, losses)
 
 
+def ibp(eps: float, clean_weight: float, ramp: float) -> Objective:
+    """Cross-entropy on interval bounds (IBP, Gowal et al. 2018, https://arxiv.org/abs/1810.12715).
+
+    The loss is ``kappa * CE(logits) + (1 - kappa) * CE(worst-case logits)``. The worst-case logits are the upper
+    bounds of logit_k - logit_label over the Linf epsilon ball. From the first step on, the radius rises linearly from 0
+    to ``eps`` and ``kappa`` falls from 1 to ``clean_weight``.
+
+    Args:
+        eps: Radius after the ramp, in units of a [0, 1] pixel; the authors use 0.4 for a test radius of 0.3.
+        clean_weight: ``kappa`` after the ramp, in [0, 1]; the authors use 0.5.
+        ramp: Share of the training's steps that the ramp takes, in [0, 1].
+    """
+
+    def losses_after(share: float) -> LossFunction:
+        risen = min(1.0, share / ramp) if ramp else 1.0
+        kappa = 1 - (1 - clean_weight) * risen
+
+        def losses(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Losses:
+            del adversarial
+            logits = bounds(model, images, eps * risen)
+            clean = F.cross_entropy(logits.value, labels)
+            certified = F.cross_entropy(-logits.margins(labels), labels)
+            parts = {"cross_entropy": clean, "certified_cross_entropy": certified}
+            return Losses(kappa * clean + (1 - kappa) * certified, parts)
+
+        return losses
+
+    return Objective(None, losses_after(1), losses_after, certifies=True)
+
+
 def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
     """Plain cross-entropy, which does not ask the model, for `Objective.raised`."""
     del model, images
@@ -188,8 +231,16 @@ def kl_divergence(probabilities: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(logits.float(), dim=1), probabilities, reduction="sum")
 
 
-def make_objective(name: str, *, beta: float, label_smoothing: float = 0.0) -> Objective:
-    """The objective of a name; ``beta`` is for TRADES and MART, ``label_smoothing`` for the cross-entropy of each.
+def make_objective(
+    name: str,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    ibp_eps: float = 0.0,
+    ibp_clean_weight: float = 0.5,
+    ibp_ramp: float = 0.4,
+) -> Objective:
+    """The objective of a name; ``beta`` is for TRADES and MART, ``ibp_*`` for IBP, see the objectives' functions.
 
     Raises:
         InputError: No such objective.
@@ -199,6 +250,7 @@ def make_objective(name: str, *, beta: float, label_smoothing: float = 0.0) -> O
         "at": adversarial_training(label_smoothing),
         "trades": trades(beta, label_smoothing),
         "mart": mart(beta, label_smoothing),
+        "ibp": ibp(ibp_eps, ibp_clean_weight, ibp_ramp),
     }
     if name not in objectives:
         raise unknown("--objective", name, objectives)

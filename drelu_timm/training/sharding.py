@@ -60,3 +60,5 @@ def check_sharding(config: TrainConfig, accelerator: Accelerator, plugin: FullyS
         raise InputError(
             f"--ema-decay {config.ema_decay:g} cannot average sharded weights; leave it out, or launch without FSDP"
         )
+    if config.objective == "ibp":
+        raise InputError("--objective ibp does not run under FSDP, which gathers weights for tensors without bounds")

@@ -252,12 +252,14 @@ class Trainer:
         if isinstance(self.update.scheduler, lr_scheduler.ReduceLROnPlateau):
             self.update.scheduler.step(held_out["held_out"]["loss"])
         self.progress = Progress(progress.epoch + 1, best=progress.best, best_epoch=progress.best_epoch)
-        self._note_best(-figures["loss"] if config.monitor == "loss" else figures["pgd"])
+        assert config.monitor is not None  # `resolve` fills it in
+        self._note_best(-figures["loss"] if config.monitor == "loss" else figures[config.monitor])
         self.log.write({**entry, "best_epoch": self.progress.best_epoch})
         self._save()
         penalty = parts["cap_penalty"]
         loss = f"{parts['loss'] - penalty:.3g}" + (f" + {penalty:.3g} for the caps" if penalty else "")
         shown = f"held out: clean {figures['clean']:.1%}, PGD {figures['pgd']:.1%}"
+        shown += f", certified {figures['certified']:.1%}" if "certified" in figures else ""
         bar.set_postfix_str(f"epoch {self.progress.epoch}, loss {loss}, {shown}")
 
     def _measure(self, model: nn.Module) -> dict[str, float]:

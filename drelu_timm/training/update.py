@@ -13,7 +13,7 @@ from ..models.caps import CAP_PENALTIES
 from ..randomness import random_generator
 from .awp import kept_statistics, perturbed_weights
 from .config import TrainConfig
-from .objectives import InnerAttack, Losses, make_objective
+from .objectives import InnerAttack, Losses, Objective, make_objective
 from .optim import BY_STEP, average_gradients, average_statistics, make_optimizer, make_scheduler
 from .sharding import is_sharded
 
@@ -53,7 +53,14 @@ class Update:
         self.bare = accelerator.unwrap_model(self.model)
         if config.compile:
             self.bare.compile()
-        self.objective = make_objective(config.objective, beta=config.beta, label_smoothing=config.label_smoothing)
+        self.objective = make_objective(
+            config.objective,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            ibp_eps=config.bounded_eps,
+            ibp_clean_weight=config.ibp_clean_weight,
+            ibp_ramp=config.ibp_ramp,
+        )
         self.attack = InnerAttack(self.bare, config.threat_model, config.steps, config.step_size)
         self._penalty = CAP_PENALTIES[config.cap_penalty]
         self._steps_per_epoch = steps_per_epoch
@@ -86,8 +93,9 @@ class Update:
         """
         _seed(random_generator(self.config.seed, epoch, step, self.accelerator.process_index).initial_seed())
         pieces = self._pieces(images.contiguous(memory_format=torch.channels_last), labels, epoch, step)
-        with self._perturbed(pieces) if self.config.awp_gamma else nullcontext():
-            losses = self._backward(pieces)
+        objective = self.objective.at((epoch + step / self._steps_per_epoch) / self.config.epochs)
+        with self._perturbed(objective, pieces) if self.config.awp_gamma else nullcontext():
+            losses = self._backward(objective, pieces)
         self.optimizer.step()
         self.optimizer.zero_grad()
         average_statistics(self.bare, self.accelerator)
@@ -113,21 +121,21 @@ class Update:
         mine = slice(self.accelerator.process_index * len(images), (self.accelerator.process_index + 1) * len(images))
         return self.config.threat_model.noise(shape, generator)[mine].to(images)
 
-    def _perturbed(self, pieces: list[_Piece]) -> Any:
+    def _perturbed(self, objective: Objective, pieces: list[_Piece]) -> Any:
         """The weights moved to where the loss of the whole batch is higher, for a while."""
         with kept_statistics(self.bare):
             for piece in pieces:
-                (self.objective.losses(self.bare, *piece).loss / len(pieces)).backward()
+                (objective.losses(self.bare, *piece).loss / len(pieces)).backward()
         if not is_sharded(self.accelerator):
             average_gradients(self.bare, self.accelerator)
         return perturbed_weights(self.bare, self.config.awp_gamma)
 
-    def _backward(self, pieces: list[_Piece]) -> Losses:
+    def _backward(self, objective: Objective, pieces: list[_Piece]) -> Losses:
         """The gradients of the loss, averaged over the pieces and the processes; the mean loss of the pieces."""
         losses = []
         for number, piece in enumerate(pieces, start=1):
             with nullcontext() if number == len(pieces) else self.accelerator.no_sync(self.model):
-                one = self.objective.losses(self.model, *piece)
+                one = objective.losses(self.model, *piece)
                 penalty = self.penalty(self.bare)
                 losses.append(Losses(one.loss + penalty, {**one.parts, "cap_penalty": penalty}))
                 self.accelerator.backward(losses[-1].loss / len(pieces))

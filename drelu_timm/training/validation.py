@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..attacks.losses import cross_entropy
 from ..data.images import Images, to_float
+from ..models.intervals import certified
 from ..randomness import random_generator
 from .objectives import InnerAttack, Objective
 
@@ -38,19 +39,22 @@ class Validation:
     def measure(self, model: nn.Module) -> dict[str, float]:
         """``loss``, ``clean`` and ``pgd`` (shares) of a model for [0, 1] images, which is left in eval mode.
 
+        ``certified`` as well, if the objective is IBP: the share that its bounds prove robust at the attack's radius.
+
         The first `ATTACKED` images are attacked. The loss is that of the objective, over them; for an objective that
         attacks nothing, over all held-out images.
         """
         model.eval()
         attack = replace(self.attack, model=model)
-        sums = torch.zeros(5)
+        sums = torch.zeros(6)
         with self.accelerator.autocast():
             for start, counts in self._mine():
                 sums += counts * self._sums(model, attack, start)
         reduced = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
         assert isinstance(reduced, Tensor)
-        loss, lossy, clean, robust, attacked = reduced.tolist()
-        return {"loss": loss / lossy, "clean": clean / len(self.held_out), "pgd": robust / attacked}
+        loss, lossy, clean, robust, attacked, proven = reduced.tolist()
+        figures = {"loss": loss / lossy, "clean": clean / len(self.held_out), "pgd": robust / attacked}
+        return figures | ({"certified": proven / len(self.held_out)} if self.objective.certifies else {})
 
     def _mine(self) -> Iterator[tuple[int, bool]]:
         """Where each batch of this process starts, and whether it counts.
@@ -65,19 +69,21 @@ class Validation:
                 yield starts[min(i, len(starts) - 1)], i < len(starts)
 
     def _sums(self, model: nn.Module, attack: InnerAttack, start: int) -> Tensor:
-        """Over a batch: loss, images it was taken of, correct ones, correct under attack, attacked."""
+        """Over a batch: loss, images it was taken of, correct ones, correct under attack, attacked, certified."""
         part = slice(start, start + BATCH)
         images = to_float(self.held_out.images[part].to(self.accelerator.device))
         labels = self.held_out.labels[part].to(images.device)
-        correct = _correct(model, images, labels)
+        correct, proven = _correct(model, images, labels), 0
+        if self.objective.certifies:
+            proven = int(certified(model, images, labels, attack.threat_model.eps).sum())
         if start >= ATTACKED:
             if self.objective.raised is not None:
-                return torch.tensor([0.0, 0.0, correct, 0.0, 0.0])
-            return torch.tensor([self._loss(model, images, images, labels), len(labels), correct, 0.0, 0.0])
+                return torch.tensor([0.0, 0.0, correct, 0.0, 0.0, proven])
+            return torch.tensor([self._loss(model, images, images, labels), len(labels), correct, 0.0, 0.0, proven])
         noise = attack.threat_model.noise(images.shape, random_generator(self.seed, start)).to(images)
         adversarial = attack(images, cross_entropy(labels), noise)
         loss = self._loss(model, images, adversarial, labels)
-        return torch.tensor([loss, len(labels), correct, _correct(model, adversarial, labels), len(labels)])
+        return torch.tensor([loss, len(labels), correct, _correct(model, adversarial, labels), len(labels), proven])
 
     @torch.no_grad()
     def _loss(self, model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> float:
