@@ -6,6 +6,7 @@ computed in: a published certificate is computed in float64.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from math import pi
 from typing import Any
 
@@ -61,18 +62,13 @@ class Interval(Tensor):
         """Apply the rule of a function.
 
         Raises:
-            InputError: It has none, or an argument lost its bounds in a function that torch cannot intercept.
+            InputError: It has none.
         """
         rule = _RULES.get(func)
         if rule is None:
             raise InputError(f"interval bounds have no rule for {_name(func)}. {_KNOWN}")
         with torch._C.DisableTorchFunctionSubclass():
-            try:
-                return rule(func, *args, **(kwargs or {}))
-            except AttributeError as error:
-                if error.name not in ("value", "lower", "upper"):
-                    raise
-                raise InputError(f"the bounds are lost before {_name(func)}, in a custom function. {_KNOWN}") from error
+            return rule(func, *args, **(kwargs or {}))
 
     def margins(self, labels: Tensor) -> Tensor:
         """Return lower bounds [B, K] of logit_label - logit_k of logits [B, K]; 0 at the label itself.
@@ -129,7 +125,7 @@ def bounds(model: nn.Module, images: Tensor, eps: float) -> Interval:
     """
     logits = model(Interval.around(images, eps))
     if not hasattr(logits, "lower"):
-        raise InputError(f"the model's bounds are lost in a scripted or custom function. {_KNOWN}")
+        raise InputError(f"the bounds of the model's output are lost. {_KNOWN}")
     return logits
 
 
@@ -198,8 +194,8 @@ def _scale(func: _Rule, x: Any, y: Any) -> Interval:
         raise InputError(f"interval bounds have no rule for {_name(func)} by an activation. {_KNOWN}")
     ends = [func(a, b) for a in _ends(x) for b in _ends(y)]
     value = func(_parts(x, "value"), _parts(y, "value"))
-    stacked = torch.stack(ends)
-    return Interval.of(value, stacked.amin(0), stacked.amax(0))
+    # Not amin and amax of a stack: they keep their result for the backward pass, and `x += y` may overwrite it.
+    return Interval.of(value, reduce(torch.minimum, ends), reduce(torch.maximum, ends))
 
 
 def _ends(x: Any) -> Sequence[Any]:
