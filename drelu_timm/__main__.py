@@ -8,7 +8,7 @@ from types import ModuleType
 
 from . import __version__
 from .errors import InputError, unknown
-from .preemption import EXIT_CODE, Preempted
+from .launch import PREEMPTED_EXIT_CODE, Preempted
 
 VERBS = {
     "demo": "train, attack and export three models on scikit-learn's digits: start here, it takes two minutes",
@@ -62,7 +62,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return 2
     except Preempted as stopped:
         print(f"{stopped}{HOW_TO_RESUME.get(verb, '')}", file=sys.stderr)
-        return EXIT_CODE
+        return PREEMPTED_EXIT_CODE
     except KeyboardInterrupt:
         print(f"\nstopped{HOW_TO_RESUME.get(verb, '')}", file=sys.stderr)
         return 130

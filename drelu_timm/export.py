@@ -24,7 +24,7 @@ from typing import Any
 from .attacks.threat_model import ThreatModel
 from .data.images import Images
 from .data.readers import load_images
-from .errors import InputError, unknown
+from .errors import InputError
 from .files import read_json, read_toml, write_text
 from .flags import ExportConfig
 from .publishing.cards import model_card
@@ -37,6 +37,7 @@ from .publishing.verification import checks_page, read_evaluated, verify
 from .results.result import Result
 from .robustbench import adapt
 from .runs import Run
+from .schema import field_types, load_table
 from .zoo.published import published_sha256
 from .zoo.robust_models import check_name_is_free, register_robust_model, robust_model_name
 
@@ -237,14 +238,7 @@ def _paper(config: ExportConfig, results: Result) -> Paper:
 
 
 def _read_paper(path: Path) -> dict[str, str]:
-    names = [field.name for field in fields(Paper)]
-    paper = read_toml(path, "--paper")
-    for name, value in paper.items():
-        if name not in names:
-            raise unknown(f"--paper {path}:", name, names)
-        if not isinstance(value, str):
-            raise InputError(f"--paper {path}: {name} must be text in quotes, not {value!r}")
-    return paper
+    return load_table(field_types(Paper), read_toml(path, "--paper"), f"--paper {path}:")
 
 
 def _test_images(run: Run, data_dir: Path | None) -> Images:

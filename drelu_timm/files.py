@@ -1,14 +1,21 @@
-"""Files that are read with a check, locked, and written whole: readers see the old one or the new one, never a part."""
+"""Files: read with checks, locked, and written atomically (readers see the old file or the new one)."""
 
+import errno
 import json
 import os
+import platform
+import secrets
+import shlex
+import shutil
+import stat
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
-from .errors import InputError, one_line
+from .errors import DReLUWarning, InputError, one_line
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,25 +77,145 @@ def locked(path: Path, *, wait: bool = False) -> BinaryIO:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes ``path`` afterwards: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}.part")  # what a killed process leaves is no *.json
-    try:
-        yield beside
-        put_in_place(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+def held(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock file, so that one process at a time writes what it stands for; it is deleted at the end.
 
+    Only processes exclude each other, not the threads of one. Forked children do not inherit the lock, so a
+    data-loading worker that outlives a killed training does not block the next one.
 
-def put_in_place(beside: Path, path: Path) -> None:
-    """Rename a whole file or folder, once it is on disk, so that it stays whole when the machine is lost.
+    Args:
+        lock: Path of the lock file; its folder is made. It names the holder while the lock is held.
+        what: Flag and value whose files are locked, for the error, such as "--output-dir runs/x".
 
-    What it supersedes may be deleted afterwards.
+    Raises:
+        InputError: Another process holds the lock, or the file cannot be written.
     """
-    for written in [*(beside.rglob("*") if beside.is_dir() else ()), beside]:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = _lock(lock)
+    except BlockingIOError as error:
+        holder = lock.read_text(encoding="utf-8", errors="replace").strip() if lock.is_file() else ""
+        raise InputError(
+            f"{what} is in use by {one_line(Exception(holder)) if holder else 'another process'}. "
+            "Wait until it ends, or use another."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{what} cannot be written to ({one_line(error)}). Use another.") from error
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # before it is released: see `_lock`
+        file.close()
+
+
+def _lock(path: Path) -> TextIO:
+    """Open and lock a file, and write into it who holds it.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            _lock_for_process(file)
+            # A holder deletes its file. If that happened between our open and our lock, the lock is on a file
+            # without a name, which excludes nobody.
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+                file.write(f"process {os.getpid()} on {platform.node()} ({command})\n")
+                file.flush()
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock_for_process(file: TextIO) -> None:
+    if sys.platform == "win32":  # which has no such locks
+        return
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError from error
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(
+            f"{file.name}: this disk has no locks ({error.strerror}). Do not start a second process on this folder.",
+            DReLUWarning,
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that replaces ``path`` at the end: readers see the old file or the new one.
+
+    The temporary file is next to ``path``, and is deleted if there is an error.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    # O_EXCL: a link that somebody planted under this name is not followed. The mode is that of the umask.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = stat.S_IMODE(temporary.stat().st_mode)
+    try:
+        yield temporary
+        temporary.chmod(mode)  # safetensors writes a file of its own, with mode 0600
+        put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the name ``path`` at the end, which must not exist or be an empty folder.
+
+    The temporary folder is next to ``path``, and is deleted if there is an error.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Return a new random name next to a path; `remove_leftovers` knows it, and it has the suffix of no other file."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete the temporary files and folders of killed processes; to be called by who holds the lock on them.
+
+    Args:
+        folder: Folder that they are in.
+        name: Name of the file or folder that they were to become; by default any.
+    """
+    for leftover in folder.glob(f".{name}.{'[0-9a-f]' * 8}.part"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a complete file or folder after it has been synced to disk, so that it is complete after a power failure.
+
+    Files in a folder get the modes that the umask gives.
+    """
+    if temporary.is_dir():
+        for file in [path for path in temporary.rglob("*") if path.is_file()]:
+            file.chmod(stat.S_IMODE(file.parent.stat().st_mode) & 0o666)
+    for written in [*(temporary.rglob("*") if temporary.is_dir() else ()), temporary]:
         _to_disk(written)
-    beside.replace(path)
+    temporary.replace(path)
     _to_disk(path.parent)
 
 
@@ -105,8 +232,8 @@ def _to_disk(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically."""
-    with written_whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

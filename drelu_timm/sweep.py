@@ -20,7 +20,7 @@ import torch
 from .errors import InputError, one_line, unknown
 from .files import locked
 from .flags import SweepConfig
-from .launches import Launch
+from .launch import Launch
 from .sweeps.cell import Cell
 from .sweeps.grids import Grid, read_grid
 from .sweeps.jobs import Executor, LocalExecutor

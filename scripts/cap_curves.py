@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 from matplotlib.figure import Figure
 
-from drelu_timm.files import read_json, written_whole
+from drelu_timm.files import atomic_file, read_json
 from drelu_timm.models.variants import Options
 from drelu_timm.runs import Run
 
@@ -82,7 +82,7 @@ def _draw(curves: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="steps of the optimiser", ylabel="mean cap after each epoch")
     figure.legend(loc="outside upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    with written_whole(picture) as beside:
+    with atomic_file(picture) as beside:
         figure.savefig(beside, format=picture.suffix[1:] or "png", dpi=150)
 
 

@@ -4,8 +4,8 @@ import sys
 
 from accelerate import Accelerator, DistributedType, PartialState
 
-from drelu_timm import train
 from drelu_timm.__main__ import main
+from drelu_timm.training import distributed
 
 
 class ShardingAccelerator(Accelerator):
@@ -18,5 +18,5 @@ class ShardingAccelerator(Accelerator):
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-train.Accelerator = ShardingAccelerator
+distributed.Accelerator = ShardingAccelerator
 sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Training as users start it, in processes of its own."""
+"""Trainings that tests start in separate processes."""
 
 import atexit
 import contextlib
@@ -24,8 +24,8 @@ from torch.distributed import TCPStore
 
 from drelu_timm.training.config import TrainConfig
 
-# Where trainings are compared weight by weight. Adam makes whole steps even of gradients that are nothing but rounding,
-# which every processor does in its own way, and none of a wrong factor of the gradient.
+# For trainings that are compared weight by weight. Adam takes full steps even for gradients that are nothing but
+# rounding errors, which differ between processors, and its steps hide a wrong factor of the gradient.
 SGD = {"optimizer": "sgd", "lr": 0.05}
 # The server of `Launched`: the start of a process costs 4 s, nearly all of it for these imports.
 SERVER = multiprocessing.get_context("forkserver")
@@ -49,14 +49,14 @@ def weights(path: Path, folder: str = "model") -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(one: Path, other: Path, folder: str = "model") -> None:
-    """The same weights up to the rounding of sums, which are taken in another order by several processes."""
+    """Check that weights are equal up to the rounding of sums, whose order depends on the number of processes."""
     torch.testing.assert_close(weights(other, folder), weights(one, folder), rtol=1e-5, atol=1e-5)
 
 
 def image_folder(path: Path) -> dict:
-    """Settings for two classes of coloured images, written as files, 40 to train on and 40 to test on."""
-    colours = np.random.default_rng(0).integers(0, 156, (2, 2, 20, 8, 8, 3), dtype=np.uint8)
-    for split, classes in zip(("train", "test"), colours, strict=True):
+    """Write images of two classes, 40 for training and 40 for testing; return the settings that read them."""
+    pixels = np.random.default_rng(0).integers(0, 156, (2, 2, 20, 8, 8, 3), dtype=np.uint8)
+    for split, classes in zip(("train", "test"), pixels, strict=True):
         for shade, (name, images) in enumerate(zip("ab", classes, strict=True)):
             (path / split / name).mkdir(parents=True)
             for i, image in enumerate(images):
@@ -65,7 +65,7 @@ def image_folder(path: Path) -> dict:
 
 
 def flags(settings: TrainConfig) -> list[str]:
-    """The command line of a config."""
+    """Return the command line of a config."""
     parts = []
     for name, value in vars(settings).items():
         if value is True:
@@ -78,14 +78,14 @@ def flags(settings: TrainConfig) -> list[str]:
 class Launched:
     """Processes of one launch, forked from a server that has imported torch; used as `subprocess.Popen` is.
 
-    Each runs a module as `python -m` does, with this process' environment and folder, in a session of its own. Several
+    Each runs a module as `python -m` does, with the environment and folder of this process, in its own session. Several
     of them are one launch of torch.distributed: if one fails, the others are killed, as the launcher does.
 
     Args:
         arguments: Of the command line.
         processes: Their number.
         program: Name of the module.
-        environment: Variables to add to this process' own.
+        environment: Variables in addition to those of this process.
         before: Called in each process first; it is pickled.
     """
 
@@ -143,7 +143,7 @@ class Launched:
         return self.returncode
 
     def communicate(self) -> tuple[str, str]:
-        """Wait for the end of all processes; what they printed to stdout and stderr."""
+        """Wait for the end of all processes; return what they printed to stdout and stderr."""
         self.wait()
         stdout, stderr = (Path(file).read_text() for file in self._printed)
         return stdout, stderr
@@ -180,7 +180,7 @@ def _work(
 
 
 def train_by_processes(settings: TrainConfig, processes: int = 1, **options) -> str:
-    """Train to the end in processes of their own; what they printed."""
+    """Train to the end in separate processes; return what they printed."""
     process = Launched("train", *flags(settings), processes=processes, **options)
     printed, errors = process.communicate()
     assert process.returncode == 0, errors

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation, on a tiny net with BatchNorm."""
+"""Adversarial weight perturbation, on a tiny model with BatchNorm."""
 
 import copy
 
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from drelu_timm.models.drelu import DReLU
-from drelu_timm.training.awp import kept_statistics, perturbed_weights
 from drelu_timm.training.objectives import make_objective
+from drelu_timm.training.update import kept_statistics, perturbed_weights
 
 GAMMA = 0.01
 
@@ -33,7 +33,7 @@ def state(model):
 
 
 def changed(model, before):
-    """Names of the weights and buffers that are not bit for bit what they were."""
+    """Return the names of weights and buffers that have changed in any bit."""
     return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
@@ -43,7 +43,7 @@ def backward(model, images, labels):
     return loss.item()
 
 
-def test_each_weight_moves_along_its_gradient_by_gamma_times_its_length(model, batch):
+def test_each_weight_moves_along_its_gradient_by_gamma_times_its_norm(model, batch):
     model.eval()
     backward(model, *batch)
     before, gradients = state(model), {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -56,7 +56,7 @@ def test_each_weight_moves_along_its_gradient_by_gamma_times_its_length(model, b
             torch.testing.assert_close(cosine, torch.tensor(1.0), rtol=0, atol=1e-5)
 
 
-def test_the_loss_rises_as_much_as_its_gradient_says(model, batch):
+def test_the_loss_increases_as_its_gradient_predicts(model, batch):
     model.eval()
     model.double()
     images, labels = batch[0].double(), batch[1]
@@ -67,7 +67,7 @@ def test_the_loss_rises_as_much_as_its_gradient_says(model, batch):
         assert backward(model, images, labels) - loss == pytest.approx(expected, rel=1e-3)
 
 
-def test_gradients_inside_are_those_of_the_moved_weights(model, batch):
+def test_gradients_inside_belong_to_the_moved_weights(model, batch):
     model.eval()
     backward(model, *batch)
     with perturbed_weights(model, GAMMA):
@@ -79,17 +79,17 @@ def test_gradients_inside_are_those_of_the_moved_weights(model, batch):
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_weights_come_back_bit_for_bit(model, batch):
+def test_weights_are_restored_bit_for_bit(model, batch):
     model.eval()
     backward(model, *batch)
     before = state(model)
     with perturbed_weights(model, 0.3):
         backward(model, *batch)
     assert not changed(model, before)
-    assert all(p.grad is not None for p in model.parameters())  # the optimiser steps along these
+    assert all(p.grad is not None for p in model.parameters())  # which the optimizer uses
 
 
-def test_weights_come_back_after_an_interruption(model, batch):
+def test_weights_are_restored_after_an_interruption(model, batch):
     model.eval()
     backward(model, *batch)
     before = state(model)
@@ -121,7 +121,7 @@ def test_the_scale_of_the_gradient_does_not_matter(model, batch):
             torch.testing.assert_close(value, expected[name])
 
 
-def test_statistics_move_once_a_step(model, batch):
+def test_statistics_change_once_per_step(model, batch):
     images, labels = batch
     model.train()
     plain = copy.deepcopy(model)
@@ -138,7 +138,7 @@ def test_statistics_move_once_a_step(model, batch):
     assert model[1].num_batches_tracked == plain[1].num_batches_tracked == 1
 
 
-def test_statistics_come_back_after_an_interruption(model, batch):
+def test_statistics_are_restored_after_an_interruption(model, batch):
     model.train()
     before = state(model)
 
@@ -153,8 +153,8 @@ def test_statistics_come_back_after_an_interruption(model, batch):
 
 
 @pytest.mark.parametrize("name", ["natural", "at", "trades", "mart"])
-def test_a_step_is_that_of_the_authors_with_a_proxy(name, model, batch):
-    """Without weight decay: a proxy ascends, its way is rescaled a tensor, added, stepped from, and taken off again."""
+def test_a_step_equals_the_authors_step_with_a_proxy(name, model, batch):
+    """Without weight decay: their proxy ascends; its move is rescaled, added, and subtracted after the step."""
     images, labels = batch
     adversarial = (images + 0.1 * torch.rand(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     losses = make_objective(name, beta=6.0).losses

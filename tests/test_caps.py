@@ -1,4 +1,4 @@
-"""The penalties of the caps and what a log says of them."""
+"""The penalties of the caps and the statistics of a training log."""
 
 import pytest
 import timm
@@ -45,7 +45,7 @@ def test_penalty_shrinks_caps():
 
 
 @pytest.mark.parametrize("convolution", [False, True])
-def test_effective_penalty_is_the_squared_reach_of_each_unit_in_the_logits(convolution):
+def test_effective_penalty_is_the_squared_range_of_each_unit_in_the_logits(convolution):
     model = head(convolution=convolution)
     with torch.no_grad():
         model.activation.cap.copy_(torch.tensor([1.0, 2.0, 3.0]))
@@ -62,24 +62,24 @@ def test_effective_penalty_sums_over_two_heads():
 
 
 def scaled(model: DReLUHead, factor: torch.Tensor) -> DReLUHead:
-    """A head whose dense layer and caps are multiplied by a factor a unit, and its output layer divided."""
-    twin = head()
+    """A head whose dense layer and caps are multiplied by a factor per unit, and its output layer divided."""
+    other = head()
     with torch.no_grad():
-        twin.dense.weight.copy_(model.dense.weight * factor[:, None])
-        twin.dense.bias.copy_(model.dense.bias * factor)
-        twin.activation.cap.copy_(model.activation.cap * factor)
-        twin.output.weight.copy_(model.output.weight / factor)
-        twin.output.bias.copy_(model.output.bias)
-    return twin
+        other.dense.weight.copy_(model.dense.weight * factor[:, None])
+        other.dense.bias.copy_(model.dense.bias * factor)
+        other.activation.cap.copy_(model.activation.cap * factor)
+        other.output.weight.copy_(model.output.weight / factor)
+        other.output.bias.copy_(model.output.bias)
+    return other
 
 
-def test_effective_penalty_is_the_same_for_nets_of_the_same_function():
+def test_effective_penalty_is_the_same_for_models_of_the_same_function():
     model = head(0.5)
-    twin = scaled(model, torch.tensor([0.01, 4.0, 100.0]))
+    other = scaled(model, torch.tensor([0.01, 4.0, 100.0]))
     x = torch.randn(64, 5)
-    assert torch.allclose(twin(x), model(x), atol=1e-5)
-    assert effective_cap_penalty(twin).item() == pytest.approx(effective_cap_penalty(model).item())
-    assert cap_penalty(twin).item() != pytest.approx(cap_penalty(model).item(), rel=0.1)
+    assert torch.allclose(other(x), model(x), atol=1e-5)
+    assert effective_cap_penalty(other).item() == pytest.approx(effective_cap_penalty(model).item())
+    assert cap_penalty(other).item() != pytest.approx(cap_penalty(model).item(), rel=0.1)
 
 
 def test_effective_penalty_moves_the_caps_and_the_output_layer_only():

@@ -14,8 +14,9 @@ from drelu_timm.models.drelu import drelu_layers
 from drelu_timm.models.intervals import certified
 from drelu_timm.models.saved import load_folder, save_folder
 from drelu_timm.runs import Run
-from drelu_timm.train import make_accelerator, train
+from drelu_timm.train import train
 from drelu_timm.training.config import resolve
+from drelu_timm.training.distributed import make_accelerator
 
 
 def ibp(path: Path, **settings):

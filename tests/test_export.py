@@ -292,8 +292,12 @@ def _results(**changes):
         (lambda run: shutil.rmtree(run), {}, r"run is no run directory"),
         (lambda run: shutil.rmtree(run / "results"), {}, r"has no evaluation; make one: drelu-timm evaluate .*run"),
         (lambda run: (run / "results" / f"{RESULTS}.json").write_text("{"), {}, r"\.json cannot be read as JSON"),
-        (_no_worst, {}, r"\.json lacks worst: it is cut, or of another version; make it anew"),
-        (_no_verdict, {}, r"standard-Linf-0\.1\.json lacks verdict: it is cut, or of another version; make it anew"),
+        (_no_worst, {}, r"\.json has no worst\. The file is cut or of another version; create it again\."),
+        (
+            _no_verdict,
+            {},
+            r"standard-Linf-0\.1\.json: verdict has no verdict\. The file is cut or of another version",
+        ),
         (_other_weights, {}, r"\.json was measured on other weights \(sha256 \w{12}\) than .*model holds"),
         (_results(eps="0.2"), {}, r"no evaluation on digits for Linf, eps 0\.1 in .*-0\.1\.json; evaluate it so"),
         (_results(norm="L2"), {"results": RESULTS}, r"no evaluation on digits for Linf, eps 0\.1 in .*/standard-Linf"),
@@ -301,7 +305,7 @@ def _results(**changes):
         (None, {"eps": "0.2"}, r"no evaluation on digits for Linf, eps 0\.2 in .*-0\.1\.json; evaluate it so, or exp"),
         (_results(clean=0.99), {}, r"\.csv has another clean accuracy than .*\.json; delete the result and evaluate"),
         (_results(worst=0.01), {}, r"\.json has another worst case than the rows beside it"),
-        (_results(verdict="sound"), {}, r"\.json: verdict is 'sound', not an object; make it anew"),
+        (_results(verdict="sound"), {}, r"\.json: verdict is 'sound'\. It must be a table of names and values\."),
         (None, {"benchmark_examples": -3}, r"--benchmark-examples -3 must be 0 or more"),
         (None, {"output_dir": Path("/proc/x/y")}, r"--output-dir /proc/x/y cannot be made \(.*\); give another one"),
         (None, {"title": "Two\nlines"}, r"the entry is none that RobustBench could file \(name: 'Two"),
@@ -358,7 +362,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(run, spoil, settings, m
     [
         ("title = ", r"cannot be read as TOML"),
         ('titel = "A"', r"paper\.toml: 'titel' is unknown; did you mean title\?"),
-        ("title = 3", r"paper\.toml: title must be text in quotes, not 3"),
+        ("title = 3", r"paper\.toml: title is 3\. It must be text in quotes\."),
     ],
 )
 def test_a_paper_that_is_none_is_refused(run, text, message):

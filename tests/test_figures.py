@@ -241,7 +241,7 @@ def test_bars_join_what_does_not_differ():
         (draw_critical_difference, compare_methods(SCORES)),
     ],
 )
-def test_a_picture_is_written_whole_and_always_the_same(draw, content, tmp_path, monkeypatch):
+def test_a_picture_is_atomic_file_and_always_the_same(draw, content, tmp_path, monkeypatch):
     path = tmp_path / "report" / "picture.png"
     draw(content, path, title="A title")
     first = path.read_bytes()

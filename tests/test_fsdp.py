@@ -25,10 +25,10 @@ from drelu_timm.errors import InputError
 from drelu_timm.models.saved import load_folder
 from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig
-from drelu_timm.training.sharding import check_sharding, sharding
+from drelu_timm.training.distributed import check_sharding, fsdp_plugin
 
 # What `accelerate launch` makes of scripts/fsdp.yaml, but for a small model: layers of more than 1,000 weights are
-# gathered one by one, the others together.
+# gathered separately, the others together.
 LAUNCH = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -38,7 +38,7 @@ LAUNCH = {
     "FSDP_MIN_NUM_PARAMS": "1000",
 }
 TRADES = {"objective": "trades", "cap_weight": 1e-2, "cap_lr": 0.1, "save_every": 2, "resume": True, **SGD}
-# The penalty's gradient reaches the weights by another way than the loss's.
+# The gradient of this penalty reaches the weights without the distributed wrapper.
 EVERYTHING = {
     "objective": "at",
     "model": "shallow_cnn_drelu",
@@ -53,7 +53,7 @@ EVERYTHING = {
 
 
 def run_to_the_end(settings: TrainConfig) -> Path:
-    """The training under FSDP, on two processes."""
+    """Train under FSDP, on two processes."""
     train_by_processes(settings, 2, program="fsdp_on_cpu", environment=LAUNCH)
     assert settings.output_dir is not None
     return settings.output_dir
@@ -85,7 +85,7 @@ def test_sharded_training_with_everything_does_too(tmp_path):
     assert_trained_alike(tmp_path / "one", run_to_the_end(replace(one, output_dir=tmp_path / "sharded")))
 
 
-def test_a_killed_sharded_run_ends_as_if_it_had_not_been(tmp_path, sharded_run):
+def test_a_killed_sharded_run_ends_as_an_uninterrupted_one(tmp_path, sharded_run):
     reached, tmp_path = tmp_path / "reached", tmp_path / "run"
     settings = config(tmp_path, **TRADES)
     launch = LAUNCH | held_at(STEP, 5, reached)
@@ -94,7 +94,9 @@ def test_a_killed_sharded_run_ends_as_if_it_had_not_been(tmp_path, sharded_run):
     process.kill()
     process.wait()
     assert [state.name for state in tmp_path.glob("state/epoch-*")] == ["epoch-00000-step-0000004"]
-    with pytest.raises(InputError, match=r"with other sharding \(FSDP before, none now\); give what it was begun with"):
+    with pytest.raises(
+        InputError, match=r"with other sharding \(FSDP before, none now\)\. Use what the run was started with"
+    ):
         train(settings)
     run_to_the_end(settings)
     for folder in ("model", "last"):
@@ -103,38 +105,38 @@ def test_a_killed_sharded_run_ends_as_if_it_had_not_been(tmp_path, sharded_run):
 
 
 REFUSED = [
-    ({"ema_decay": 0.9}, {}, "--ema-decay 0.9 cannot average sharded weights; leave it out, or launch without FSDP"),
-    ({}, {"FSDP_VERSION": "1"}, "FSDP: fsdp_version 1 flattens caps and weights into one; give fsdp_version 2"),
+    ({"ema_decay": 0.9}, {}, "--ema-decay 0.9 cannot average sharded weights. Leave it out, or launch without FSDP"),
+    ({}, {"FSDP_VERSION": "1"}, "FSDP: fsdp_version 1 flattens caps and weights into one tensor. Use fsdp_version 2"),
     (
         {},
         {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
-        "FSDP: states of SHARDED_STATE_DICT are read by pickle; give fsdp_state_dict_type",
+        "FSDP: states of type SHARDED_STATE_DICT are loaded with pickle. Use fsdp_state_dict_type",
     ),
     (
         {},
         {"FSDP_OFFLOAD_PARAMS": "true"},
-        "FSDP: the penalty on caps is computed on the GPU; give fsdp_offload_params false",
+        "FSDP: the penalty on caps is computed on the GPU. Use fsdp_offload_params false",
     ),
 ]
 
 
 @pytest.mark.parametrize(("settings", "variables", "text"), REFUSED, ids=["ema", "version", "state", "offload"])
-def test_what_sharding_cannot_do_is_refused(tmp_path, monkeypatch, settings, variables, text):
+def test_settings_that_sharding_does_not_support_are_refused(tmp_path, monkeypatch, settings, variables, text):
     for name, value in {**LAUNCH, **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError) as error:
         check_sharding(
             config(tmp_path, **settings),
             SimpleNamespace(distributed_type=DistributedType.FSDP),  # pyright: ignore[reportArgumentType]
-            sharding(),  # pyright: ignore[reportArgumentType]
+            fsdp_plugin(),  # pyright: ignore[reportArgumentType]
         )
     assert str(error.value).startswith(text)
     assert "\n" not in str(error.value)
 
 
-def test_a_launch_that_accelerate_does_not_shard_is_refused(tmp_path, monkeypatch):
+def test_a_launch_that_accelerate_would_not_shard_is_refused(tmp_path, monkeypatch):
     for name, value in LAUNCH.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"^FSDP: Accelerate shards models on GPUs alone, .*; launch without FSDP$"):
+    with pytest.raises(InputError, match=r"^FSDP: Accelerate shards models on GPUs only\. Launch without FSDP\.$"):
         train(config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

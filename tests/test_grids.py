@@ -11,7 +11,7 @@ from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import Images
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.launches import Launch
+from drelu_timm.launch import Launch
 from drelu_timm.results import plotting
 from drelu_timm.sweeps.grids import Grid, read_grid, shipped
 from drelu_timm.training.config import TrainConfig
@@ -196,11 +196,11 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
         ('net = ["cnn"]', 'nte = ["cnn"]', r"\[smoke\] 'nte' is unknown; did you mean net"),
         ('source = "a test"', "", r'needs source = "\.\.\.", not empty'),
         ("[[evaluate]]", "[[smoke.evaluate]]", r"needs \[\[evaluate\]\], not empty"),
-        ("[0, 1]", "[]", r"\[train\] seed = \[\] leaves no cell. Give it a value"),
-        ("[0, 1]", '["a"]', r"\[train\] seed = 'a' must be a whole number"),
+        ("[0, 1]", "[]", r"\[train\] seed is \[\]\. It must be one value, or a list of values\."),
+        ("[0, 1]", '["a"]', r"\[train\] seed\[0\] is 'a'\. It must be a whole number\."),
         ("[0, 1]", "[0, 0]", "g has two cells called dense-natural-seed0. Give them other names or values"),
-        ("cap_lr = 1", "cap_lr = true", r"\[train\] cap_lr = True must be a number"),
-        ("cap_lr = 1", "eps = 0.1", r"\[train\] eps = 0.1 must be text in quotes"),
+        ("cap_lr = 1", "cap_lr = true", r"\[train\] cap_lr is True\. It must be a number or a list\."),
+        ("cap_lr = 1", "eps = 0.1", r"\[train\] eps is 0\.1\. It must be text in quotes or a list\."),
         ('name = "at"', 'name = "natural"', r"init_from goes in a circle: natural -> natural"),
         ('init_from = "natural"', 'init_from = "natrual"', "'natrual' is unknown; did you mean natural"),
         ('init_from = "natural"', 'init_from = ["natural"]', r"\['natural'\]. is unknown; did you mean natural"),

@@ -1,4 +1,4 @@
-"""The objectives and the inner attack, on a tiny net with BatchNorm and dropout."""
+"""The objectives and the inner attack, on a tiny model with BatchNorm and dropout."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def mixed(labels, num_classes=3):
     return 0.7 * one_hot + 0.3 * one_hot.roll(1, 0)
 
 
-def test_inner_attack_leaves_the_model_as_it_was(model, batch):
+def test_inner_attack_leaves_the_model_unchanged(model, batch):
     images, labels = batch
     model.train()
     model[1].eval()  # a frozen BatchNorm must stay frozen
@@ -92,7 +92,7 @@ def test_inner_attack_restores_the_model_when_interrupted(model, batch):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_inner_attack_raises_the_loss(model, batch):
+def test_inner_attack_increases_the_loss(model, batch):
     images, labels = batch
     attack = inner_attack(model, steps=10)
     adversarial = attack(images, cross_entropy(labels), noise(images))
@@ -110,7 +110,7 @@ def test_inner_attack_keeps_the_memory_format(norm):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_adversarial_images_do_not_touch_the_model(name, model, batch):
+def test_the_attack_of_an_objective_does_not_change_the_model(name, model, batch):
     images, labels = batch
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -146,7 +146,7 @@ def test_trades_adds_beta_times_the_divergence(model, batch):
     assert weighted.parts["kl"] > 0
 
 
-def test_trades_attack_raises_the_divergence(model, batch):
+def test_trades_attack_increases_the_divergence(model, batch):
     images, labels = batch
     model.eval()
     one = losses_of(make_objective("trades", beta=1.0), model, images, labels, steps=1)
@@ -154,7 +154,7 @@ def test_trades_attack_raises_the_divergence(model, batch):
     assert many.parts["kl"] > one.parts["kl"]
 
 
-def test_trades_is_the_formula_of_its_authors(model, batch):
+def test_trades_equals_the_authors_formula(model, batch):
     images, labels = batch
     model.eval()
     adversarial = (images + noise(images)).clamp(0, 1)
@@ -169,7 +169,7 @@ def test_trades_is_the_formula_of_its_authors(model, batch):
     )
 
 
-def test_mart_is_the_formula_of_its_authors(model, batch):
+def test_mart_equals_the_authors_formula(model, batch):
     images, labels = batch
     model.eval()
     adversarial = (images + noise(images)).clamp(0, 1)
@@ -191,16 +191,16 @@ def test_mart_is_the_formula_of_its_authors(model, batch):
     )
 
 
-def test_mart_raises_cross_entropy(model, batch):
+def test_mart_attacks_cross_entropy(model, batch):
     images, labels = batch
     attack = inner_attack(model)
     adversarial = make_objective("mart", beta=5.0).adversarial(images, labels, attack, noise(images))
     assert torch.equal(adversarial, attack(images, cross_entropy(labels), noise(images)))
 
 
-def test_mart_takes_hard_labels_only(model, batch):
+def test_mart_needs_hard_labels(model, batch):
     images, labels = batch
-    with pytest.raises(InputError, match=r"--objective mart needs one class an image.*leave --cutmix out"):
+    with pytest.raises(InputError, match=r"--objective mart needs one class per image.*Leave --cutmix out"):
         make_objective("mart", beta=5.0).losses(model, images, images, mixed(labels))
 
 
@@ -215,7 +215,7 @@ def test_large_logits_leave_losses_and_gradients_finite(name, label):
 
 
 @pytest.mark.parametrize("name", ["natural", "at", "trades"])
-def test_mixed_labels_weigh_the_losses_of_their_classes(name, model, batch):
+def test_mixed_labels_give_weighted_losses_of_their_classes(name, model, batch):
     images, labels = batch
     model.eval()
     objective = make_objective(name, beta=6.0)
@@ -237,7 +237,7 @@ def test_mixed_labels_of_one_class_give_the_images_of_that_class(model, batch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_label_smoothing_enters_the_cross_entropy_alone(name, model, batch):
+def test_label_smoothing_changes_only_the_cross_entropy(name, model, batch):
     images, labels = batch
     model.eval()
     plain, smoothed = (make_objective(name, beta=6.0, label_smoothing=amount) for amount in (0.0, 0.2))
@@ -260,6 +260,6 @@ def test_losses_of_bfloat16_logits_are_float32(name):
     assert torch.equal(losses.loss, exact.loss)
 
 
-def test_an_unknown_objective_is_named_with_its_neighbours():
+def test_an_unknown_objective_gets_a_suggestion():
     with pytest.raises(InputError, match="--objective 'trade' is unknown; did you mean trades"):
         make_objective("trade", beta=6.0)

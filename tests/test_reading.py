@@ -321,15 +321,15 @@ def test_a_run_without_log_has_no_held_out_figure(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"worst": None}, "worst is None, not a share between 0 and 1"),
-        ({"clean": 95.0}, "clean is 95.0, not a share between 0 and 1"),
-        ({"accuracy": {"pgd": float("nan")}}, "pgd is nan, not a share between 0 and 1"),
-        ({"accuracy": [0.5]}, "accuracy is [0.5], not an object"),
+        ({"worst": None}, "worst is None. It must be a number from 0 to 1."),
+        ({"clean": 95.0}, "clean is 95.0. It must be a number from 0 to 1."),
+        ({"accuracy": {"pgd": float("nan")}}, "accuracy.pgd is nan. It must be a number from 0 to 1."),
+        ({"accuracy": [0.5]}, "accuracy is [0.5]. It must be a table of names and values."),
         (
             {"verdict": {"verdict": "fine", "evidence": [], "numbers": {}}},
-            "verdict is 'fine', not a verdict on gradient masking (sound, undecided, masked)",
+            "verdict.verdict is 'fine'. It must be one of sound, undecided, masked.",
         ),
-        ({"verdict": "sound"}, "verdict is 'sound', not an object"),
+        ({"verdict": "sound"}, "verdict is 'sound'. It must be a table of names and values."),
         ({"worst": 0.96}, "has a worst case above another of its accuracies; evaluate anew"),
         ({"accuracy": {"pgd": 0.5}}, "has a worst case above another of its accuracies; evaluate anew"),
         ({"accuracy": {"masking": 0.9}}, "names an attack 'masking', which no suite does; evaluate anew"),
@@ -349,23 +349,26 @@ def test_results_that_cannot_be_used(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_examples": None}, "n_examples is None, not a count above 0"),
-        ({"n_examples": "20"}, "n_examples is '20', not a count above 0"),
-        ({"dataset_title": None}, "dataset_title is None, not a text"),
-        ({"norm": "L1"}, "norm is 'L1', not a norm (Linf, L2)"),
-        ({"eps": None}, "eps is None, not a radius as text"),
-        ({"eps": "0.1x"}, "eps is '0.1x', not a radius as text"),
-        ({"zero_gradient_share": None}, "zero_gradient_share is None, not a share between 0 and 1"),
-        ({"cw_l2": 5}, "cw_l2 is 5, not an object or null"),
-        ({"cw_l2": {"accuracy_at_budget": "x", "budget": 1, "median_l2": 1}}, "accuracy_at_budget is 'x', not a share"),
-        ({"sequences": []}, "sequences is [], not an object"),
-        ({"sequences": {"apgd": [1]}}, "apgd is [1], not an object"),
-        ({"settings": None}, "settings is None, not an object"),
-        ({"settings": {"pgd": 3}}, "pgd is 3, not an object"),
-        ({"versions": 3}, "versions is 3, not an object"),
+        ({"n_examples": None}, "n_examples is None. It must be a whole number above 0."),
+        ({"n_examples": "20"}, "n_examples is '20'. It must be a whole number above 0."),
+        ({"dataset_title": None}, "dataset_title is None. It must be text in quotes, not empty."),
+        ({"norm": "L1"}, "norm is 'L1'. It must be one of Linf, L2."),
+        ({"eps": None}, "eps is None. It must be text in quotes or a list."),
+        ({"eps": "0.1x"}, "eps is '0.1x'. It must be a radius in quotes"),
+        ({"zero_gradient_share": None}, "zero_gradient_share is None. It must be a number from 0 to 1."),
+        ({"cw_l2": 5}, "cw_l2 is 5. It must be a table of names and values."),
+        (
+            {"cw_l2": {"accuracy_at_budget": "x", "budget": 1, "median_l2": 1}},
+            "cw_l2.accuracy_at_budget is 'x'. It must be a number from 0 to 1.",
+        ),
+        ({"sequences": []}, "sequences is []. It must be a table of names and values."),
+        ({"sequences": {"apgd": [1]}}, "sequences.apgd is [1]. It must be a table of names and values."),
+        ({"settings": None}, "settings is None. It must be a table of names and values."),
+        ({"settings": {"pgd": 3}}, "settings.pgd is 3. It must be a table of names and values."),
+        ({"versions": 3}, "versions is 3. It must be a table of names and values."),
         (
             {"verdict": {"verdict": [], "evidence": [], "numbers": {}}},
-            "verdict is [], not a verdict on gradient masking",
+            "verdict.verdict is []. It must be text in quotes.",
         ),
     ],
 )
@@ -374,7 +377,7 @@ def test_results_with_something_else_in_a_field(tmp_path, change, message):
     write_json(path, json.loads(path.read_text()) | change)
     outcomes = read_outcomes([tmp_path])
     assert outcomes.found == [] and len(outcomes.broken) == 1
-    assert outcomes.broken[0].startswith(f"{path}: {message}") and outcomes.broken[0].endswith("; make it anew")
+    assert outcomes.broken[0].startswith(f"{path}: {message}")
 
 
 @pytest.mark.parametrize("curve", [[], None, {}, "x", [point(eps="bad", worst=0.5)]])
@@ -388,18 +391,18 @@ def test_sweeps_with_something_else_in_a_field(tmp_path, curve):
 def test_a_sweep_whose_eps_are_not_those_of_its_curve_is_named(tmp_path):
     path = write_sweep(evaluated_run(tmp_path / "x"), [point(eps="0.2", worst=0.5)])
     write_json(path, json.loads(path.read_text()) | {"eps": ["0.3"]})
-    assert read_outcomes([tmp_path]).broken == [f"{path} has other radii in its curve than under eps; evaluate anew"]
+    assert read_outcomes([tmp_path]).broken == [f"{path}: eps and curve have different radii. Evaluate again."]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"objective": "fat"}, "objective is 'fat', not an objective (natural, at, trades, mart)"),
-        ({"beta": None}, "beta is None, not a number"),
-        ({"model": 5}, "model is 5, not a text"),
-        ({"seed": "0"}, "seed is '0', not a whole number"),
-        ({"cap_weight": None}, "cap_weight is None, not a number"),
-        ({"eps": "0.1x"}, "eps is '0.1x', not a radius"),
+        ({"objective": "fat"}, "train.objective is 'fat'. It must be one of natural, at, trades, mart."),
+        ({"beta": None}, "train.beta is None. It must be a number."),
+        ({"model": 5}, "train.model is 5. It must be text in quotes, not empty."),
+        ({"seed": "0"}, "train.seed is '0'. It must be a whole number, 0 or above."),
+        ({"cap_weight": None}, "train.cap_weight is None. It must be a number."),
+        ({"eps": "0.1x"}, "train.eps is '0.1x'. It must be a radius"),
     ],
 )
 def test_flags_with_something_else_in_a_field(tmp_path, flags, message):
@@ -410,7 +413,10 @@ def test_flags_with_something_else_in_a_field(tmp_path, flags, message):
 
 @pytest.mark.parametrize(
     ("launch", "message"),
-    [("bf16", "launch is 'bf16', not an object"), ({"mixed_precision": 16}, "mixed_precision is 16, not a text")],
+    [
+        ("bf16", "launch is 'bf16'. It must be a table of names and values."),
+        ({"mixed_precision": 16}, "launch.mixed_precision is 16. It must be text in quotes, not empty."),
+    ],
 )
 def test_a_launch_with_something_else_in_a_field(tmp_path, launch, message):
     run = evaluated_run(tmp_path / "x")
@@ -432,7 +438,7 @@ def test_a_result_file_of_another_version_is_named(tmp_path):
     del content["norm"], content["n_examples"]
     write_json(path, content)
     (broken,) = read_outcomes([tmp_path]).broken
-    assert broken == f"{path} lacks norm, n_examples: it is cut, or of another version; make it anew"
+    assert broken == f"{path} has no norm, n_examples. The file is cut or of another version; create it again."
 
 
 @pytest.mark.parametrize("of_start", [False, True])
@@ -442,7 +448,8 @@ def test_a_config_of_another_version_is_named(tmp_path, of_start):
     del (config["init_from"] if of_start else config)["train"]["cap_penalty"]
     write_json(run / "config.json", config)
     (broken,) = read_outcomes([tmp_path]).broken
-    assert broken == f"{run / 'config.json'} lacks cap_penalty: it is cut, or of another version; make it anew"
+    where = f"{run / 'config.json'}: train"
+    assert broken == f"{where} has no cap_penalty. The file is cut or of another version; create it again."
 
 
 @pytest.mark.parametrize("log", ["", '{"epoch": 1, "held', '{"epoch": 1}\n', "[1]\n"])
@@ -460,7 +467,7 @@ def test_a_sweep_cut_short_leaves_the_rest(tmp_path):
     assert outcomes.found[0].curve == ()
     (broken,) = outcomes.broken
     assert broken.startswith(
-        f"{path} lacks settings, clean, accuracy, worst, zero_gradient_share, cw_l2, verdict, seconds:"
+        f"{path}: curve[1] has no settings, clean, accuracy, worst, zero_gradient_share, cw_l2, verdict, seconds."
     )
 
 

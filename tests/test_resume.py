@@ -1,4 +1,4 @@
-"""What is left of a training that was stopped, and that it goes on from there to the same end."""
+"""What a stopped training leaves, and that it resumes from there to the same end."""
 
 import errno
 import json
@@ -35,13 +35,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from drelu_timm.errors import InputError
-from drelu_timm.preemption import EXIT_CODE
+from drelu_timm.launch import PREEMPTED_EXIT_CODE
 from drelu_timm.runs import Run
 from drelu_timm.train import train
-from drelu_timm.training import trainer
+from drelu_timm.training import state, update, validation
 from drelu_timm.training.config import TrainConfig, resolve
 
-# Everything that has a state: the average of the weights, a schedule by the step, momentum, dropout-free BatchNorm.
+# Everything that has a state: averaged weights, a schedule updated every step, momentum.
 FULL = {
     "objective": "trades",
     "ema_decay": 0.9,
@@ -70,7 +70,7 @@ def kill_at(settings: TrainConfig, function: str, call: int, processes: int = 1)
     process.kill()
     process.wait()
     reached.unlink()
-    assert max(states(path), default="") >= max(before, default=""), "a state that was whole is gone"
+    assert max(states(path), default="") >= max(before, default=""), "a complete state is gone"
     return states(path)
 
 
@@ -87,13 +87,13 @@ def assert_same_end(one: Path, other: Path, processes: int = 1) -> None:
         assert a == b
 
 
-def test_a_run_killed_within_epochs_ends_as_if_it_had_not_been(tmp_path):
+def test_a_run_killed_within_epochs_ends_as_an_uninterrupted_one(tmp_path):
     whole = config(tmp_path / "whole", epochs=4, save_every=2, resume=True, **FULL)
     killed = replace(whole, output_dir=tmp_path / "killed")
     train(whole)
     steps = [f"epoch-00000-step-000000{step}" for step in range(8)]
     assert kill_at(killed, STEP, 5) == [steps[4]]
-    assert kill_at(killed, "os:fsync", 5) == [steps[4]]  # in the midst of writing the next one
+    assert kill_at(killed, "os:fsync", 5) == [steps[4]]  # while the next one is written
     assert kill_at(killed, "shutil:rmtree", 2) == [steps[4], steps[6]]  # before the old one is deleted
     train(killed)
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
@@ -115,9 +115,9 @@ def test_twenty_kills(tmp_path, model, processes):
 
 
 def assert_stopped_by_sigterm(settings: TrainConfig, errors: str) -> None:
-    """What a training leaves that has heard SIGTERM within its twelfth step; its continuation is as if it had not."""
+    """Check what a training leaves that got SIGTERM in its twelfth step, and that it resumes to the same end."""
     path, whole = settings.output_dir, settings.output_dir.with_name("whole")
-    assert "SIGTERM came: saved after epoch 1, step 6" in errors
+    assert "SIGTERM arrived: saved after epoch 1, step 6" in errors
     assert states(path) == ["epoch-00001-step-0000006"] and not (path / "model").exists()
     processes = json.loads((path / "config.json").read_text())["launch"]["num_processes"]
     train_by_processes(settings, processes)
@@ -126,14 +126,14 @@ def assert_stopped_by_sigterm(settings: TrainConfig, errors: str) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_and_ends_with_its_own_code(tmp_path, processes):
+def test_sigterm_saves_and_exits_with_its_own_code(tmp_path, processes):
     stopped = config(tmp_path / "stopped", epochs=4, resume=True, **FULL)
     at_a_step = held_at(STEP, 12, tmp_path / "reached")
     process = Launched("train", *flags(stopped), processes=processes, environment=at_a_step)
     wait_for(tmp_path / "reached", process)
     process.terminate()
     _, errors = process.communicate()
-    assert process.returncode == EXIT_CODE
+    assert process.returncode == PREEMPTED_EXIT_CODE
     assert_stopped_by_sigterm(stopped, errors)
 
 
@@ -149,27 +149,30 @@ def test_sigterm_to_a_launcher_saves(tmp_path):
     assert_stopped_by_sigterm(stopped, errors)
 
 
-def test_a_run_on_one_process_goes_on_with_two(tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(tmp_path):
     whole = config(tmp_path / "whole", epochs=4, objective="at", ema_decay=0.9, **SGD)
     train(whole)
     first = replace(whole, output_dir=tmp_path / "changed", save_every=3, resume=True)
     kill_at(first, STEP, 5)
-    assert "goes on with 2 processes, 1 before" in train_by_processes(first, 2)
+    assert "resumes with processes 2 (1 before)" in train_by_processes(first, 2)
     assert_same_weights(tmp_path / "whole", tmp_path / "changed")
 
 
-def test_gradients_may_be_accumulated_otherwise_when_a_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_may_accumulate_gradients_over_other_parts(tmp_path, monkeypatch, capsys):
     whole = config(tmp_path / "whole", objective="at", **SGD)
     train(whole)
     settings = interrupted(tmp_path / "run", monkeypatch, objective="at", **SGD)
     train(replace(settings, grad_accum_steps=4))
-    assert "goes on with --grad-accum-steps 4, 1 before: the same batches and updates up to" in capsys.readouterr().out
+    assert (
+        "resumes with --grad-accum-steps 4 (1 before): batches and updates are the same up to"
+        in capsys.readouterr().out
+    )
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
     resolve(replace(settings, compile=True))
 
 
 def interrupted(path: Path, monkeypatch, after: int = 3, **settings) -> TrainConfig:
-    """A run that stopped after some states."""
+    """Train until some states are saved, then stop."""
     settings = config(path, save_every=1, resume=True, **settings)
     save_state, saved = Accelerator.save_state, []
 
@@ -196,7 +199,9 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", full)
-        with pytest.raises(InputError, match=r"state could not be written .*No space left.*--resume goes on") as error:
+        with pytest.raises(
+            InputError, match=r"state cannot be written .*No space left.*--resume then continues"
+        ) as error:
             train(settings)
     assert "\n" not in str(error.value)
     assert states(tmp_path / "run") == before
@@ -213,7 +218,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_state(tmp_path, monkeypatch):
     process = Launched("train", *flags(settings), before=limit)
     _, errors = process.communicate()
     assert process.returncode == 2
-    assert re.search(r"error: \S+state could not be written \(", errors)
+    assert re.search(r"error: \S+state cannot be written \(", errors)
     assert states(tmp_path / "run") == before
 
 
@@ -224,8 +229,8 @@ def test_a_full_disk_at_the_best_model_leaves_the_state(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_folder", full)
-        with pytest.raises(InputError, match=r"best-00001 could not be written \(.*No space"):
+        patch.setattr(state, "save_folder", full)
+        with pytest.raises(InputError, match=r"best-00001 cannot be written \(.*No space"):
             train(settings)
     assert len(states(tmp_path / "run")) == 1
     train(settings)
@@ -260,7 +265,7 @@ def test_the_state_is_safe_before_the_validation(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Validation, "measure", stop)
+        patch.setattr(validation.Validation, "measure", stop)
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     assert states(tmp_path / "run") == ["epoch-00000-step-0000007"]
@@ -269,20 +274,20 @@ def test_the_state_is_safe_before_the_validation(tmp_path, monkeypatch):
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     settings = config(tmp_path / "run", resume=True, save_every=5)
-    update = trainer.Update.__call__
+    take_step = update.Update.__call__
 
     def poisoned(self, images, labels, epoch, step):
-        losses = update(self, images, labels, epoch, step)
+        losses = take_step(self, images, labels, epoch, step)
         if step == 6:
             next(self.bare.parameters()).data.fill_(float("nan"))
         return losses
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Update, "__call__", poisoned)
+        patch.setattr(update.Update, "__call__", poisoned)
         with pytest.raises(
-            InputError, match="the weights are no numbers after the step in epoch 1, step 7; lower --lr"
+            InputError, match=r"the weights are not finite after the step in epoch 1, step 7\. Lower --lr"
         ):
             train(settings)
     assert states(tmp_path / "run") == ["epoch-00000-step-0000005"]
@@ -295,11 +300,11 @@ def test_sigterm_to_all_processes_of_the_group_saves_with_workers_too(tmp_path):
     wait_for(tmp_path / "reached", process)
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate()
-    assert process.returncode == EXIT_CODE, errors
+    assert process.returncode == PREEMPTED_EXIT_CODE, errors
     assert states(tmp_path / "run") == ["epoch-00000-step-0000004"]
 
 
-def test_a_process_killed_while_it_wrote_the_config_is_no_hindrance(tmp_path):
+def test_leftovers_of_a_process_killed_while_writing_the_config_are_ignored(tmp_path):
     (tmp_path / ".4711.config.json.part").write_text("{")
     train(config(tmp_path, resume=True, epochs=1))
 
@@ -309,11 +314,11 @@ def test_other_precision_is_refused(tmp_path, monkeypatch):
     process = Launched("train", *flags(settings), environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
     _, errors = process.communicate()
     assert process.returncode == 2
-    assert "with other mixed precision (no before, bf16 now); give what it was begun with" in errors
+    assert "with other mixed precision (no before, bf16 now). Use what the run was started with" in errors
 
 
 def another_start(run: Path) -> None:
-    """Other weights in the place of a run's."""
+    """Replace the weights of a run."""
     save_file({name: value + 1 for name, value in weights(run).items()}, run / "model" / "model.safetensors")
 
 
@@ -324,18 +329,18 @@ def test_a_start_with_other_weights_is_refused(tmp_path, monkeypatch):
     another_start(tmp_path / "start")
     with pytest.raises(
         InputError,
-        match=rf"--resume of {tmp_path}/run: --init-from {tmp_path}/start has other weights .*\(sha256 \w+ before, ",
+        match=rf"--resume of {tmp_path}/run: the weights of --init-from {tmp_path}/start have .*\(sha256 \w+ before, ",
     ) as error:
         train(settings)
     assert "\n" not in str(error.value)
     assert states(tmp_path / "run") == before
     about = json.loads((tmp_path / "run" / "config.json").read_text())
-    del about["init_from_digest"]  # as it was not recorded once
+    del about["init_from_digest"]  # as in older runs, which did not record it
     (tmp_path / "run" / "config.json").write_text(json.dumps(about))
     train(settings)
 
 
-def test_a_start_that_is_gone_does_not_hinder_going_on(tmp_path, monkeypatch):
+def test_a_run_resumes_after_its_start_was_deleted(tmp_path, monkeypatch):
     train(config(tmp_path / "start", epochs=1))
     digest = Run.open(tmp_path / "start").model_digest
     settings = interrupted(tmp_path / "run", monkeypatch, init_from=tmp_path / "start")
@@ -350,7 +355,9 @@ def test_other_data_is_refused(tmp_path, monkeypatch):
     data = image_folder(tmp_path / "images")
     settings = interrupted(tmp_path / "run", monkeypatch, **data)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "images" / "train" / "a" / "0.png")
-    with pytest.raises(InputError, match=r"with other data \(\w+ before, \w+ now\); give what it was begun with"):
+    with pytest.raises(
+        InputError, match=r"with other data \(\w+ before, \w+ now\)\. Use what the run was started with"
+    ):
         train(settings)
 
 
@@ -362,7 +369,7 @@ def test_another_order_of_generated_images_is_refused(tmp_path, monkeypatch):
     settings = interrupted(tmp_path / "run", monkeypatch, **data, **mixed)
     (state,) = (tmp_path / "run" / "state").glob("epoch-*")
     content = json.loads((state / "progress.json").read_text())
-    del content["order_of_generated_images"]  # as it was not recorded once
+    del content["order_of_generated_images"]  # as in older runs, which did not record it
     (state / "progress.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"with other order of generated images \(None before, a shuffle per class"):
         train(settings)
@@ -374,7 +381,7 @@ def test_a_state_cut_short_is_named_and_left_alone(tmp_path, file):
     shutil.rmtree(tmp_path / "model")  # as if the run had been killed before its end
     (state,) = (tmp_path / "state").glob("epoch-*")
     (state / file).write_bytes((state / file).read_bytes()[:50])
-    with pytest.raises(InputError, match=rf"{state}.*(delete it to start anew|make it anew)") as error:
+    with pytest.raises(InputError, match=rf"{state}.*(Delete it to start from scratch|make it anew)") as error:
         train(config(tmp_path, ema_decay=0.9, resume=True))
     assert "\n" not in str(error.value)
     assert (state / file).stat().st_size == 50
@@ -387,6 +394,6 @@ def test_resume_after_the_end_changes_nothing(tmp_path):
     assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_resume_starts_anew_where_there_is_nothing(tmp_path):
+def test_resume_starts_from_scratch_where_there_is_no_run(tmp_path):
     train(config(tmp_path / "new", resume=True))
     assert len(log(tmp_path / "new")) == 2

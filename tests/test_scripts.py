@@ -114,7 +114,7 @@ def test_two_nodes_of_slurm_are_preempted_and_go_on_to_what_one_process_gives(tm
     wait_for(tmp_path / "reached", job)
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate()
-    assert "SIGTERM came: saved after epoch 1, step 6" in errors
+    assert "SIGTERM arrived: saved after epoch 1, step 6" in errors
     assert (tmp_path / "requeued").read_text().startswith("requeue ")
     assert not (tmp_path / "two" / "model").exists()
 

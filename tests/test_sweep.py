@@ -29,8 +29,7 @@ from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.files import locked
 from drelu_timm.flags import SweepConfig, read
-from drelu_timm.launches import Launch
-from drelu_timm.preemption import Preempted
+from drelu_timm.launch import Launch, Preempted
 from drelu_timm.sweep import main, sweep
 from drelu_timm.sweeps import jobs, scheduler
 from drelu_timm.sweeps.cell import Cell

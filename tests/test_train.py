@@ -28,8 +28,9 @@ from drelu_timm.__main__ import main
 from drelu_timm.data.readers import load_images
 from drelu_timm.errors import DReLUWarning, InputError
 from drelu_timm.runs import Run
-from drelu_timm.train import make_accelerator, train
+from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig, resolve
+from drelu_timm.training.distributed import make_accelerator
 from drelu_timm.training.model import create_model
 from drelu_timm.training.presets import PRESETS
 from drelu_timm.training.trainer import Trainer
@@ -148,7 +149,7 @@ def test_trades_with_batchnorm_runs_on_two_processes(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
-def test_presets_set_what_the_paper_says_and_flags_win(tmp_path, capsys):
+def test_presets_set_the_papers_values_and_flags_win(tmp_path, capsys):
     arguments = ["--dataset", "digits", "--model", "dense_drelu", "--n-train", "256", "--output_dir", str(tmp_path)]
     assert main(["train", *arguments, "--preset", "paper-drelu", "--epochs", "1", "--cap-weight", "0.1"]) == 0
     settings = Run.open(tmp_path).config["train"]
@@ -168,7 +169,7 @@ def test_presets_set_what_the_paper_says_and_flags_win(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_can_be_resolved_where_it_belongs(tmp_path, name):
+def test_every_preset_can_be_resolved_for_its_datasets(tmp_path, name):
     settings = PRESETS[name].settings
     files = {"generated": (tmp_path / "1m.npz",)} if "generated_fraction" in settings else {}
     for dataset in PRESETS[name].datasets:
@@ -177,7 +178,7 @@ def test_every_preset_can_be_resolved_where_it_belongs(tmp_path, name):
         assert resolve(given).preset == name
 
 
-def test_a_preset_of_one_norm_needs_a_radius_for_the_other():
+def test_a_preset_of_one_norm_needs_eps_for_the_other():
     settings = {"generated": (Path("1m.npz"),), "norm": "L2", "output_dir": Path("nowhere")}
     given = TrainConfig.from_preset("wang2023", model="wide_resnet28_10", dataset="cifar10", **settings)
     with pytest.raises(InputError, match="--norm L2 needs --eps: 8/255 is a radius for Linf; give one for L2"):
@@ -208,11 +209,14 @@ BAD = [
     ({"seed": 2**40}, "--seed 1099511627776 must be an integer from 0 to 4294967295"),
     ({"width": 0}, "width 0 is no number of units"),
     ({"cap": 0.0}, "cap 0.0 is no cap"),
-    ({"cap_weight": 0.1, "activation": "relu"}, "--cap-weight 0.1: the model has no D-ReLU"),
+    ({"cap_weight": 0.1, "activation": "relu"}, "--cap-weight 0.1 needs a model with D-ReLUs"),
     ({"optimizer": "adahessian"}, "--optimizer adahessian needs second derivatives"),
-    ({"batch_size": 1, "model": "preact_resnet18", "width": None}, "leaves one image at once, of which BatchNorm"),
+    (
+        {"batch_size": 1, "model": "preact_resnet18", "width": None},
+        "leaves one image per forward pass, too few for BatchNorm",
+    ),
     ({"cap_weight": float("nan")}, "--cap-weight nan must be a number >= 0"),
-    ({"preset": "wang2023"}, "--preset wang2023 does not fit --dataset digits; it is for cifar10, cifar100"),
+    ({"preset": "wang2023"}, "--preset wang2023 does not fit --dataset digits. It is for cifar10, cifar100"),
     ({"monitor": "acc"}, "--monitor 'acc' is unknown; allowed: loss, pgd"),
     ({"cap_penalty": "square"}, "--cap-penalty 'square' is unknown; did you mean squared?"),
     ({"cap_penalty": "effective", "placement": "all"}, "--cap-penalty effective"),
@@ -222,14 +226,14 @@ BAD = [
     ({"generated": (Path("a.npz"),), "generated_fraction": 0.5}, "a.npz"),
     ({"ema_decay": 1.0}, "--ema-decay 1.0 must be in [0, 1)"),
     ({"cutmix": 2.0}, "--cutmix 2.0"),
-    ({"cutmix": 0.5, "objective": "mart"}, "--objective mart needs one label an image"),
+    ({"cutmix": 0.5, "objective": "mart"}, "--objective mart needs one label per image"),
     ({"rand_augment": "rand-q9"}, "--rand-augment 'rand-q9'"),
-    ({"grad_accum_steps": 3}, "--batch-size 32 is no multiple of 3 (1 processes times --grad-accum-steps 3)"),
-    ({"sync_bn": True}, "--sync-bn: torch has it for GPUs only; leave it out"),
+    ({"grad_accum_steps": 3}, "--batch-size 32 is not a multiple of 3 (processes: 1, --grad-accum-steps: 3)"),
+    ({"sync_bn": True}, "--sync-bn works on GPUs only. Leave it out."),
     ({"log_with": "tensorbored"}, "--log-with 'tensorbored' is unknown; did you mean tensorboard?"),
-    ({"preset": "paper-at"}, "--preset paper-at goes on from natural training; give that run by --init-from RUN"),
-    ({"model": "dense", "activation": "relu"}, "--activation, --width belongs to *_drelu models"),
-    ({"optimizer": "adamm"}, "--optimizer 'adamm' is no optimiser of timm"),
+    ({"preset": "paper-at"}, "--preset paper-at continues natural training. Name that run with --init-from RUN."),
+    ({"model": "dense", "activation": "relu"}, "--activation, --width can only be used with *_drelu models"),
+    ({"optimizer": "adamm"}, "--optimizer 'adamm' is not an optimizer of timm"),
     ({"batch_size": 512}, "512"),
     ({"init_from": Path("nowhere")}, "nowhere is no run directory"),
     ({"dataset": "folder", "data_dir": Path("nowhere"), "img_size": 8}, "nowhere"),
@@ -250,7 +254,7 @@ def test_bad_input_is_one_line_before_any_work(tmp_path, settings, text):
 def test_a_directory_in_use_is_left_alone(tmp_path):
     train(config(tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="is in use; add --resume to go on, or name another folder"):
+    with pytest.raises(InputError, match=r"is in use\. Add --resume to continue that run, or name another folder"):
         train(config(tmp_path))
     with pytest.raises(InputError, match=r"with other settings: lr \(0.001 before, 0.01 now\)"):
         train(config(tmp_path, resume=True, lr=0.01))
@@ -259,13 +263,13 @@ def test_a_directory_in_use_is_left_alone(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is not empty and holds no run"):
+    with pytest.raises(InputError, match="is not empty and is not a run directory"):
         train(config(tmp_path))
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_state(tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path):
     train(config(tmp_path / "good"))
-    with pytest.raises(InputError, match=r"the loss is (nan|inf) in epoch 1, step \d+; lower --lr"):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) in epoch 1, step \d+\. Lower --lr"):
         train(config(tmp_path / "bad", lr=1e30))
     named = json.loads((tmp_path / "bad" / "no-number.json").read_text())
     step = (named["epoch"] - 1) * 7 + named["step"] - 1
@@ -297,14 +301,17 @@ def test_an_error_names_its_process_in_all_but_the_first_on_a_machine(capsys, mo
 @pytest.mark.parametrize(
     "start", [partial(Launched, processes=2), pytest.param(start_torchrun, marks=pytest.mark.slow)]
 )
-def test_an_error_that_all_processes_meet_is_told_once_by_each(start):
+def test_an_error_in_all_processes_is_printed_once_by_each(start):
     process = start("train", "--model", "dense_drelu", "--dataset", "minst")
     _, errors = process.communicate()
     assert process.returncode != 0
-    told = [line for line in errors.splitlines() if "'minst'" in line]
+    printed = [line for line in errors.splitlines() if "'minst'" in line]
     message = "error: --dataset 'minst' is unknown; did you mean mnist?"
-    assert told and set(told) <= {message, f"process 1: {message}"}  # a launcher ends the others after the first error
-    assert len(set(told)) == len(told)
+    assert printed and set(printed) <= {
+        message,
+        f"process 1: {message}",
+    }  # a launcher ends the others after the first error
+    assert len(set(printed)) == len(printed)
 
 
 # Recipes
@@ -339,7 +346,7 @@ def test_the_average_holds_weights_and_batch_statistics(tmp_path):
     expected = {key: value.clone() for key, value in one.update.bare.state_dict().items()}
     for done in range(4):
         step(one)
-        decay = min(0.6, 1 - (1 + done) ** (-2 / 3))  # timm's warm-up: the first step is copied
+        decay = min(0.6, 1 - (1 + done) ** (-2 / 3))  # timm's warm-up copies the first step
         for key, value in one.update.bare.state_dict().items():
             if value.is_floating_point():
                 expected[key] = decay * expected[key] + (1 - decay) * value
@@ -352,7 +359,7 @@ def test_the_average_holds_weights_and_batch_statistics(tmp_path):
         torch.testing.assert_close(actual[key], value, atol=1e-5, rtol=1e-4)
 
 
-def test_the_averaged_model_is_measured_beside_the_raw_one_and_saved(tmp_path):
+def test_the_averaged_model_is_measured_in_addition_to_the_raw_one_and_saved(tmp_path):
     train(config(tmp_path, ema_decay=0.99, epochs=1))
     (entry,) = log(tmp_path)
     assert entry["held_out_ema"].keys() == entry["held_out"].keys()
@@ -380,12 +387,12 @@ def test_the_best_epoch_and_the_last_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("monitor", ["loss", "pgd"])
-def test_patience_ends_a_training_that_gets_no_better(tmp_path, monitor):
+def test_patience_ends_a_training_that_no_longer_improves(tmp_path, monitor):
     train(config(tmp_path, epochs=9, lr=1e-20, cap_lr=1e-20, patience=2, monitor=monitor))
     assert len(log(tmp_path)) == 3
 
 
-def test_choices_are_robust_for_robust_objectives(tmp_path):
+def test_robust_objectives_choose_by_robust_accuracy(tmp_path):
     assert resolve(config(tmp_path / "a")).monitor == "loss"
     assert resolve(config(tmp_path / "a", objective="mart")).monitor == "pgd"
 
@@ -402,7 +409,7 @@ def test_schedules_move_both_learning_rates(tmp_path, schedule, first, last):
         assert 4 <= rates.index(max(rates)) <= 6
 
 
-def test_weight_decay_spares_norms_biases_and_caps(tmp_path):
+def test_weight_decay_leaves_out_norms_biases_and_caps(tmp_path):
     one = trainer(tmp_path, model="resnet10t_drelu", small_images=True, optimizer="sgd", weight_decay=0.1)
     for group in one.update.optimizer.param_groups:
         decayed = {parameter.ndim > 1 for parameter in group["params"]}
@@ -411,23 +418,23 @@ def test_weight_decay_spares_norms_biases_and_caps(tmp_path):
 
 
 @pytest.mark.filterwarnings("default::drelu_timm.errors.DReLUWarning")  # of one patch per image
-def test_weight_decay_spares_what_the_model_of_timm_names(tmp_path):
+def test_weight_decay_leaves_out_what_the_timm_model_names(tmp_path):
     settings = {"model": "vit_tiny_patch16_224_drelu", "img_size": 16, "weight_decay": 0.1}
     one = trainer(tmp_path, **settings)
     decay = {id(p): group["weight_decay"] for group in one.update.optimizer.param_groups for p in group["params"]}
-    spared = {name for name, p in one.update.bare.named_parameters() if p.ndim > 1 and not decay[id(p)]}
-    assert spared == {"model.pos_embed", "model.cls_token"}
-    plain = trainer(tmp_path, **settings | {"weight_decay": 0.0})  # as before, or its older states would not fit
+    undecayed = {name for name, p in one.update.bare.named_parameters() if p.ndim > 1 and not decay[id(p)]}
+    assert undecayed == {"model.pos_embed", "model.cls_token"}
+    plain = trainer(tmp_path, **settings | {"weight_decay": 0.0})  # in the order of older states
     first, *_ = plain.update.optimizer.param_groups
     assert len(first["params"]) == sum(p.ndim > 1 for p in plain.update.bare.parameters())
 
 
-def test_synchronised_batchnorm_keeps_the_activations_that_timm_puts_into_it(tmp_path):
+def test_synchronized_batchnorm_keeps_the_activations_of_batchnormact2d(tmp_path):
     settings = {"model": "mobilenetv3_small_050", "width": None}
-    plain, synchronised = (trainer(tmp_path, sync_bn=given, **settings).update.bare.eval() for given in (False, True))
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+    plain, synchronized = (trainer(tmp_path, sync_bn=given, **settings).update.bare.eval() for given in (False, True))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronized.modules())
     images = torch.rand(4, 1, 8, 8)
-    torch.testing.assert_close(synchronised(images), plain(images))
+    torch.testing.assert_close(synchronized(images), plain(images))
 
 
 def test_plateau_halves_after_five_epochs_that_are_not_lower(tmp_path):
@@ -439,7 +446,7 @@ def test_plateau_halves_after_five_epochs_that_are_not_lower(tmp_path):
     assert rates == pytest.approx([1e-3] * 5 + [5e-4] * 2)
 
 
-def test_onecycle_over_as_many_steps_as_the_warmup_has_none_of(tmp_path):
+def test_onecycle_with_a_warmup_of_one_step(tmp_path):
     train(config(tmp_path, schedule="onecycle", epochs=10, n_train=145, batch_size=32))  # 40 steps, one of warm-up
     assert log(tmp_path)[-1]["steps"] == 40
 
@@ -453,19 +460,19 @@ def test_a_preset_from_python_is_the_one_of_the_command_line(tmp_path):
 
 def test_accelerate_accumulating_gradients_too_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(InputError, match="must be 1; give --grad-accum-steps instead"):
+    with pytest.raises(InputError, match=r"must be 1\. Use --grad-accum-steps instead"):
         train(config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_wait_long_for_each_other(tmp_path, monkeypatch):
+def test_processes_wait_a_day_for_each_other(tmp_path, monkeypatch):
     handlers = []
 
     def started(**options):
         handlers.extend(options["kwargs_handlers"])
         raise ValueError("that is enough")
 
-    monkeypatch.setattr("drelu_timm.train.Accelerator", started)
+    monkeypatch.setattr("drelu_timm.training.distributed.Accelerator", started)
     with pytest.raises(InputError, match="that is enough"):
         make_accelerator(config(tmp_path))
     assert [one.timeout for one in handlers if isinstance(one, InitProcessGroupKwargs)] == [timedelta(days=1)]

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, one_line
-from ..files import written_whole
+from ..files import atomic_file
 
 _MEMBERS = _IMAGES, _LABELS = "image.npy", "label.npy"
 _CHUNK = 2**20  # bytes that are copied at a time
@@ -197,7 +197,7 @@ def _stored_copy(archive: zipfile.ZipFile, path: Path) -> Path:
         raise InputError(f"{what}, for which the disk has no space; make some, or save it by numpy.savez")
     tqdm.write(f"{what}: writing it once", file=sys.stderr)
     try:
-        with written_whole(copy) as beside:
+        with atomic_file(copy) as beside:
             _copy_members(archive, members, beside)
     except OSError as error:
         raise InputError(f"{what}, which cannot be written ({one_line(error)}); save it by numpy.savez") from error

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..errors import InputError, one_line, unknown
 from ..files import locked
-from ..launches import is_first_process
+from ..launch import is_first_process
 from ..randomness import permutation
 from .datasets import DATASETS, Dataset
 from .image_files import ImageFiles, Size, decode, formats, images_by_class, natural, why_ignored

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, one_line
-from ..files import written_whole
+from ..files import atomic_file
 
 LAYOUT = 3  # of the files; layouts 1 and 2 were files of JSON lines
 _COLUMN = "column "  # starts the name of a column's tensor
@@ -151,7 +151,7 @@ class Checkpoint:
         tensors |= {"examples": measurement.examples, "kept": measurement.kept, "images": measurement.images}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
         try:
-            with written_whole(path) as beside:
+            with atomic_file(path) as beside:
                 save_file(tensors, beside, metadata={"stage": stage, "identity": json.dumps(self._identity)})
         except (OSError, SafetensorError) as error:
             raise InputError(

@@ -8,7 +8,7 @@ from typing import TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..launches import PATIENCE, launched_on_cpu
+from ..launch import PATIENCE, launched_on_cpu
 
 Batch = TypeVar("Batch")
 Value = TypeVar("Value")

@@ -11,7 +11,7 @@ import torch
 from ..data.images import Images, to_float
 from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..files import write_json, write_text, written_whole
+from ..files import atomic_file, write_json, write_text
 from ..models.saved import CONFIG, WEIGHTS
 from ..results.plotting import draw_curve
 from ..runs import Run
@@ -33,7 +33,7 @@ def write_model(folder: Path, measured: Measured, run: Run) -> None:
     write_json(hub / CONFIG, measured.timm)  # whose digest the card tells
     write_text(hub / "README.md", model_card(measured, source="."))
     shutil.copyfile(hub / WEIGHTS, weights / f"{measured.key}.safetensors")
-    with written_whole(weights / f"{measured.key}.pt") as beside:
+    with atomic_file(weights / f"{measured.key}.pt") as beside:
         torch.save(run.load_model().state_dict(), beside)
     names = [f"{measured.key}.safetensors", f"{measured.key}.pt", f"../hub/{CONFIG}"]
     write_text(weights / "SHA256SUMS", "".join(f"{sha256_of(weights / name)}  {name}\n" for name in names))
@@ -82,7 +82,7 @@ def write_submission(folder: Path, measured: Measured, test: Images, evaluated: 
         write_text(submission / "new-external-evaluation.md", new_evaluation(measured, images, evaluated.without_image))
         whole = to_float(test.images)
         whole[evaluated.broken] = evaluated.adversarial
-        with written_whole(submission / images) as beside:
+        with atomic_file(submission / images) as beside:
             torch.save(whole, beside)
 
 

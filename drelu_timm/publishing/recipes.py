@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 
 from ..command_line import duration, written_flags
-from ..launches import Launch
+from ..launch import Launch
 from ..results.result import EpsResult, Further, Result
 from ..training.config import flag_defaults, given_settings
 from .measured import Measured, percent

@@ -9,22 +9,12 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from ..errors import InputError
-from ..files import written_whole
+from ..files import atomic_file
+from ..formatting import escape_latex
 from .tables import Table
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _MARKDOWN = str.maketrans({"|": r"\|", "\n": " "})
-_LATEX = str.maketrans(
-    {
-        **{character: rf"\{character}" for character in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-        "≤": r"$\le$",
-        "–": "--",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,7 @@ def write_page(path: Path, sections: Sequence[Section], *, title: str) -> None:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(_TEMPLATE.read_text(encoding="utf-8"))
     html = template.render(title=title, sections=sections)
-    with written_whole(path) as beside:
+    with atomic_file(path) as beside:
         beside.write_text(html, encoding="utf-8")
 
 
@@ -125,11 +115,11 @@ def _in_a_line(text: str) -> str:
 
 def latex(table: Table) -> str:
     r"""A table of the package booktabs, to be read by ``\input``; the preamble says ``\usepackage{booktabs}``."""
-    cells = table.cells.map(_escaped).rename(columns=_escaped)
+    cells = table.cells.map(escape_latex).rename(columns=escape_latex)
     return cells.to_latex(
         index=False,
         escape=False,
-        caption=_escaped(f"{table.title}. {table.caption}"),
+        caption=escape_latex(f"{table.title}. {table.caption}"),
         label=f"tab:{table.name}",
         position="htbp",
     )
@@ -138,7 +128,3 @@ def latex(table: Table) -> str:
 def csv(table: Table) -> str:
     """The numbers, unrounded."""
     return table.values.to_csv(index=False, lineterminator="\n")
-
-
-def _escaped(text: str) -> str:
-    return " ".join(str(text).split()).translate(_LATEX)

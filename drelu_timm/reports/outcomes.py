@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ..formatting import written
 from ..results.combined import Combined
 from ..results.examples import read_survivors
 from ..results.result import Eps, EpsResult, Result
-from ..schema import Text, Whole, load, one_of
+from ..schema import Text, Whole, load
 
 Flags = dict[str, Any]
 
@@ -212,7 +212,7 @@ class _Flags:
     model: Text
     dataset: Text
     seed: Whole
-    objective: Annotated[str, one_of(("natural", "at", "trades", "mart"), "an objective")]
+    objective: Literal["natural", "at", "trades", "mart"]
     beta: float
     awp_gamma: float
     eps: Eps

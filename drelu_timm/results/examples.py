@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attacks.threat_model import radius_of
 from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..files import written_whole
+from ..files import atomic_file
 from .result import ROUNDING, EpsResult, Result
 
 ADVERSARIAL = ".adversarial.safetensors"  # the suffix of the file with the images, in place of the result's .json
@@ -215,7 +215,7 @@ class Adversarial:
         Returns:
             sha256 of the file.
         """
-        with written_whole(path) as beside:
+        with atomic_file(path) as beside:
             tensors = {"index": self.index, "images": self.images}
             save_file(tensors, beside, metadata={"identity": json.dumps(dict(identity))})
             return sha256_of(beside)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import written_whole
+from ..files import atomic_file
 from .result import EpsResult
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def legend_outside(axes: "Axes", **content: Any) -> None:
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a PNG whole or not at all, without Matplotlib's version in it."""
-    with written_whole(path) as beside:
+    with atomic_file(path) as beside:
         figure.savefig(beside, format="png", dpi=150, metadata={"Software": None})
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from ..attacks.threat_model import Norm, radius_of, radius_written
 from ..errors import InputError
 from ..files import read_json
-from ..schema import Constraint, Count, Share, Text, Whole, dump, load, one_of
+from ..schema import Constraint, Count, Share, Text, Whole, dump, load, parse
 
 ROUNDING = 1e-9  # of shares that are equal
 
@@ -17,18 +17,14 @@ Word = Literal["sound", "undecided", "masked"]
 VERDICTS: tuple[Word, ...] = get_args(Word)  # from good to bad
 
 
-def _is_eps(value: Any) -> bool:
+def _is_eps(value: str) -> bool:
     try:
-        return isinstance(value, str) and radius_of(value) >= 0
+        return radius_of(value) >= 0
     except InputError:
         return False
 
 
-_EPS = Constraint(_is_eps, 'a radius as text, such as "8/255"')
-Eps = Annotated[str, _EPS]
-_ONE_EPS_OR_SEVERAL = Constraint(
-    lambda value: _is_eps(value) or (isinstance(value, list) and all(map(_is_eps, value))), _EPS.words
-)
+Eps = Annotated[str, Constraint(_is_eps, 'a radius in quotes, such as "8/255"')]
 
 
 @dataclass(frozen=True)
@@ -42,9 +38,9 @@ class Verdict:
         numbers: The same by name: shares in [0, 1] of the ``examples`` that were probed.
     """
 
-    verdict: Annotated[Word, one_of(VERDICTS, "a verdict on gradient masking")]
+    verdict: Word
     evidence: tuple[str, ...]
-    numbers: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, int | float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.verdict
@@ -125,7 +121,7 @@ class Further:
     """Another evaluation of the same weights whose images count in a published worst case; as of `Result`."""
 
     suite: str
-    eps: Annotated[str | tuple[str, ...], _ONE_EPS_OR_SEVERAL]
+    eps: Eps | Annotated[tuple[Eps, ...], Constraint(bool, "a list of radii, not empty")]
     n_examples: Count
     seed: int
     precision: str
@@ -167,15 +163,15 @@ class Result:
     model: str | None
     dataset: Text
     dataset_title: Text
-    norm: Annotated[Norm, one_of(get_args(Norm), "a norm")]
-    eps: Annotated[str | tuple[str, ...], _ONE_EPS_OR_SEVERAL]
+    norm: Norm
+    eps: Eps | Annotated[tuple[Eps, ...], Constraint(bool, "a list of radii, not empty")]
     suite: Text
     n_examples: Count
     seed: Whole
     precision: Text
     transfer_from: str | None
     model_digest: str | None
-    points: Annotated[tuple[EpsResult, ...], Constraint(bool, "a list with something in it")] = ()
+    points: tuple[EpsResult, ...] = ()
     processes: Count = 1
     versions: dict[str, str]
     hardware: Text
@@ -186,22 +182,24 @@ class Result:
     path: Path | None = None
 
     @classmethod
-    def from_json(cls, content: dict[str, Any], path: Path) -> "Result":
-        """Make a result of what a file holds.
+    def from_json(cls, content: Any, what: Path | str) -> "Result":
+        """Make a result of what a file holds; ``what`` names the file in errors.
 
         Raises:
             InputError: A field is missing or holds something else, an attack that no suite names, or a worst case
                 above another accuracy.
         """
-        several = isinstance(content.get("eps"), list)
         fields_of_file = {name: value for name, value in content.items() if name not in ("points", "path")}
-        points = content.get("curve") if several else [content]
-        result = replace(load(cls, fields_of_file | {"points": points}, path), path=path)
-        for point in result.points:
-            _check_point(path, point)
-        if several and result.eps != tuple(point.eps for point in result.points):
-            raise InputError(f"{path} has other radii in its curve than under eps; evaluate anew")
-        return result
+        result = load(cls, fields_of_file, what)
+        if result.is_sweep:
+            points = parse(tuple[EpsResult, ...], content.get("curve"), f"{what}: curve")
+        else:
+            points = (load(EpsResult, content, what),)
+        for point in points:
+            _check_point(what, point)
+        if result.is_sweep and result.eps != tuple(point.eps for point in points):
+            raise InputError(f"{what}: eps and curve have different radii. Evaluate again.")
+        return replace(result, points=points)
 
     def to_json(self) -> dict[str, Any]:
         """Return what a file holds of it: of one eps the fields of its point among its own, of several a curve."""
@@ -264,12 +262,12 @@ _ATTACK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _NO_ATTACKS = {"clean", "worst", "net", "training", "masking", "images", "seeds"}  # what else has a column in tables
 
 
-def _check_point(path: Path, point: EpsResult) -> None:
+def _check_point(what: Path | str, point: EpsResult) -> None:
     names = {*point.accuracy, *point.settings, *point.sequences}
     if strange := sorted(name for name in names if name in _NO_ATTACKS or not _ATTACK.fullmatch(name)):
-        raise InputError(f"{path} names an attack {strange[0]!r}, which no suite does; evaluate anew")
+        raise InputError(f"{what} names an attack {strange[0]!r}, which no suite does; evaluate anew")
     if point.worst > min([point.clean, *point.accuracy.values()]) + ROUNDING:
-        raise InputError(f"{path} has a worst case above another of its accuracies; evaluate anew")
+        raise InputError(f"{what} has a worst case above another of its accuracies; evaluate anew")
 
 
 def read_result(path: Path) -> Result:
@@ -278,7 +276,7 @@ def read_result(path: Path) -> Result:
     Raises:
         InputError: It is cut short, of another version, or holds something other than accuracies and verdicts.
     """
-    return Result.from_json(read_json(path), path)
+    return replace(Result.from_json(read_json(path), path), path=path)
 
 
 def best_sweep(sweeps: Iterable[Result]) -> Result | None:

@@ -14,10 +14,10 @@ from ..command_line import written_flags
 from ..data.datasets import DATASETS
 from ..evaluation.config import EvaluateConfig, attacked_in
 from ..evaluation.masking import PROBED, PROBES
-from ..launches import Launch
+from ..launch import Launch
 from ..results.result import read_result
 from ..training.config import TrainConfig, flag_defaults, resolve
-from ..training.start import check_start
+from ..training.model import check_start
 from ..training.validation import ATTACKED
 
 GRADIENT = 3  # A gradient costs about three forward passes: one forward, and a backward pass takes two.

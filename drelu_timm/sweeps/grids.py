@@ -38,14 +38,14 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
 from ..evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
 from ..files import read_toml
 from ..results.plotting import require_matplotlib
-from ..settings import typed
+from ..schema import Constraint, field_types, load_table
 from ..training.config import TrainConfig, resolve
 from .cell import Cell
 
@@ -57,6 +57,7 @@ _MOST_CELLS = 10_000  # a larger product is a mistake, and takes minutes to list
 # Fields that belong to the machine are flags of the sweep.
 _TRAIN = {field.name for field in fields(TrainConfig)} - {"data_dir", "generated", "output_dir", "resume", "init_from"}
 _EVALUATE = {field.name for field in fields(EvaluateConfig)} - {"run", "data_dir"}
+_AXIS = Constraint(bool, "one value, or a list of values")  # not an empty list, which leaves no cell
 _NOWHERE = Path(os.devnull) / "run"  # never there, so that no folder in use is in the way of checking a cell's flags
 
 Table = dict[str, Any]
@@ -118,14 +119,14 @@ class Grid:
         """Return the number of cells, without listing them."""
         return sum(prod(map(len, axes.values())) for _, _, axes in self._products())
 
-    def _products(self) -> Iterator[tuple[Table, Table, dict[str, list[Any]]]]:
+    def _products(self) -> Iterator[tuple[Table, Table, dict[str, tuple[Any, ...]]]]:
         """Return, for each pair of alternatives, their names by axis, all fields, and those fields that are axes."""
         for net, method in product(self.net or ({},), self.method or ({},)):
             own = {**net, **method}
             table = own | {key: value for key, value in self.train.items() if key not in own}
             table.pop("name", None)
             names = {axis: one["name"] for axis, one in zip(AXES, (net, method), strict=True) if one}
-            yield names, table, {key: value for key, value in table.items() if isinstance(value, list)}
+            yield names, table, {key: value for key, value in table.items() if isinstance(value, tuple)}
 
     def _points(self) -> Iterator["_Point"]:
         for names, table, axes in self._products():
@@ -272,21 +273,12 @@ def _check_array(path: Path, key: str, tables: Any) -> None:
 
 
 def _check_fields(path: Path, where: str, table: Any, config: type, allowed: set[str]) -> None:
-    """Refuse unknown fields and values of a wrong type; integers become floats where the field is a float."""
-    if not isinstance(table, dict):
-        raise InputError(f"GRID {path}: {where} must be a table")
-    hints = get_type_hints(config)
-    for key, value in table.items():
-        if key not in allowed:
-            raise unknown(f"GRID {path}: {where}", key, allowed)
-        if key in ("name", "init_from"):
-            continue
-        if value == []:
-            raise InputError(f"GRID {path}: {where} {key} = [] leaves no cell. Give it a value.")
-        if config is EvaluateConfig or not isinstance(value, list):
-            table[key] = typed(f"GRID {path}: {where} {key}", value, hints[key])
-        else:
-            table[key] = [typed(f"GRID {path}: {where} {key}", one, hints[key]) for one in value]
+    """Refuse unknown fields and values of another type, and give the values the types of the fields."""
+    types = {key: field_types(config)[key] for key in allowed - {"name", "init_from"}}
+    if config is TrainConfig:
+        types |= {key: types[key] | Annotated[tuple[types[key], ...], _AXIS] for key in types}
+        types |= dict.fromkeys(allowed - types.keys(), Any)  # the names, which the callers check
+    table |= load_table(types, table, f"GRID {path}: {where}")
 
 
 def _check_starts(path: Path, methods: Sequence[Mapping[str, Any]]) -> None:

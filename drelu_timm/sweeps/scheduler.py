@@ -18,8 +18,7 @@ from rich.table import Table
 
 from ..command_line import duration
 from ..errors import InputError, one_line
-from ..launches import Launch
-from ..preemption import Preempted, noticed_sigterm
+from ..launch import Launch, Preempted, noticed_sigterm
 from ..reports.outcomes import Outcome
 from ..reports.reading import read_outcomes
 from ..results.display import VERDICT_COLOURS

@@ -1,5 +1,6 @@
-"""Everything a training is made with: the flags of `drelu-timm train`, and what is allowed."""
+"""The settings of a training: the flags of `drelu-timm train`, their defaults, and what is allowed."""
 
+import json
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,6 @@ from ..command_line import flag, group
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 from ..files import read_json
-from ..schema import load
 from .presets import PRESETS
 
 if TYPE_CHECKING:
@@ -17,35 +17,38 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("constant", "cosine", "onecycle", "plateau")
 MONITORS = ("loss", "pgd", "certified")
-# What does not change the result of a run, so that it may change when it is resumed.
+_IBP = ("ibp_eps", "ibp_clean_weight", "ibp_ramp", "ibp_init")
+_COUNTS = ("epochs", "batch_size", "grad_accum_steps", "steps", "n_train", "patience")
+# These do not change the result of a run, so they are not in config.json.
 _NOT_SAVED = ("resume", "output_dir", "save_every", "workers", "log_with")
-_MAY_MOVE = ("data_dir", "generated", "init_from")  # what lies there is compared instead, or was read at the start
-_SAME_UPDATES = ("grad_accum_steps", "compile")  # up to rounding
+# A resumed run may change these: the digest of the data is compared instead of its path, and the updates are the same
+# up to rounding.
+_MAY_CHANGE = ("data_dir", "generated", "init_from", "grad_accum_steps", "compile")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Train a timm model and write a run directory."""
 
-    model: str = field(metadata=group("task", "What is trained, and on what."))
-    """timm architecture, plain or with its D-ReLU: resnet50, wide_resnet28_10, resnet50_drelu, dense_drelu, ..."""
+    model: str = field(metadata=group("task", "The model and the data."))
+    """timm architecture, plain or with a D-ReLU: resnet50, wide_resnet28_10, resnet50_drelu, dense_drelu, ..."""
     dataset: str
     """digits, mnist, cifar10, cifar100, tiny_imagenet, or folder for any folder of images."""
     data_dir: Path = Path("data")
-    """Where the dataset lies, or is downloaded to. For folder: DIR/train and DIR/val (or test), folders or .tar files
-    with a folder per class at the top and its images at any depth below."""
+    """Folder of the dataset, which is downloaded there if missing. For folder: DIR/train and DIR/val (or test), folders
+    or .tar files with one folder per class at the top and its images at any depth below."""
     img_size: int | None = None
-    """Side of an image, in pixels; by default the dataset's own, and needed for folder."""
+    """Height and width of images in pixels; by default the dataset's. Required for folder."""
     n_train: int | None = None
-    """Use the first so many training images only; any first ones are a fair sample."""
+    """Use only the first N training images; any first N are a fair sample."""
     generated: tuple[Path, ...] = ()
     """Generated images to mix in: .npz files with `image` and `label`, such as EDM's; several are read as one."""
     generated_fraction: float = 0.0
-    """Share of generated images in every batch; an epoch keeps the size of the real training set."""
+    """Fraction of generated images in every batch; an epoch has as many steps as without them."""
     output_dir: Path | None = field(
-        default=None, metadata=group("run", "Where the run is written, and what it starts from.")
+        default=None, metadata=group("run", "Where it is written, and what it starts from.")
     )
-    """Run directory to write; by default runs/ and a name of what the run holds."""
+    """Run directory to write; by default a folder in runs/ that is named after the settings."""
     resume: bool = False
     """Resume the run in the output directory; start from scratch where there is none."""
     init_from: Path | None = None
@@ -53,106 +56,100 @@ class TrainConfig:
     preset: str | None = None
     """Named settings, printed with their source; flags and a file (--config) win over them:
     paper-drelu, paper-at, paper-trades, paper-drelu-edm, paper-trades-edm, wang2023, wang2023-tiny-imagenet.
-    (From Python: `TrainConfig.from_preset`.)"""
+    (In Python: `TrainConfig.from_preset`.)"""
     pretrained: bool = False
     """Start from the base architecture's ImageNet weights."""
     seed: int = 0
-    """Keys all randomness."""
+    """Seed of all randomness."""
     objective: str = field(default="natural", metadata=group("objective", "The loss, and the inner attack."))
-    """natural, at (adversarial training by PGD), trades, mart or ibp (certified training by interval bounds)."""
+    """natural, at (adversarial training with PGD), trades, mart or ibp (certified training with interval bounds)."""
     beta: float = 6.0
     """TRADES and MART: weight of the KL term."""
     awp_gamma: float = 0.0
-    """Adversarial weight perturbation, of this size relative to the weights (0.005 is common); 0 for none."""
+    """Size of adversarial weight perturbation relative to the weights (0.005 is common); 0 for none."""
     label_smoothing: float = 0.0
-    """Share of the label that goes to all classes evenly, in the loss (not in the attack)."""
+    """Label smoothing in the loss (not in the attack)."""
     ibp_eps: str | None = None
     """IBP: radius of the bounds in training, such as 0.4 for --eps 0.3; by default --eps."""
     ibp_clean_weight: float = 0.5
-    """IBP: weight of the loss on clean images after the ramp; the bounds have the rest."""
+    """IBP: weight of the loss on clean images after the ramp; the loss on bounds has the rest."""
     ibp_ramp: float = 0.4
-    """IBP: share of the steps in which the radius rises from 0, and the clean weight falls from 1."""
+    """IBP: fraction of the steps in which the radius rises from 0, and the clean weight falls from 1."""
     ibp_init: bool = False
-    """Initialize for IBP (Shi et al. 2021), so that bounds do not grow from layer to layer."""
+    """IBP: draw initial weights that keep the width of intervals from layer to layer (Shi et al. 2021)."""
     norm: str | None = None
-    """Norm of the inner attack, Linf or L2; by default the dataset's. Another one needs --eps."""
+    """Norm of the inner attack, Linf or L2; by default the dataset's. Another norm needs --eps."""
     eps: str | None = None
     """Radius of the inner attack, such as 8/255; by default the dataset's."""
     steps: int = 10
-    """Gradients of the inner attack."""
+    """Gradient steps of the inner attack."""
     step_size: float | None = None
-    """Length of a step, in units of a [0, 1] pixel; by default eps / 4."""
-    placement: str | None = field(
-        default=None, metadata=group("layer", "The added layer of a *_drelu model, and its caps.")
-    )
+    """Length of a step of the inner attack, in pixel values of [0, 1]; by default eps / 4."""
+    placement: str | None = field(default=None, metadata=group("layer", "The added layer of a *_drelu model."))
     """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
     activation: str | None = None
-    """What stands there: drelu (the default), pact, srelu, relu, relu6, silu, gelu, prelu or pssilu."""
+    """Activation there: drelu (the default), pact (one learned cap per layer), srelu, relu, relu6, silu, gelu, prelu or
+    pssilu."""
     width: int | None = None
     """Units of the added dense layer, or channels of the added convolution; by default 128."""
     cap: float | None = None
-    """Initial cap of a D-ReLU, fixed cap of an S-ReLU; by default 100."""
+    """Initial cap of a D-ReLU or PACT, fixed cap of an S-ReLU; by default 100."""
     cap_weight: float = 0.0
-    """Weight of the caps' penalty in the loss (the paper's balancer, lambda)."""
+    """Weight of the penalty on caps in the loss (the paper's balancer, lambda)."""
     cap_penalty: str = "squared"
-    """squared (the paper's: the sum of squared caps), or effective (each cap times what the next layer makes of it)."""
+    """squared (the paper's: sum of squared caps), or effective (caps multiplied by the weights of the next layer)."""
     cap_lr: float = 0.1
     """Learning rate of the caps; at the paper's 1e-3 a cap needs some 100,000 steps from 100 to 1."""
     small_images: bool = False
-    """A stem for small images: 3x3, stride 1, no pooling, or an upsampling layer where the family has no such stem."""
-    optimizer: str = field(
-        default="adam", metadata=group("optimisation", "How long, how fast, and which epoch is kept.")
-    )
-    """Any optimiser of timm: adam, adamw, sgd (Nesterov, momentum 0.9), ..."""
+    """Stem for small images: 3x3, stride 1, no pooling, or an upsampling layer where the family has no such stem."""
+    optimizer: str = field(default="adam", metadata=group("optimization", "Length, learning rates, the best epoch."))
+    """Any optimizer of timm: adam, adamw, sgd (Nesterov, momentum 0.9), ..."""
     lr: float = 1e-3
-    """Learning rate of everything but the caps, at its highest."""
+    """Highest learning rate of everything but the caps."""
     weight_decay: float = 0.0
-    """Weight decay; biases, norms, caps and what timm's model names (position embeddings, ...) are spared."""
+    """Weight decay; not applied to biases, norms, caps, and what timm's model excludes (position embeddings, ...)."""
     schedule: str = "constant"
-    """Learning rates: constant, plateau (halved after 5 epochs without a lower loss),
-    cosine (to 0, step by step) or onecycle (up, then as a cosine to 0, step by step)."""
+    """Learning rates: constant, plateau (halved after 5 epochs without a lower loss), cosine (to 0) or onecycle (up,
+    then along a cosine to 0)."""
     warmup: float = 0.025
-    """Share of the steps in which onecycle rises."""
+    """Fraction of the steps in which onecycle rises."""
     ema_decay: float = 0.0
-    """Decay, a step, of an exponential moving average of the weights (0.995 is common); 0 for none.
-    The averaged model is measured beside the raw one, and is what the run keeps."""
+    """Decay per step of an exponential moving average of the weights (0.995 is common); 0 for none.
+    The averaged model is measured in addition to the raw one, and is the one that is kept."""
     epochs: int = 10
-    """Passes over the training set, at most."""
+    """Largest number of passes over the training set."""
     monitor: str | None = None
-    """Held-out figure that says which epoch is best: loss, pgd (accuracy under the inner attack), or certified (IBP).
-    By default loss for natural, certified for ibp, pgd for the others; of the averaged weights if there are any."""
+    """Held-out figure that selects the best epoch: loss, pgd (accuracy under the inner attack), or certified (by IBP),
+    of the averaged weights if there are any. By default loss for natural, certified for ibp, pgd for the others."""
     patience: int | None = None
-    """Stop after so many epochs without a better held-out figure; by default never."""
+    """Stop after N epochs without a better held-out figure; by default never."""
     batch_size: int = 128
-    """Images a step, over all processes together: the same run on any number of GPUs."""
+    """Images per step over all processes together, so that a run is the same on any number of GPUs."""
     grad_accum_steps: int = 1
-    """Parts that each process takes its share of a batch in, one after the other, where memory is short.
-    The same update as without up to rounding, but that BatchNorm takes the statistics of each part."""
+    """Parts into which each process splits its share of a batch, to save memory; BatchNorm sees each part alone."""
     sync_bn: bool = False
-    """BatchNorm over the batch of all processes; by default each takes the statistics of its own part."""
-    cutout: int = field(
-        default=0, metadata=group("augmentation", "What is done to training images, in addition to crop and flip.")
-    )
+    """Compute BatchNorm statistics over the batch of all processes; by default each process uses its part."""
+    cutout: int = field(default=0, metadata=group("augmentation", "Of training images, in addition to crop and flip."))
     """Side of the square that Cutout erases, in pixels; 0 for none."""
     cutmix: float = 0.0
     """Probability that a batch is mixed by CutMix."""
     rand_augment: str = ""
     """timm's RandAugment, such as rand-m9-n2-mstd0.5; empty for none."""
-    compile: bool = field(default=False, metadata=group("machine", "What does not change the result."))
-    """Compile the model by torch.compile: a minute or more at the start, fewer seconds a step on a GPU."""
+    compile: bool = field(default=False, metadata=group("machine", "Settings that do not change the result."))
+    """Compile the model with torch.compile: a minute or more at the start, less time per step on a GPU."""
     workers: int = 0
-    """Processes that prepare batches, beside each training process; 0 for none."""
+    """Processes that prepare batches, per training process; 0 for none."""
     save_every: int = 0
-    """Save a state after every so many steps as well; by default at the end of an epoch, and on SIGTERM."""
+    """Also save a state after every N steps; by default only at the end of an epoch, and on SIGTERM."""
     log_with: str | None = None
-    """Tracker of accelerate for the figures of every epoch, beside log.jsonl: tensorboard, wandb, ..."""
+    """Tracker of accelerate that gets the figures of every epoch, in addition to log.jsonl: tensorboard, wandb, ..."""
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> "TrainConfig":
-        """The config that ``--preset name`` and flags for ``settings`` give.
+        """Return the config that ``--preset name`` gives, with flags for ``settings``.
 
         Raises:
-            InputError: No such preset.
+            InputError: Unknown preset.
         """
         if name not in PRESETS:
             raise unknown("--preset", name, PRESETS)
@@ -160,7 +157,7 @@ class TrainConfig:
 
     @property
     def threat_model(self) -> ThreatModel:
-        """Norm and radius of the inner attack, of a resolved config."""
+        """Norm and eps of the inner attack of a resolved config."""
         assert self.norm is not None and self.eps is not None
         return ThreatModel.parse(self.norm, self.eps)
 
@@ -172,24 +169,30 @@ class TrainConfig:
 
     @property
     def augmentation(self) -> "Augmentation":
-        """What is done to training images."""
-        from ..data.augment import Augmentation
+        """Augmentation of training images."""
+        from ..data.augment import Augmentation  # needs torch, which the command line starts without
 
         dataset = DATASETS[self.dataset]
         return Augmentation(dataset.crop_padding, dataset.flip, self.cutout, self.cutmix, self.rand_augment)
 
 
+def variant_base(model: str) -> str | None:
+    """Return the base architecture of a *_drelu model's name, without a tag; None for other models."""
+    architecture = model.partition(".")[0]
+    return architecture.removesuffix("_drelu") if architecture.endswith("_drelu") else None
+
+
 def flag_defaults(preset: str | None) -> dict[str, Any]:
-    """What a flag that is not given stands for, beside ``--preset`` or without; None for those that must be given."""
+    """Return the values of flags that are not given, with or without ``--preset``; None for required ones."""
     defaults = {each.name: None if each.default is MISSING else each.default for each in fields(TrainConfig)}
     return defaults | (PRESETS[preset].settings | {"preset": None} if preset in PRESETS else {})
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The config with every default filled in that depends on another field, and checked.
+    """Check a config, and fill in every default that depends on another field.
 
     Raises:
-        InputError: One line on the first field that cannot be used.
+        InputError: A field has a value that is not allowed, or the output directory cannot be used.
     """
     _check_names(config)
     _check_numbers(config)
@@ -203,7 +206,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         monitor=config.monitor or _default_monitor(config.objective),
         output_dir=run_directory(config),
     )
-    config.bounded_eps  # noqa: B018  (which checks its own)
+    config.bounded_eps  # noqa: B018  (which parses ibp_eps)
     _check_output(config)
     return config
 
@@ -213,26 +216,48 @@ def run_directory(config: TrainConfig) -> Path:
     return config.output_dir or Path("runs") / _run_name(config)
 
 
-def given_settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of a run's saved settings those that have the value `resolve` fills in.
+def saved(config: TrainConfig) -> dict[str, Any]:
+    """Return what config.json holds of a config: JSON values of all settings that change the result."""
+    # IBP's settings are left out of other runs, so that the files of runs from before IBP stay equal to new ones.
+    left_out = _NOT_SAVED if config.objective == "ibp" else (*_NOT_SAVED, *_IBP)
+    content = {key: value for key, value in asdict(config).items() if key not in left_out}
+    return json.loads(json.dumps(content, default=str))
 
-    They are filled in again, so that ``step_size`` follows another ``eps``, and ``monitor`` another ``objective``.
+
+def given_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """Drop the settings of a run that have the value `resolve` fills in.
+
+    `resolve` fills them in again, so that ``step_size`` follows a new ``eps``, and ``monitor`` a new ``objective``.
 
     Args:
         saved: What `saved` returned, with the types of `TrainConfig`.
 
     Raises:
-        InputError: Norm and eps that are no threat model.
+        InputError: Norm and eps are not a threat model.
     """
     filled: dict[str, Any] = {"monitor": _default_monitor(saved.get("objective", "natural"))}
     if saved.get("norm") is not None and saved.get("eps") is not None:
         filled["step_size"] = _default_step_size(ThreatModel.parse(saved["norm"], saved["eps"]))
-    of_preset = flag_defaults(saved.get("preset"))  # where a preset sets one, leaving it out gives the preset's value
+    of_preset = flag_defaults(saved.get("preset"))  # without a setting that the preset has, the preset's would apply
     return {
         name: value
         for name, value in saved.items()
         if name not in filled or filled[name] != value or of_preset[name] is not None
     }
+
+
+def model_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of a *_drelu model that the config gives.
+
+    Raises:
+        InputError: The model is not a *_drelu model, and there are some.
+    """
+    options = {key: getattr(config, key) for key in ("placement", "activation", "width", "cap", "small_images")}
+    options = {key: value for key, value in options.items() if value is not None and value is not False}
+    if options and not variant_base(config.model):
+        given = ", ".join(flag(key) for key in options)
+        raise InputError(f"{given} can only be used with *_drelu models. Use --model {config.model}_drelu.")
+    return options
 
 
 def _default_step_size(threat_model: ThreatModel) -> float:
@@ -244,15 +269,16 @@ def _default_monitor(objective: str) -> str:
 
 
 def _threat_model(config: TrainConfig) -> ThreatModel:
-    """What is asked for, by default the preset's, or else the dataset's; a preset's radius counts as not given."""
+    """Return the given norm and eps, by default the preset's or else the dataset's."""
     dataset, preset = DATASETS[config.dataset], PRESETS[config.preset].settings if config.preset else {}
     default = ThreatModel.parse(preset.get("norm", dataset.norm), preset.get("eps", dataset.eps))
+    # The preset's eps counts as not given: it belongs to the preset's norm, and another norm needs its own.
     eps = None if config.eps == preset.get("eps") else config.eps
     return ThreatModel.parse(*norm_and_radius(config.norm, eps, default))
 
 
 def _check_names(config: TrainConfig) -> None:
-    # Here and not above, as flags and their help do without torch and timm.
+    # Imported here, since the command line reads flags and prints help without torch and timm.
     import timm
 
     from ..models.caps import CAP_PENALTIES
@@ -274,17 +300,7 @@ def _check_names(config: TrainConfig) -> None:
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    for name in (
-        "epochs",
-        "batch_size",
-        "grad_accum_steps",
-        "steps",
-        "step_size",
-        "lr",
-        "cap_lr",
-        "n_train",
-        "patience",
-    ):
+    for name in (*_COUNTS, "step_size", "lr", "cap_lr"):
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"{flag(name)} {value} must be a number above 0")
@@ -299,58 +315,51 @@ def _check_numbers(config: TrainConfig) -> None:
     for name in ("generated_fraction", "ema_decay", "label_smoothing", "warmup"):
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"{flag(name)} {getattr(config, name)} must be in [0, 1)")
-    config.augmentation  # noqa: B018  (which checks its own)
+    config.augmentation  # noqa: B018  (its constructor checks the values)
 
 
 def _check_combinations(config: TrainConfig) -> None:
-    if config.preset is not None:
-        _check_preset(config, config.preset)
-    if bool(config.generated) != bool(config.generated_fraction):
-        given, missing = ("--generated", "--generated-fraction F (0.7 for CIFAR, 0.8 for TinyImageNet are common)")
-        if not config.generated:
-            given, missing = (
-                f"--generated-fraction {config.generated_fraction:g}",
-                "--generated FILE.npz [FILE.npz ...]",
-            )
-        raise InputError(f"{given} needs {missing} as well")
+    preset = config.preset
+    if preset is not None and preset not in PRESETS:
+        raise unknown("--preset", preset, PRESETS)
+    if preset is not None and config.dataset not in PRESETS[preset].datasets:
+        allowed = ", ".join(PRESETS[preset].datasets)
+        raise InputError(f"--preset {preset} does not fit --dataset {config.dataset}. It is for {allowed}.")
+    if preset == "paper-at" and config.init_from is None:
+        raise InputError("--preset paper-at continues natural training. Name that run with --init-from RUN.")
+    if config.generated and not config.generated_fraction:
+        raise InputError("--generated needs --generated-fraction F as well (0.7 for CIFAR, 0.8 for TinyImageNet)")
+    if config.generated_fraction and not config.generated:
+        given = f"--generated-fraction {config.generated_fraction:g}"
+        raise InputError(f"{given} needs --generated FILE.npz [FILE.npz ...] as well")
     if config.cutmix and config.objective == "mart":
-        raise InputError("--cutmix mixes labels, and --objective mart needs one label an image; leave one of them out")
-    if config.objective == "ibp":
-        _check_ibp(config)
-    elif config.ibp_eps is not None or config.monitor == "certified":
-        name = "monitor" if config.ibp_eps is None else "ibp_eps"
-        raise InputError(f"{flag(name)} {getattr(config, name)} belongs to --objective ibp. Leave it out.")
-    if config.ibp_init and (config.pretrained or config.init_from):
-        raise InputError("--ibp-init would overwrite the weights of --pretrained or --init-from. Give one of them.")
+        raise InputError("--cutmix mixes labels, and --objective mart needs one label per image. Omit one of them.")
+    _check_ibp(config)
 
 
 def _check_ibp(config: TrainConfig) -> None:
-    """Refuse what interval bounds cannot be computed with, or what the objective does not use."""
+    """Refuse what IBP cannot use, and IBP's settings for other objectives."""
+    defaults = flag_defaults(None)
+    if config.objective != "ibp":
+        given = [name for name in _IBP if getattr(config, name) != defaults[name]]
+        given += ["monitor"] if config.monitor == "certified" else []
+        if given:
+            raise InputError(f"{flag(given[0])} {getattr(config, given[0])} belongs to --objective ibp. Leave it out.")
+        return
     norm = _threat_model(config).norm
     if norm != "Linf":
         raise InputError(f"--objective ibp bounds Linf epsilon balls, not --norm {norm}. Give --norm Linf and --eps.")
     for name in ("cutmix", "label_smoothing", "compile", "sync_bn"):
         if getattr(config, name):
             raise InputError(f"{flag(name)} does not go with --objective ibp. Leave it out.")
-
-
-def _check_preset(config: TrainConfig, name: str) -> None:
-    if name not in PRESETS:
-        raise unknown("--preset", name, PRESETS)
-    if config.dataset not in PRESETS[name].datasets:
-        raise InputError(
-            f"--preset {name} does not fit --dataset {config.dataset}; it is for {', '.join(PRESETS[name].datasets)}"
-        )
-    if name == "paper-at" and config.init_from is None:
-        raise InputError("--preset paper-at goes on from natural training; give that run by --init-from RUN")
+    if config.ibp_init and (config.pretrained or config.init_from):
+        raise InputError("--ibp-init would overwrite the weights of --pretrained or --init-from. Give one of them.")
 
 
 def _run_name(config: TrainConfig) -> str:
     parts = [config.dataset, config.model, config.placement, config.activation, config.objective]
     if config.objective in ("trades", "mart"):
         parts.append(f"beta{config.beta:g}")
-    if config.objective == "ibp" and config.ibp_eps:
-        parts.append(f"eps{config.ibp_eps.replace('/', '_')}")
     if config.awp_gamma:
         parts.append(f"awp{config.awp_gamma:g}")
     if config.cap_weight:
@@ -360,50 +369,27 @@ def _run_name(config: TrainConfig) -> str:
     return "-".join([*filter(None, parts), f"seed{config.seed}"])
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What is read of a config.json to resume its training."""
-
-    train: dict[str, Any]
-
-
 def _check_output(config: TrainConfig) -> None:
-    """Refuse a directory that is in use, and a --resume whose flags are not those the run began with."""
-    assert config.output_dir is not None
-    if config.output_dir.exists() and not config.output_dir.is_dir():
-        raise InputError(f"--output-dir {config.output_dir} is a file; name a folder")
-    path = config.output_dir / "config.json"
+    """Refuse a directory that is in use, and a --resume with other settings than the run's."""
+    folder = config.output_dir
+    assert folder is not None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output-dir {folder} is a file. Name a folder.")
+    path = folder / "config.json"
     if not path.exists():
-        held = config.output_dir.iterdir() if config.output_dir.is_dir() else ()
-        if any(not path.name.startswith(".") for path in held):  # those may be of a killed process
-            raise InputError(f"--output-dir {config.output_dir} is not empty and holds no run; name another folder")
+        # Hidden files may be those of a process that was killed before it wrote config.json.
+        if folder.is_dir() and any(not each.name.startswith(".") for each in folder.iterdir()):
+            raise InputError(f"--output-dir {folder} is not empty and is not a run directory. Name another folder.")
         return
     if not config.resume:
-        raise InputError(f"--output-dir {config.output_dir} is in use; add --resume to go on, or name another folder")
-    before, now = load(_Saved, read_json(path), path).train, saved(config)
-    compared = [key for key in now if key not in (*_MAY_MOVE, *_SAME_UPDATES)]
-    differing = [f"{key} ({before.get(key)} before, {now[key]} now)" for key in compared if before.get(key) != now[key]]
+        raise InputError(f"--output-dir {folder} is in use. Add --resume to continue that run, or name another folder.")
+    before, now = read_json(path).get("train"), saved(config)
+    if not isinstance(before, dict):
+        raise InputError(f"{path}: train must be an object. Restore the file, or name another folder.")
+    differing = [
+        f"{key} ({before.get(key)} before, {value} now)"
+        for key, value in now.items()
+        if key not in _MAY_CHANGE and before.get(key) != value
+    ]
     if differing:
-        raise InputError(f"--resume of {config.output_dir} with other settings: {', '.join(differing)}")
-
-
-def saved(config: TrainConfig) -> dict[str, Any]:
-    """The config as config.json holds it: what makes the run, so not where from or whether it was resumed."""
-    return {key: _plain(value) for key, value in asdict(config).items() if key not in _NOT_SAVED}
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def model_options(config: TrainConfig) -> dict[str, Any]:
-    """The arguments of a *_drelu model that the config gives."""
-    options = {key: getattr(config, key) for key in ("placement", "activation", "width", "cap", "small_images")}
-    options = {key: value for key, value in options.items() if value is not None and value is not False}
-    if options and not config.model.partition(".")[0].endswith("_drelu"):
-        given = ", ".join(flag(key) for key in options)
-        raise InputError(f"{given} belongs to *_drelu models; --model {config.model}_drelu takes it")
-    return options
+        raise InputError(f"--resume of {folder} with other settings: {', '.join(differing)}")

@@ -1,9 +1,9 @@
-"""What training minimises: natural training, adversarial training, TRADES, MART, interval bound propagation.
+"""What training minimizes: natural training, adversarial training, TRADES, MART, interval bound propagation.
 
-An objective says what the inner attack raises, and what the loss is on the images that it gives: two calls, as
-adversarial weight perturbation evaluates the loss twice on the same adversarial images. BatchNorm: the inner attack
-runs in eval mode, on running statistics that it neither uses up nor moves; the forwards of the loss run in training
-mode, each on its own batch (clean images, adversarial images), as in the code of the authors of TRADES.
+An objective states what the inner attack maximizes, and the loss on the images that it returns. These are two calls,
+since adversarial weight perturbation evaluates the loss twice on the same adversarial images. The inner attack runs in
+eval mode, on BatchNorm's running statistics, which it does not change; the forward passes of the loss run in training
+mode, on clean and on adversarial images separately, as in the TRADES authors' code.
 
 Labels are classes [B], or, for all but MART, probabilities [B, K] as CutMix mixes them. Losses are float32.
 """
@@ -25,13 +25,13 @@ from ..models.modes import frozen
 
 @dataclass(frozen=True)
 class InnerAttack:
-    """The maximisation inside a robust objective: PGD from a random start.
+    """PGD from a random start, which robust objectives train against.
 
     Attributes:
-        model: The bare module, not its distributed wrapper: no gradients are synchronised.
-        threat_model: Norm and radius.
+        model: The bare module, not its distributed wrapper, so that no gradients are synchronized.
+        threat_model: Norm and eps.
         steps: Number of gradients.
-        step_size: In units of a [0, 1] pixel.
+        step_size: In pixel values of [0, 1].
     """
 
     model: nn.Module
@@ -40,23 +40,16 @@ class InnerAttack:
     step_size: float
 
     def __call__(self, images: Tensor, loss: Loss, noise: Tensor) -> Tensor:
-        """Adversarial images [B, C, H, W] that raise ``loss``, begun at ``images + noise``."""
+        """Return adversarial images [B, C, H, W] that increase ``loss``, searched from ``images + noise``."""
         start = self.threat_model.project(images + noise, images)
         with frozen(self.model) as model:
-            return pgd(
-                model,
-                images,
-                loss,
-                self.threat_model,
-                start=start,
-                steps=self.steps,
-                step_size=self.step_size,
-            )
+            settings = {"steps": self.steps, "step_size": self.step_size}
+            return pgd(model, images, loss, self.threat_model, start=start, **settings)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """A loss with its parts, all scalars: ``parts`` go into the log under their names."""
+    """A loss with its parts, all scalars: ``parts`` are logged under their names."""
 
     loss: Tensor
     parts: dict[str, Tensor]
@@ -67,15 +60,15 @@ LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Losses]
 
 @dataclass(frozen=True)
 class Objective:
-    """What training minimises, and what the attack inside it raises.
+    """What training minimizes, and what its inner attack maximizes.
 
     Attributes:
-        raised: (frozen model in eval mode, images [B, C, H, W], labels) to what the inner attack raises; None where
-            nothing is attacked.
-        losses: (model in training mode, images, adversarial images, labels) to the loss; both images [B, C, H, W].
-        ramp: Share of the training's steps that are done, in [0, 1], to the ``losses`` of that step; None where they
-            are the same in all steps.
-        certifies: Whether training lowers interval bounds, so that validation counts what they prove.
+        raised: Maps (frozen model in eval mode, images [B, C, H, W], labels) to what the inner attack maximizes; None
+            for an objective without an attack.
+        losses: Maps (model in training mode, images, adversarial images, labels) to the loss; images are [B, C, H, W].
+        ramp: Maps the share of the training's steps that are done, in [0, 1], to the ``losses`` of the next step; None
+            where they are the same in all steps.
+        certifies: Whether the loss is one of interval bounds, so that validation counts what they prove.
     """
 
     raised: Callable[[nn.Module, Tensor, Tensor], Loss] | None
@@ -88,7 +81,7 @@ class Objective:
         return self if self.ramp is None else replace(self, losses=self.ramp(share))
 
     def adversarial(self, images: Tensor, labels: Tensor, attack: InnerAttack, noise: Tensor) -> Tensor:
-        """Adversarial images [B, C, H, W] from ``images + noise``; the images themselves where nothing is attacked."""
+        """Return adversarial images [B, C, H, W] from ``images + noise``; the images themselves without an attack."""
         if self.raised is None:
             return images
         with frozen(attack.model) as model:
@@ -97,11 +90,7 @@ class Objective:
 
 
 def natural(label_smoothing: float = 0.0) -> Objective:
-    """Cross-entropy on clean images.
-
-    Args:
-        label_smoothing: Share of each label that is spread over all classes, in [0, 1].
-    """
+    """Return cross-entropy on clean images; ``label_smoothing`` is the share spread over all classes, in [0, 1]."""
 
     def losses(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Losses:
         del adversarial
@@ -112,10 +101,9 @@ def natural(label_smoothing: float = 0.0) -> Objective:
 
 
 def adversarial_training(label_smoothing: float = 0.0) -> Objective:
-    """Cross-entropy on adversarial images (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
+    """Return cross-entropy on adversarial images (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
 
-    Args:
-        label_smoothing: As for `natural`; in the loss alone, the attack raises plain cross-entropy.
+    The attack maximizes plain cross-entropy, without label smoothing.
     """
 
     def losses(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Losses:
@@ -127,10 +115,10 @@ def adversarial_training(label_smoothing: float = 0.0) -> Objective:
 
 
 def trades(beta: float, label_smoothing: float = 0.0) -> Objective:
-    """TRADES (Zhang et al. 2019, https://arxiv.org/abs/1901.08573): cross-entropy on clean images + beta * KL.
+    """Return TRADES (Zhang et al. 2019, https://arxiv.org/abs/1901.08573): clean cross-entropy + beta * KL.
 
-    KL is KL(p(clean) || p(adversarial)), a mean over the batch, and the inner attack raises it. The attack begins at a
-    uniform point of the ball; the authors begin at Gaussian noise of 0.001.
+    KL is KL(p(clean) || p(adversarial)), a mean over the batch, which the inner attack maximizes. The attack starts at
+    a uniform point of the epsilon ball; the authors start at Gaussian noise of 0.001.
 
     Args:
         beta: Weight of the KL term, >= 0; the authors use 1 and 6.
@@ -152,23 +140,23 @@ def trades(beta: float, label_smoothing: float = 0.0) -> Objective:
 
 
 def mart(beta: float, label_smoothing: float = 0.0) -> Objective:
-    """MART (Wang et al. 2020, https://openreview.net/forum?id=rklOg6EFwS): boosted cross-entropy + beta * weighted KL.
+    """Return MART (Wang et al. 2020, https://openreview.net/forum?id=rklOg6EFwS): boosted cross-entropy + beta * KL.
 
-    Boosted cross-entropy is that of the adversarial images, and -log(1 - p) with p the largest probability of another
-    class. KL is KL(p(clean) || p(adversarial)), each image weighted by 1 - p(clean) of its label, a mean over the
-    batch. The inner attack raises cross-entropy. All is computed from log-probabilities, where the authors add 1e-4
-    and 1e-12 to probabilities: a very confident mistake costs more here.
+    On adversarial images, boosted cross-entropy is cross-entropy minus log(1 - p), with p the largest probability of
+    another class. KL is KL(p(clean) || p(adversarial)), weighted for each image by 1 - p(clean) of its label. Both are
+    means over the batch. The inner attack maximizes cross-entropy. Everything is computed from log-probabilities, where
+    the authors add 1e-4 and 1e-12 to probabilities, so very confident mistakes cost more here.
 
     Args:
         beta: Weight of the KL term, >= 0; the authors use 5.
-        label_smoothing: As for `natural`, in the boosted cross-entropy's first term.
+        label_smoothing: As for `natural`, in the cross-entropy.
     """
 
     def losses(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Losses:
         if labels.is_floating_point():
             raise InputError(
-                "--objective mart needs one class an image, not the mixed labels of --cutmix; "
-                "leave --cutmix out, or take --objective at or trades"
+                "--objective mart needs one class per image, and --cutmix mixes labels. "
+                "Leave --cutmix out, or use --objective at or trades."
             )
         clean = F.log_softmax(model(images).float(), dim=1)
         logits = model(adversarial).float()
@@ -182,14 +170,14 @@ def mart(beta: float, label_smoothing: float = 0.0) -> Objective:
 
 
 def ibp(eps: float, clean_weight: float, ramp: float) -> Objective:
-    """Cross-entropy on interval bounds (IBP, Gowal et al. 2018, https://arxiv.org/abs/1810.12715).
+    """Return cross-entropy on interval bounds (IBP, Gowal et al. 2018, https://arxiv.org/abs/1810.12715).
 
     The loss is ``kappa * CE(logits) + (1 - kappa) * CE(worst-case logits)``. The worst-case logits are the upper
     bounds of logit_k - logit_label over the Linf epsilon ball. From the first step on, the radius rises linearly from 0
-    to ``eps`` and ``kappa`` falls from 1 to ``clean_weight``.
+    to ``eps``, and ``kappa`` falls from 1 to ``clean_weight``.
 
     Args:
-        eps: Radius after the ramp, in units of a [0, 1] pixel; the authors use 0.4 for a test radius of 0.3.
+        eps: Radius after the ramp, in pixel values of [0, 1]; the authors use 0.4 for a test radius of 0.3.
         clean_weight: ``kappa`` after the ramp, in [0, 1]; the authors use 0.5.
         ramp: Share of the training's steps that the ramp takes, in [0, 1].
     """
@@ -212,21 +200,22 @@ def ibp(eps: float, clean_weight: float, ramp: float) -> Objective:
 
 
 def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
-    """Plain cross-entropy, which does not ask the model, for `Objective.raised`."""
+    """Return plain cross-entropy as `Objective.raised`; it does not depend on model and images."""
     del model, images
     return cross_entropy(labels)
 
 
 def _runner_up(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log(1 - p) of logits [B, K], with p the largest probability of a class other than the label's; [B]."""
+    """Return -log(1 - p) of logits [B, K] as [B], with p the largest probability of a class other than the label."""
+    # log(1 - p) as a difference of logsumexp stays finite where p rounds to 1.
     nothing = float("-inf")
     other = logits.scatter(1, labels.unsqueeze(1), nothing).argmax(dim=1, keepdim=True)
     return logits.logsumexp(dim=1) - logits.scatter(1, other, nothing).logsumexp(dim=1)
 
 
 def kl_divergence(probabilities: Tensor, logits: Tensor) -> Tensor:
-    """Sum over the batch of KL(probabilities || softmax(logits)), both [B, K]."""
-    # A probability that underflowed to 0, from logits some 100 apart, would have the gradient nan.
+    """Return the sum over the batch of KL(probabilities || softmax(logits)), both [B, K]."""
+    # A probability that underflowed to 0, as with logits some 100 apart, would have a NaN gradient.
     probabilities = probabilities.clamp(min=torch.finfo(torch.float32).tiny)
     return F.kl_div(F.log_softmax(logits.float(), dim=1), probabilities, reduction="sum")
 
@@ -240,10 +229,10 @@ def make_objective(
     ibp_clean_weight: float = 0.5,
     ibp_ramp: float = 0.4,
 ) -> Objective:
-    """The objective of a name; ``beta`` is for TRADES and MART, ``ibp_*`` for IBP, see the objectives' functions.
+    """Return an objective by name; ``beta`` is for TRADES and MART, the others are arguments of the named functions.
 
     Raises:
-        InputError: No such objective.
+        InputError: Unknown name.
     """
     objectives = {
         "natural": natural(label_smoothing),

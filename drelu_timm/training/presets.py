@@ -1,4 +1,4 @@
-"""Named settings of `drelu-timm train`, each with its source and the data sets that it was published for."""
+"""Named settings of `drelu-timm train`, each with its source and the datasets that it was published for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,15 +7,10 @@ from typing import Any
 from ..data.datasets import DATASETS
 
 _PAPER = "Sooksatra and Rivas 2024, https://doi.org/10.3390/math12223551"
-_ADAM = {
-    "optimizer": "adam",
-    "lr": 1e-3,
-    "cap_lr": 1e-3,
-    "schedule": "plateau",
-    "patience": 10,
-    "monitor": "loss",
-}
+_ADAM = {"optimizer": "adam", "lr": 1e-3, "cap_lr": 1e-3, "schedule": "plateau", "patience": 10, "monitor": "loss"}
 _WANG = "Wang et al. 2023, https://arxiv.org/abs/2302.04638, and its code"
+# Their code updates the schedule per epoch, ours per step; their averaging has another warm-up; they hold out 1,024
+# images, and start the attack from Gaussian noise of 0.001.
 _SGD = {
     "objective": "trades",
     "beta": 5.0,
@@ -41,9 +36,9 @@ class Preset:
     """Settings under one name.
 
     Attributes:
-        source: Where they are from, and what of them cannot be had here.
+        source: Where they are published.
         settings: Fields of `config.TrainConfig`.
-        datasets: The data sets that they are for.
+        datasets: The datasets that they are for.
     """
 
     source: str
@@ -71,11 +66,9 @@ PRESETS: dict[str, Preset] = {
         {**_ADAM, "objective": "trades", "beta": 5.0, "epochs": 2000, "generated_fraction": 0.7},
         ("cifar10", "cifar100", "tiny_imagenet"),
     ),
-    # Theirs steps the schedule by epochs, ours by steps; their averaging warms up otherwise; they hold out 1,024 images
-    # and start the attack at Gaussian noise of 0.001.
-    "wang2023": Preset(f"{_WANG}; made for wide_resnet28_10", _SGD, ("cifar10", "cifar100")),
+    "wang2023": Preset(f"{_WANG}; for wide_resnet28_10", _SGD, ("cifar10", "cifar100")),
     "wang2023-tiny-imagenet": Preset(
-        f"{_WANG}: beta 8, 80 % generated images; made for wide_resnet28_10",
+        f"{_WANG}: beta 8, 80 % generated images; for wide_resnet28_10",
         {**_SGD, "beta": 8.0, "generated_fraction": 0.8},
         ("tiny_imagenet",),
     ),

@@ -1,8 +1,8 @@
-"""The trainings that a command line asks for: its flags, over a file (--config), over a preset, over the defaults.
+"""The trainings that a command line asks for: flags win over a file (--config), which wins over a preset.
 
 The file is a recipe in TOML, or the config.json of a run. In a recipe the table [train] holds the settings of one
-training, with the names of the flags. Several tables [[train]] are trained in their order, each from the weights of
-the one before it:
+training, with the names of the flags. Several tables [[train]] are trained in order, each from the weights of the one
+before it:
 
     [[train]]                      # written to runs/x-stage1
     model = "dense_drelu"
@@ -13,27 +13,26 @@ the one before it:
     objective = "at"
     output_dir = "runs/x"
 
-A flag wins in every one of them; --output-dir is that of the last, and --init-from the start of the first. The tables
-[[evaluate]] and [export] of a published recipe are read by people, who give them as flags. How the processes are
-launched is not part of a training: a run's config.json records it under "launch", a published recipe in its comment.
+Flags apply to all of them, except that --output-dir names the last one and --init-from the start of the first. The
+tables [[evaluate]] and [export] of a published recipe document the flags of these verbs. How the processes are launched
+is not part of a training: a run's config.json records it under "launch", a published recipe in its comment.
 """
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import tyro
 
 from ..command_line import group, read_flags
 from ..errors import InputError, unknown
 from ..files import read_json, read_toml
-from ..settings import typed
+from ..schema import field_types, load_table
 from .config import TrainConfig, given_settings, run_directory
 
 TABLES = ("train", "evaluate", "export")  # of a recipe
-_FIELDS = [each.name for each in fields(TrainConfig)]
 
 Table = dict[str, Any]
 
@@ -51,31 +50,30 @@ def read_trainings(argv: Sequence[str]) -> list[TrainConfig]:
     """Return the configs of the trainings that the flags of ``drelu-timm train`` ask for, in order.
 
     Raises:
-        InputError: No such preset or file, or a file with something that is not understood.
+        InputError: A missing preset or file, or an entry of the file that is not allowed.
     """
     early = _early_flags(argv)
     tables = [{}] if early.config is None else read_train_tables(early.config)
-    return _chained([_read_over(argv, early, table) for table in tables])
+    return _chained([_with_flags(argv, early, table) for table in tables])
 
 
 def read_train_tables(path: Path) -> list[Table]:
     """Return the settings of each training in a recipe or in a run's config.json, with the types of `TrainConfig`.
 
     Raises:
-        InputError: No such file, or something in it that is not understood; one line that names file and field.
+        InputError: A missing file, or an entry that is not allowed; the line names file and field.
     """
     if path.suffix == ".json":
-        table = read_json(path).get("train")
-        return [given_settings(_checked(f"--config {path}: train", table))]
+        return [given_settings(_checked(f"--config {path}: train", read_json(path).get("train")))]
     if path.suffix != ".toml":
         raise InputError(f"--config {path} must be a .toml file, or the config.json of a run")
     content = read_toml(path, "--config")
     for key in content:
         if key not in TABLES:
             raise unknown(f"--config {path}:", key, TABLES)
-    if isinstance(content.get("train"), dict):
-        return [_checked(f"--config {path}: [train]", content["train"])]
     tables = content.get("train")
+    if isinstance(tables, dict):
+        return [_checked(f"--config {path}: [train]", tables)]
     if not isinstance(tables, list) or not tables:
         raise InputError(f"--config {path} needs a table [train], or several [[train]]")
     names = [f"--config {path}: [[train]] {number}:" for number in range(1, len(tables) + 1)]
@@ -87,7 +85,7 @@ def read_train_tables(path: Path) -> list[Table]:
 
 
 def _early_flags(argv: Sequence[str]) -> Namespace:
-    """Read the flags that say what the others are read over; a value that is missing is reported with the others."""
+    """Read the flags on which the defaults of the others depend; a missing value is reported by the full parser."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path, nargs="?")
     for name in ("--preset", "--norm", "--eps"):
@@ -95,19 +93,19 @@ def _early_flags(argv: Sequence[str]) -> Namespace:
     return parser.parse_known_args(argv)[0]
 
 
-def _read_over(argv: Sequence[str], early: Namespace, table: Table) -> TrainConfig:
-    """Read the flags over a table of the file, over the preset that either names."""
-    if early.norm not in (None, table.get("norm")):  # then a radius of the file is one of another norm
+def _with_flags(argv: Sequence[str], early: Namespace, table: Table) -> TrainConfig:
+    """Read the flags, with defaults from a table of the file and from the preset that either names."""
+    if early.norm not in (None, table.get("norm")):  # the file's eps belongs to the file's norm
         table = {name: value for name, value in table.items() if name != "eps"}
     preset = early.preset or table.get("preset")
     settings = {"model": tyro.MISSING, "dataset": tyro.MISSING, **table, "preset": preset}
     default = _TrainFlags(**settings) if preset is None else _TrainFlags.from_preset(preset, **settings)
     flags = read_flags(_TrainFlags, "train", argv, default)
-    return TrainConfig(**{name: getattr(flags, name) for name in _FIELDS})
+    return TrainConfig(**{each.name: getattr(flags, each.name) for each in fields(TrainConfig)})
 
 
 def _chained(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
-    """Let each training start from the one before it, whose run directory is named after the last one's."""
+    """Start each training from the one before it, whose run directory is named after the last one's."""
     last = run_directory(configs[-1])
     chained = list(configs[:1])
     for number, config in enumerate(configs[1:], start=1):
@@ -118,14 +116,8 @@ def _chained(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
 
 
 def _checked(what: str, table: Any) -> Table:
-    """Check the fields of a table, and give their values the types of `TrainConfig`."""
-    if not isinstance(table, dict):
-        raise InputError(f"{what} must be a table of settings")
-    hints = get_type_hints(TrainConfig)
-    for name in table:
-        if name not in hints:
-            raise unknown(what, name, hints)
-    return {name: typed(f"{what} {name}", value, hints[name]) for name, value in table.items()}
+    """Check the fields of a table, and convert their values to the types of `TrainConfig`."""
+    return load_table(field_types(TrainConfig), table, what)
 
 
 def _refuse(what: str, table: Any, name: str, reason: str) -> None:
