@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .evaluation.evaluation import evaluate_model, evaluate_sweep
     from .models.caps import cap_penalty
     from .models.drelu import DReLU, SReLU
-    from .models.normalize import normalized
-    from .models.saved import load_folder, save_folder
+    from .models.inference import normalized
+    from .models.weights import load_folder, save_folder
     from .zoo.robust_models import register_robust_model
 
 __version__ = version("drelu-timm")
@@ -52,10 +52,10 @@ _HOMES = {
     "cap_penalty": "models.caps",
     "evaluate_model": "evaluation.evaluation",
     "evaluate_sweep": "evaluation.evaluation",
-    "load_folder": "models.saved",
-    "normalized": "models.normalize",
+    "load_folder": "models.weights",
+    "normalized": "models.inference",
     "register_robust_model": "zoo.robust_models",
-    "save_folder": "models.saved",
+    "save_folder": "models.weights",
 }
 
 
@@ -81,5 +81,5 @@ warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureW
 @when_imported("timm")
 def _register(_: ModuleType) -> None:
     """Register the models with timm: at once where timm is imported already, else when its import ends."""
-    import_module(".models.registration", __name__)
+    import_module(".models.registry", __name__)
     import_module(".zoo.published", __name__).register_published()

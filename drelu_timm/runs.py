@@ -26,8 +26,8 @@ from torch import nn
 from .digests import sha256_of
 from .errors import InputError
 from .files import read_json
-from .models.normalize import normalized
-from .models.saved import WEIGHTS, load_folder
+from .models.inference import normalized
+from .models.weights import WEIGHTS, load_folder
 
 
 @dataclass(frozen=True)

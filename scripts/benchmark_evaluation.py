@@ -52,7 +52,7 @@ from drelu_timm.evaluation.checkpoint import Checkpoint
 from drelu_timm.evaluation.driver import Driver
 from drelu_timm.evaluation.evaluation import evaluate_model
 from drelu_timm.evaluation.subjects import find_subject
-from drelu_timm.models.modes import channels_last, frozen
+from drelu_timm.models.inference import channels_last, frozen
 from drelu_timm.runs import environment
 
 Row = Literal["original", "original again", "standard", "bfloat16", "quick", "processes"]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError, unknown
-from drelu_timm.models.normalize import normalized
+from drelu_timm.models.inference import normalized
 from drelu_timm.runs import environment
 from drelu_timm.training.objectives import InnerAttack, make_objective
 

@@ -20,12 +20,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from drelu_timm.attacks.losses import cross_entropy
+from drelu_timm.attacks.attack import cross_entropy
 from drelu_timm.attacks.pgd import pgd
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.evaluation.evaluation import Evaluation, evaluate_model
 from drelu_timm.models.drelu import DReLU
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 
 THREAT_MODEL = ThreatModel.parse("Linf", "0.1")
 TEMPERATURE = 100.0  # of defensive distillation

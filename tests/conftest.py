@@ -83,7 +83,7 @@ def untrained_run(tmp_path, monkeypatch) -> Callable[[str], Path]:
     import timm
     import torch
 
-    from drelu_timm.models.saved import save_folder
+    from drelu_timm.models.weights import save_folder
 
     def make(eps: str) -> Path:
         monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Attacks that tests make up, and suites of chosen attacks."""
+"""Attacks for tests, and suites of chosen attacks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from drelu_timm.attacks.suites import SUITES
 
 @dataclass(frozen=True)
 class FakeAttack(Attack):
-    """Calls ``search(model, batch, threat_model)``, which returns images or `Candidates`."""
+    """Attack that calls ``search(model, batch, threat_model)``, which returns images or `Candidates`."""
 
     search: Callable[..., Any]
 
@@ -24,12 +24,12 @@ class FakeAttack(Attack):
 
 
 class FakeMinimumNormAttack(FakeAttack):
-    """The same as a minimum-norm attack."""
+    """The same, as a minimum-norm attack."""
 
     minimum_norm = True
 
 
 def only(monkeypatch, attacks: dict[str, Attack]) -> str:
-    """Register a suite of these attacks alone and return its name."""
+    """Register a suite of only these attacks and return its name."""
     monkeypatch.setitem(SUITES, "only", {name: {name: attack} for name, attack in attacks.items()})
     return "only"

@@ -1,4 +1,4 @@
-"""Attacks that know of the layers which hide gradients: what stands in for a layer, and what that finds."""
+"""Adaptive attacks: the substitutes of layers that hide gradients, and what the attacks find with them."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,12 +11,11 @@ from torch import nn
 
 from drelu_timm.attacks import adaptive
 from drelu_timm.attacks.adaptive import SUBSTITUTES
-from drelu_timm.attacks.attack import Batch
-from drelu_timm.attacks.losses import LOSSES
+from drelu_timm.attacks.attack import LOSSES, Batch
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.models.drelu import DReLU, SReLU
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 
 CAPPED = {
     "drelu": (DReLU(4, cap=1.0), 0.0, 1.0),
@@ -32,10 +31,10 @@ THREAT_MODEL = ThreatModel.parse("Linf", "0.09")
 
 
 def value_and_slope(model, x, change=None):
-    """Output for ``x`` and the gradient of its sum, with the layers changed or as they are."""
+    """Return the output for ``x`` and the gradient of its sum, with changed or unchanged layers."""
     x = x.clone().requires_grad_()
     if change is None:
-        value = model(x * 1)  # a layer that works in place may not do so on a leaf
+        value = model(x * 1)  # a layer cannot work in place on a leaf
     else:
         with change:
             value = model(x * 1)
@@ -75,7 +74,7 @@ def test_units_that_saturate_on_both_sides(layer):
 
 
 @pytest.mark.parametrize(("layer", "floor", "cap"), CAPPED.values(), ids=CAPPED)
-def test_twin_and_annealed_layers(layer, floor, cap):
+def test_surrogate_and_annealed_layers(layer, floor, cap):
     model = nn.Sequential(layer)
     x = torch.linspace(-20, 20, 44).view(11, 4)
     with adaptive.replaced(model, adaptive.straight_through):
@@ -87,7 +86,7 @@ def test_twin_and_annealed_layers(layer, floor, cap):
         assert (value <= cap).all()
     middle = torch.full((1, 4), (floor + cap) / 2)
     sharp = adaptive.replaced(model, partial(adaptive.annealed, sharpness=1.0))
-    torch.testing.assert_close(value_and_slope(model, middle, sharp)[1], torch.ones(1, 4))  # that of the clamp
+    torch.testing.assert_close(value_and_slope(model, middle, sharp)[1], torch.ones(1, 4))  # the gradient of the clamp
 
 
 def test_the_value_survives_in_bf16_where_the_substitute_is_much_larger():
@@ -97,7 +96,7 @@ def test_the_value_survives_in_bf16_where_the_substitute_is_much_larger():
     assert (value.item(), slope.item()) == (6, 1)
 
 
-def test_layers_are_put_back_whatever_happens():
+def test_layers_are_restored_after_an_error():
     layer = DReLU(3, cap=1.0)
     model = nn.Sequential(nn.Sequential(layer), layer, nn.ReLU())
     assert adaptive.substitutable_layers(model) == [layer]
@@ -114,7 +113,7 @@ def test_layers_are_put_back_whatever_happens():
     assert "forward" not in vars(layer)
 
 
-def test_a_layer_of_ones_own_is_made_known_in_one_line():
+def test_a_users_layer_is_registered_in_one_line():
     class Quantised(nn.Module):
         def forward(self, x):
             return x.mul_(4).round_().div_(4)  # in place, without a gradient
@@ -126,7 +125,7 @@ def test_a_layer_of_ones_own_is_made_known_in_one_line():
     model = nn.Sequential(Quantised(), Shifted())
     x = torch.tensor([[0.3, 9.1]])
     assert not adaptive.substitutable_layers(model)
-    with pytest.raises(TypeError, match=r"Quantised has no backward substitute; give it one by adaptive.backward.reg"):
+    with pytest.raises(TypeError, match=r"Quantised has no backward substitute\. Register one with adaptive.back"):
         adaptive.backward(model[0], x, adaptive.leaky)
 
     adaptive.backward.register(Quantised, lambda layer, x, clamp: x)
@@ -144,7 +143,7 @@ def test_a_layer_of_ones_own_is_made_known_in_one_line():
 
 
 def saturated_unit():
-    """Two classes told apart by one unit far above its cap, and images whose class it is: 0.09 brings it back."""
+    """Return two classes divided by one unit far above its cap, and images of its class, fooled from eps 0.09."""
     first, second = nn.Linear(16, 1, bias=False), nn.Linear(1, 3)
     with torch.no_grad():
         first.weight.fill_(1.0)
@@ -167,7 +166,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_adaptive_attacks_see_past_a_saturated_unit(attack):
+def test_adaptive_attacks_pass_a_saturated_unit(attack):
     model, images, labels = saturated_unit()
     batch = Batch(images, labels, range(8))
     blind = adaptive.Restarts(restarts=3, **BRIEF).run(model, batch, THREAT_MODEL)
@@ -180,13 +179,13 @@ def test_adaptive_attacks_see_past_a_saturated_unit(attack):
 
 @pytest.fixture(scope="module")
 def net():
-    """A small net with caps that units reach, images, and the classes it puts them into."""
+    """Return a small model whose units reach their caps, images, and its predictions."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = [nn.Conv2d(1, 8, 3), nn.Hardtanh(-0.2, 0.2), nn.Flatten(), nn.Linear(288, 16), DReLU(16, cap=0.1)]
         model = nn.Sequential(*layers, nn.Linear(16, 6)).eval().requires_grad_(False)
     images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    model[-1].bias -= model(images).mean(dim=0)  # or all would be of one class
+    model[-1].bias -= model(images).mean(dim=0)  # otherwise all would be of one class
     return model, images, model(images).argmax(dim=1)
 
 
@@ -198,7 +197,7 @@ BASELINES = {
 
 
 @pytest.mark.parametrize("attack", [*ATTACKS.values(), *BASELINES.values()], ids=[*ATTACKS, *BASELINES])
-def test_what_is_found_does_not_depend_on_the_batch(net, attack):
+def test_adaptive_attacks_do_not_depend_on_the_batch(net, attack):
     model, images, labels = net
     seeds = list(range(100, 140))
     whole = attack.run(model, Batch(images, labels, seeds), THREAT_MODEL)
@@ -221,7 +220,7 @@ def test_the_first_success_is_kept_and_ends_the_search(net, name):
     assert (found.steps[broken] < most).any()
 
 
-def test_fallen_examples_cost_no_more_passes(net):
+def test_misclassified_examples_cost_no_more_passes(net):
     model, images, labels = net
     passes = []
     handle = model.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
@@ -229,10 +228,10 @@ def test_fallen_examples_cost_no_more_passes(net):
     found = attack.run(model, Batch(images, labels, range(40)), ThreatModel.parse("Linf", "0.02"))
     handle.remove()
     judged = found.steps.sum() // 5
-    assert sum(passes) == found.steps.sum() + judged  # a pass a gradient, and one a restart to judge it
+    assert sum(passes) == found.steps.sum() + judged  # one pass per gradient, and one per restart to judge it
 
 
-def test_targets_are_the_likeliest_other_classes_each_once(net, monkeypatch):
+def test_targets_are_the_most_likely_other_classes(net, monkeypatch):
     model, images, labels = net
     aimed = []
 
@@ -250,7 +249,7 @@ def test_targets_are_the_likeliest_other_classes_each_once(net, monkeypatch):
 
 
 @pytest.mark.parametrize("attack", [ATTACKS["annealing"], ATTACKS["targeted_annealing"], ATTACKS["bpda, leaky"]])
-def test_a_start_is_where_the_search_begins(net, attack):
+def test_the_search_starts_from_the_batchs_start(net, attack):
     model, images, labels = net
     attack = replace(attack, steps=0)
     start = THREAT_MODEL.project(images + 0.05, images)
@@ -260,7 +259,7 @@ def test_a_start_is_where_the_search_begins(net, attack):
     assert not torch.equal(drawn.images, start)
 
 
-def test_transfer_searches_on_the_source_and_leaves_it_as_it_was(net):
+def test_transfer_searches_on_the_source_and_restores_it(net):
     model, images, labels = net
     source = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Dropout()).train()
     batch = Batch(images, labels, range(40))

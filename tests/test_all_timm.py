@@ -1,4 +1,4 @@
-"""Every timm architecture takes the head or says why not: one of each family here, all of them under ``-m slow``."""
+"""Every timm architecture supports the head or is refused with a reason: one per family, all with ``-m slow``."""
 
 import gc
 from collections import Counter
@@ -12,7 +12,7 @@ from drelu_timm import InputError
 
 
 class DropPathRatesOnCPU(TorchFunctionMode):
-    """timm 1.0.9 reads its drop path rates off a `torch.linspace`, which has no values on meta."""
+    """Return `torch.linspace` on the CPU: timm 1.0.9 reads drop path rates from it, which meta does not support."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -23,7 +23,7 @@ class DropPathRatesOnCPU(TorchFunctionMode):
 
 @torch.no_grad()
 def check(architecture: str, device: str) -> None:
-    """Build the variant, and follow its output through the life of its classifier."""
+    """Build the variant, and check its output after every change of its classifier."""
     with torch.device(device), DropPathRatesOnCPU():
         model = timm.create_model(f"{architecture}_drelu", num_classes=10).eval()
         features = []
@@ -41,7 +41,7 @@ def check(architecture: str, device: str) -> None:
 
 
 def built_on(architecture: str) -> str:
-    """The device that the check passed on: meta, or the CPU for what looks at values, which meta has not."""
+    """Return the device of the check: meta, or the CPU for models that read values, which meta does not have."""
     try:
         check(architecture, "meta")
         return "meta"
@@ -51,7 +51,7 @@ def built_on(architecture: str) -> str:
 
 
 def outcome(architecture: str) -> tuple[str, str]:
-    """ "built" and the device it ran on, "refused" and why, or "failed" and how."""
+    """Return "built" and the device, "refused" and the reason, or "failed" and the error."""
     try:
         return "built", built_on(architecture)
     except InputError as error:
@@ -66,7 +66,7 @@ def architectures() -> list[str]:
     return timm.list_models(exclude_filters=["*_drelu", "drelutimm2026_*"])  # without the published, trained ones
 
 
-# What timm calls small models, the smallest first.
+# timm's names of small models, the smallest first.
 HINTS = (
     "atto",
     "femto",
@@ -88,7 +88,7 @@ HINTS = (
 
 
 def one_of_each_family() -> list[str]:
-    """A small model of each of timm's modules, by its name and image size, and two of our own."""
+    """Return a small model per module of timm, by name and image size, and two of ours."""
     modules = [module for module in timm.list_modules() if module != "drelu_timm"]
     families = [timm.list_models(module=module, exclude_filters="*_drelu") for module in modules]
     return [*(min(family, key=_size) for family in families if family), "shallow_cnn", "preact_resnet18"]
@@ -103,14 +103,14 @@ def _size(architecture: str) -> tuple[int, int, str]:
 @pytest.mark.parametrize("architecture", one_of_each_family())
 def test_one_of_each_family(architecture):
     if architecture.endswith("_enc"):
-        with pytest.raises(InputError, match="classifies nothing"):
+        with pytest.raises(InputError, match="needs a classifier layer"):
             built_on(architecture)
     else:
         assert built_on(architecture) in ("meta", "cpu")
 
 
 def sweep(names: list[str]) -> dict[str, dict]:
-    """What becomes of each architecture."""
+    """Return the outcome of each architecture."""
     table = {}
     for name in names:
         verdict, detail = outcome(name)

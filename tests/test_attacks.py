@@ -1,4 +1,4 @@
-"""Threat models, and every attack against models whose answer is known."""
+"""Threat models, and every attack on models with a known result."""
 
 from dataclasses import replace
 
@@ -7,19 +7,18 @@ import torch
 from torch import nn
 
 from drelu_timm.attacks.adaptive import Transfer
-from drelu_timm.attacks.attack import Batch
-from drelu_timm.attacks.losses import LOSSES
+from drelu_timm.attacks.attack import LOSSES, Batch
 from drelu_timm.attacks.pgd import FGSM, pgd
 from drelu_timm.attacks.suites import ATTACKS, SUITES, find_suite
 from drelu_timm.attacks.threat_model import ThreatModel, norm_and_radius, radius_of
 from drelu_timm.errors import InputError
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 
 THREAT_MODELS = [ThreatModel.parse("Linf", "0.0125"), ThreatModel.parse("L2", "0.08")]
 
 
 class Linear(nn.Module):
-    """Two classes apart by a plane, so that the distance of every image from the other class is known."""
+    """Two classes divided by a plane, so that the distance of every image from the other class is known."""
 
     def __init__(self):
         super().__init__()
@@ -36,45 +35,45 @@ class Linear(nn.Module):
 
 @pytest.fixture
 def linear():
-    """The model, images around mid-grey (so that [0, 1] never interferes), and the classes it puts them into."""
+    """Return the model, images around mid-gray (so that [0, 1] has no effect), and its predictions."""
     model = Linear().eval()
     images = 0.5 + 0.1 * torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-3, 3)
     return model, images, model(images).argmax(dim=1)
 
 
 @pytest.mark.parametrize(("written", "value"), [("8/255", 8 / 255), ("0.1", 0.1), (0.3, 0.3), ("0", 0.0)])
-def test_eps_is_read_and_kept_as_written(written, value):
+def test_eps_is_parsed_and_kept_as_written(written, value):
     threat_model = ThreatModel.parse("Linf", written)
     assert threat_model.eps == pytest.approx(value)
     assert threat_model.written == str(written)
 
 
 @pytest.mark.parametrize("eps", ["hello", "-0.1", "8/0", "nan", "inf", "", "8/255/2"])
-def test_eps_that_is_no_radius(eps):
-    with pytest.raises(InputError, match=r"--eps .* is no radius; give a number >= 0 such as 8/255 or 0.1"):
+def test_eps_that_is_not_a_radius(eps):
+    with pytest.raises(InputError, match=r"--eps .* is not a radius. Use a number >= 0 such as 8/255 or 0.1"):
         ThreatModel.parse("Linf", eps)
 
 
-def test_a_radius_above_a_pixels_range_is_one_for_l2_only():
-    with pytest.raises(InputError, match=r"--eps 8 is more than a pixel's whole range, which is 1; write 8/255 for 8"):
+def test_a_radius_above_the_pixel_range_is_valid_only_for_l2():
+    with pytest.raises(InputError, match=r"--eps 8 is larger than the pixel range \[0, 1\]\. Use 8/255 for 8"):
         ThreatModel.parse("Linf", "8")
     assert ThreatModel.parse("L2", "8").eps == radius_of("8") == 8
 
 
 def test_an_empty_radius_is_not_the_default():
     norm, eps = norm_and_radius(None, "", ThreatModel.parse("Linf", "8/255"))
-    with pytest.raises(InputError, match="--eps '' is no radius"):
+    with pytest.raises(InputError, match="--eps '' is not a radius"):
         ThreatModel.parse(norm, eps)
     assert norm_and_radius(None, None, ThreatModel.parse("Linf", "8/255")) == ("Linf", "8/255")
 
 
-def test_unknown_norm_names_the_near_miss():
+def test_unknown_norm_suggests_the_nearest():
     with pytest.raises(InputError, match="--norm 'linf' is unknown; did you mean Linf"):
         ThreatModel.parse("linf", "0.1")
 
 
 @pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
-def test_projection_lands_in_the_ball_and_leaves_what_is_there(threat_model):
+def test_projection_is_inside_eps_and_keeps_points_inside(threat_model):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(50, 3, 6, 6, generator=generator)
     far = images + torch.randn(images.shape, generator=generator)
@@ -85,7 +84,7 @@ def test_projection_lands_in_the_ball_and_leaves_what_is_there(threat_model):
     assert not threat_model.contains(near + 1.0, images).any()
 
 
-def test_distance_is_that_of_the_norm():
+def test_distance_is_the_norm():
     moved = torch.full((1, 1, 2, 2), 0.5)
     assert ThreatModel.parse("Linf", 1).distance(moved, torch.zeros_like(moved)) == 0.5
     assert ThreatModel.parse("L2", 1).distance(moved, torch.zeros_like(moved)) == 1.0
@@ -101,7 +100,7 @@ def searched(name, linear, threat_model, seeds=None, **settings):
 
 @pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack_stays_in_the_ball_and_is_deterministic(name, threat_model, linear):
+def test_attack_stays_within_eps_and_is_deterministic(name, threat_model, linear):
     model, images, _ = linear
     state = torch.get_rng_state()
     cheap = {"square": {"n_queries": 50}, "cw-l2": {"steps": 20}}.get(name, {})
@@ -117,20 +116,20 @@ def test_attack_stays_in_the_ball_and_is_deterministic(name, threat_model, linea
 
 @pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
 @pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"noise", "square"}))
-def test_attack_with_gradients_breaks_just_what_can_be_broken(name, threat_model, linear):
+def test_attack_with_gradients_fools_the_model_exactly_where_possible(name, threat_model, linear):
     model, images, labels = linear
     distance = model.distance(images, threat_model.norm)
     assert 4 < (distance < threat_model.eps).sum() < 20, "the test has nothing to tell apart"
     adversarial = searched(name, linear, threat_model)
     broken = (model(adversarial).argmax(dim=1) != labels) & threat_model.contains(adversarial, images)
-    if name == "cw-l2" and threat_model.norm == "Linf":  # the nearest in L2 need not be near in Linf
+    if name == "cw-l2" and threat_model.norm == "Linf":  # the nearest in L2 may be far in Linf
         assert not broken[distance > threat_model.eps].any()
     else:
         sure = (distance - threat_model.eps).abs() > 0.03 * threat_model.eps
         assert torch.equal(broken[sure], (distance < threat_model.eps)[sure])
 
 
-def test_black_box_attacks_break_something_and_nothing_impossible(linear):
+def test_black_box_attacks_fool_the_model_only_where_possible(linear):
     model, images, labels = linear
     threat_model = THREAT_MODELS[0]
     broken = model(searched("square", linear, threat_model, n_queries=500)).argmax(dim=1) != labels
@@ -146,7 +145,7 @@ def test_carlini_wagner_finds_the_nearest_example(linear):
     assert (found / nearest).median() < 1.05
 
 
-def test_carlini_wagner_gives_the_image_back_where_it_finds_nothing():
+def test_carlini_wagner_returns_the_image_if_it_finds_nothing():
     class Constant(nn.Module):
         def forward(self, images):
             return torch.tensor([1.0, 0.0]) + 0 * images.flatten(1)[:, :2]
@@ -159,7 +158,7 @@ def test_carlini_wagner_gives_the_image_back_where_it_finds_nothing():
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "noise", "bpda", "twin", "annealing"])
-def test_our_attacks_do_not_depend_on_the_batch(name, linear):
+def test_attacks_do_not_depend_on_the_batch(name, linear):
     model, images, labels = linear
     seeds = list(range(100, 100 + len(images)))
     whole = searched(name, linear, THREAT_MODELS[0], seeds)
@@ -189,7 +188,7 @@ def test_settings_fit_the_number_of_classes(num_classes, dlr, targeted, targets)
 
 
 @pytest.mark.parametrize("name", sorted(set(SUITES) - {"autoattack"}))
-def test_every_suite_holds_the_adaptive_attacks_for_models_with_something_to_adapt_to(name):
+def test_every_suite_has_adaptive_attacks_for_models_with_known_layers(name):
     adaptive = {"bpda", "bpda-soft", "twin"}
     assert adaptive <= set(find_suite(name, 10))
     assert not adaptive & set(find_suite(name, 10, adaptive=False))
@@ -197,7 +196,7 @@ def test_every_suite_holds_the_adaptive_attacks_for_models_with_something_to_ada
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses_are_raised_by_worse_logits(loss):
+def test_losses_increase_for_worse_logits(loss):
     labels = torch.tensor([0, 2])
     good = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.0, 4.0]])
     bad = torch.tensor([[1.0, 3.0, 0.0], [0.0, 4.0, 1.0]])
@@ -217,7 +216,7 @@ def test_scaled_cross_entropy_keeps_a_gradient_where_cross_entropy_has_none():
     torch.testing.assert_close(LOSSES["scaled-ce"](labels)(small), LOSSES["ce"](labels)(small))
 
 
-def test_frozen_puts_modes_and_flags_back():
+def test_frozen_restores_modes_and_flags():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval(), nn.Dropout())
     model[0].bias.requires_grad_(False)
     with frozen(model):

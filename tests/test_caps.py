@@ -111,7 +111,7 @@ def test_every_penalty_takes_a_head(name, model):
 def test_effective_penalty_refuses_caps_without_an_output_layer(kwargs):
     model = timm.create_model("shallow_cnn_drelu", **kwargs)
     check_cap_penalty("squared", model)
-    with pytest.raises(InputError, match=r"--cap-penalty effective .* belongs to --placement head; .* give --cap-pen"):
+    with pytest.raises(InputError, match=r"effective weighs .* Use --cap-penalty squared or --placement head"):
         check_cap_penalty("effective", model)
 
 

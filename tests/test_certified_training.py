@@ -12,7 +12,7 @@ from launching import STEP, Launched, assert_same_weights, config, flags, held_a
 from drelu_timm.errors import InputError
 from drelu_timm.models.drelu import drelu_layers
 from drelu_timm.models.intervals import certified
-from drelu_timm.models.saved import load_folder, save_folder
+from drelu_timm.models.weights import load_folder, save_folder
 from drelu_timm.runs import Run
 from drelu_timm.train import train
 from drelu_timm.training.config import resolve

@@ -1,4 +1,4 @@
-"""The cost of a cell, compared with the passes that its training and its attacks ask of a model."""
+"""The predicted cost of a cell, compared with the passes of its training and its attacks."""
 
 from dataclasses import replace
 
@@ -11,13 +11,13 @@ from drelu_timm.attacks.attack import Batch
 from drelu_timm.attacks.suites import ATTACKS
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 from drelu_timm.sweeps.cell import GRADIENT, Cell, attack_cost
 from drelu_timm.train import train
 
 
 class Robust(nn.Module):
-    """Class 0 whatever is done to the image, and a gradient everywhere; counts what it is asked for."""
+    """Always class 0, with a gradient everywhere; counts its passes."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ FEW |= {"binary_search_steps": 2}
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "transfer"])
-def test_an_attack_asks_for_no_more_than_its_settings_say(name):
+def test_an_attack_costs_at_most_what_its_settings_predict(name):
     attack, model = ATTACKS[name], Robust()
     attack = replace(attack, **{key: FEW.get(key, value) for key, value in attack.settings.items()})
     images = torch.full((1, 1, 4, 4), 0.5)
@@ -62,8 +62,8 @@ def test_the_bound_of_a_training_holds(tmp_path, objective, awp_gamma, monkeypat
 
 
 def count_images(monkeypatch) -> tuple[list[int], list[int]]:
-    """Count the images of every forward pass of `Dense`, and those of every backward pass."""
-    from drelu_timm.models.nets import Dense
+    """Count the images of every forward and every backward pass of `Dense`."""
+    from drelu_timm.models.architectures import Dense
 
     forwards, gradients, forward = [], [], Dense.forward_features
 
@@ -78,7 +78,7 @@ def count_images(monkeypatch) -> tuple[list[int], list[int]]:
     return forwards, gradients
 
 
-def test_the_number_of_images_in_a_folder_is_not_known(tmp_path):
+def test_the_number_of_images_in_a_folder_is_unknown(tmp_path):
     settings = config(tmp_path, dataset="folder", img_size=8, n_train=None)
     assert Cell("x", settings, ()).training_cost() is None
     assert Cell("x", replace(settings, n_train=100), ()).training_cost()

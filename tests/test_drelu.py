@@ -1,4 +1,4 @@
-"""The activation: the paper's formula, its Table A1, theorem 1 and corollary 1, and life in torch."""
+"""The activation: the paper's formula, its Table A1, theorem 1 and corollary 1, and its use with torch."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from drelu_timm.models.activations import ACTIVATIONS, make_activation
 from drelu_timm.models.drelu import along_channels
 
 numbers = st.floats(-1e3, 1e3, allow_subnormal=False)
-caps = st.floats(2**-10, 1024, width=32)  # as a layer holds them
+caps = st.floats(2**-10, 1024, width=32)  # as in a layer
 
 
 def relu(x: float) -> float:
@@ -22,7 +22,7 @@ def relu(x: float) -> float:
 
 
 def capped(x: float, cap: float) -> float:
-    """What our layers give for one number; D-ReLU and S-ReLU must agree."""
+    """Return the output of our layers for one number; D-ReLU and S-ReLU must agree."""
     value = torch.tensor([[x]], dtype=torch.float64)
     dynamic = DReLU(1, cap).double()(value).item()
     static = SReLU(cap)(value).item()
@@ -34,8 +34,8 @@ def difference(clean: float, perturbation: float, cap: float) -> float:
     return abs(capped(clean, cap) - capped(clean + perturbation, cap))
 
 
-# Table A1: the conditions on A, A + B and m, and the output difference of S-ReLU. Case 1 prints |A - B| for ReLU where
-# its own left side, |0 - (A + B)|, gives |A + B|; the comparison holds for that too.
+# Table A1: the conditions on A, A + B and m, and the output difference of S-ReLU. Case 1 prints |A - B| for ReLU, but
+# its left side, |0 - (A + B)|, is |A + B|; the comparison holds for that too.
 TABLE_A1 = {
     "A <= 0, A + B > m": (lambda a, b, m: a <= 0 and a + b > m, lambda a, b, m: m),
     "0 < A <= m, A + B > m": (lambda a, b, m: 0 < a <= m < a + b, lambda a, b, m: abs(a - m)),
@@ -44,7 +44,7 @@ TABLE_A1 = {
     "A > m, A + B <= 0": (lambda a, b, m: a > m and a + b <= 0, lambda a, b, m: m),
     "A <= m, A + B <= m": (lambda a, b, m: a <= m and a + b <= m, lambda a, b, m: abs(relu(a) - relu(a + b))),
 }
-EXAMPLES = {  # a, a + b and m of each row, to be varied by scale: hypothesis alone rarely meets a row
+EXAMPLES = {  # a, a + b and m of each row, to be scaled: hypothesis alone rarely finds a row
     "A <= 0, A + B > m": (st.floats(-10, 0), st.floats(1.001, 10)),
     "0 < A <= m, A + B > m": (st.floats(1e-3, 1), st.floats(1.001, 10)),
     "A > m, A + B > m": (st.floats(1.001, 10), st.floats(1.001, 10)),
@@ -72,12 +72,12 @@ def test_the_rows_of_table_a1_cover_every_case(a, b, m):
 
 
 @given(numbers, numbers, caps)
-def test_theorem_1_the_output_moves_no_more_than_relus(a, b, m):
+def test_theorem_1_the_output_changes_at_most_as_relus(a, b, m):
     assert difference(a, b, m) <= abs(relu(a) - relu(a + b)) + 1e-12
 
 
 @given(numbers, numbers, caps, caps)
-def test_corollary_1_a_smaller_cap_moves_no_more(a, b, m, other):
+def test_corollary_1_a_smaller_cap_changes_no_more(a, b, m, other):
     low, high = sorted((m, other))
     assert difference(a, b, low) <= difference(a, b, high) + 1e-12
 
@@ -91,7 +91,7 @@ def test_the_formula(x, m):
     ("shape", "channel_dim", "dim"),
     [((2, 3), None, 1), ((2, 5, 3), None, 2), ((2, 3, 4, 5), None, 1), ((2, 4, 5, 3), -1, 3)],
 )
-def test_a_cap_for_each_channel(shape, channel_dim, dim):
+def test_a_cap_per_channel(shape, channel_dim, dim):
     layer = DReLU(3, channel_dim=channel_dim)
     with torch.no_grad():
         layer.cap.copy_(torch.tensor([1.0, 2.0, 3.0]))
@@ -114,7 +114,7 @@ def test_gradcheck():
 
 
 def plain(x: torch.Tensor, cap: torch.Tensor) -> torch.Tensor:
-    """The formula, with the gradient of a negative cap, in operations that autograd knows."""
+    """Return the formula, with the gradient of a negative cap, in operations that autograd differentiates."""
     cap = cap + (cap.clamp(min=0) - cap).detach()
     return torch.where(x > cap, cap, x.relu())
 
@@ -124,15 +124,15 @@ def plain(x: torch.Tensor, cap: torch.Tensor) -> torch.Tensor:
     ("shape", "channel_dim"),
     [((64, 3), None), ((8, 3, 4, 4), None), ((8, 4, 4, 3), -1), ((1, 3), None), ((3,), None), ((0, 3), None)],
 )
-def test_values_and_gradients_are_those_of_the_plain_formula(shape, channel_dim, dtype):
+def test_values_and_gradients_equal_the_plain_formulas(shape, channel_dim, dtype):
     generator = torch.Generator().manual_seed(0)
     layer = DReLU(3, channel_dim=channel_dim).to(dtype)
     with torch.no_grad():
         layer.cap.copy_(torch.tensor([1.0, 0.0, -0.5]))
-    x = torch.randint(-8, 9, shape, generator=generator).to(dtype) / 4  # many at 0, at the cap and in between
+    x = torch.randint(-8, 9, shape, generator=generator).to(dtype) / 4  # many values at 0, at the cap and between them
     x.requires_grad_()
     dims = along_channels(layer.cap, x, channel_dim)
-    weights = torch.randint(-3, 4, shape, generator=generator).to(dtype)  # small integers: every order sums alike
+    weights = torch.randint(-3, 4, shape, generator=generator).to(dtype)  # integers: their sum is exact
     out, expected = layer(x), plain(x, dims)
     assert torch.equal(out, expected)
     ours = torch.autograd.grad(out, (x, layer.cap), weights)
@@ -141,7 +141,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(shape, channel_dim,
 
 
 def kept_bytes(function, x: torch.Tensor) -> int:
-    """What a function keeps for its backward pass: bytes of the tensors, each storage once."""
+    """Return the bytes that a function saves for its backward pass, each storage once."""
     kept = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -155,7 +155,7 @@ def kept_bytes(function, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_keeps_no_more_for_its_backward_pass_than_relu6():
+def test_saves_no_more_for_the_backward_pass_than_relu6():
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     caps = 8 * 4  # bytes
     assert kept_bytes(nn.ReLU6(), x) == x.nbytes
@@ -198,7 +198,7 @@ def test_derivatives_of_every_mode_agree(shape, channel_dim):
     assert torch.autograd.gradgradcheck(function, (x, layer.cap), check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-# Caps above, at and below 0, and units above, at and below them and 0: the values that gradcheck cannot take.
+# Caps and units above, at and below 0, and units at their caps: the values that gradcheck does not support.
 CORNERS = torch.tensor([[-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
 
 
@@ -209,7 +209,7 @@ def with_corner_caps() -> DReLU:
     return layer
 
 
-def test_forward_mode_at_the_corners():
+def test_forward_mode_at_0_and_at_the_cap():
     layer = with_corner_caps()
     _, to_x = torch.func.jvp(layer, (CORNERS,), (torch.ones_like(CORNERS),))
     assert torch.equal(to_x, torch.tensor([[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]]).float())
@@ -219,7 +219,7 @@ def test_forward_mode_at_the_corners():
     assert torch.equal(to_cap, torch.tensor([[0, 0, 0], [0, 0, 0], [0, 1, 1], [0, 1, 1], [1, 1, 1]]).float())
 
 
-def test_batched_gradients_are_those_of_each():
+def test_batched_gradients_equal_single_ones():
     layer = with_corner_caps()
     x = CORNERS.clone().requires_grad_()
     gradients = torch.randn(4, *x.shape, generator=torch.Generator().manual_seed(0))
@@ -286,7 +286,7 @@ def test_gradients_go_to_the_input_below_the_cap_and_to_the_cap_above():
     assert torch.equal(layer.cap.grad, torch.tensor([0.0, 0.0, 0.0, 1.0]))
 
 
-def test_a_cap_below_zero_gives_0_and_comes_back():
+def test_a_negative_cap_outputs_0_and_recovers():
     layer = DReLU(2, -1.0)
     x = torch.tensor([[3.0, -3.0]])
     assert torch.equal(layer(x), torch.zeros(1, 2))
@@ -295,11 +295,11 @@ def test_a_cap_below_zero_gives_0_and_comes_back():
         optimizer.zero_grad()
         (layer(x) - 1).square().sum().backward()
         optimizer.step()
-    assert layer.cap[0] > 0  # the unit that is wanted
-    assert layer.cap[1] == -1  # the unit that never fires has no reason to
+    assert layer.cap[0] > 0  # the unit that lowers the loss
+    assert layer.cap[1] == -1  # a unit that is never active has no gradient
 
 
-def test_a_cap_below_zero_passes_no_gradient_to_the_input():
+def test_a_negative_cap_passes_no_gradient_to_the_input():
     x = torch.tensor([[3.0]], requires_grad=True)
     DReLU(1, -1.0)(x).sum().backward()
     assert torch.equal(x.grad, torch.zeros(1, 1))
@@ -356,16 +356,16 @@ def test_state_dict_round_trip_is_exact():
     assert torch.equal(layer.cap, other.cap)
 
 
-def test_nan_is_not_hidden():
+def test_nan_is_propagated():
     assert DReLU(1)(torch.tensor([[float("nan")]])).isnan().all()
     assert SReLU()(torch.tensor([[float("nan")]])).isnan().all()
 
 
-def test_shows_what_it_is():
+def test_repr():
     assert repr(DReLU(3)) == "DReLU(3)"
     assert repr(DReLU(3, channel_dim=-1)) == "DReLU(3, channel_dim=-1)"
     assert repr(SReLU(2.0)) == "SReLU(cap=2.0)"
 
 
-def test_caps_meet_their_channel():
+def test_caps_apply_to_their_channel():
     assert along_channels(torch.ones(3), torch.ones(2, 3, 4, 4), None).shape == (1, 3, 1, 1)

@@ -23,7 +23,7 @@ from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.attacked import label_margin
 from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
-from drelu_timm.models.saved import save_folder
+from drelu_timm.models.weights import save_folder
 from drelu_timm.results import examples
 from drelu_timm.results.examples import Adversarial
 from drelu_timm.zoo.robust_models import register_robust_model
@@ -393,7 +393,7 @@ class Nan(nn.Module):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eps": "hello"}, "--eps 'hello' is no radius"),
+        ({"eps": "hello"}, "--eps 'hello' is not a radius"),
         ({"norm": "L1"}, "--norm 'L1' is unknown"),
         ({"suite": "standart"}, "--suite 'standart' is unknown; did you mean standard"),
         ({"batch_size": 0}, "--batch-size 0 is not possible; give 1 or more"),
@@ -405,7 +405,7 @@ class Nan(nn.Module):
             {"transfer_from": nn.Linear(7, 6)},
             r"--transfer-from cannot run on 1x8x8 images \(.*mat1 and mat2 shapes cannot",
         ),
-        ({"eps": 0}, "--eps 0 leaves nothing to attack; give a radius above 0"),
+        ({"eps": 0}, "--eps 0 leaves nothing to attack. Use a radius above 0"),
     ],
 )
 def test_options_that_cannot_be_used(toy, options, message):
@@ -483,9 +483,9 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
         (["."], "is no run directory (it has no config.json)"),
         (["resnet18"], "--dataset is needed to evaluate resnet18; give one of digits, mnist"),
         (["x", "--dataset", "digit"], "--dataset 'digit' is unknown; did you mean digits"),
-        (["x", "--eps", "eight"], "--eps 'eight' is no radius"),
-        (["x", "--eps", "2/255,8"], "--eps 8 is more than a pixel's whole range"),
-        (["x", "--norm", "L2"], "--norm L2 needs --eps: 8/255 is a radius for Linf; give one for L2"),
+        (["x", "--eps", "eight"], "--eps 'eight' is not a radius"),
+        (["x", "--eps", "2/255,8"], "--eps 8 is larger than the pixel range"),
+        (["x", "--norm", "L2"], "--norm L2 needs --eps: the default 8/255 is a radius for Linf"),
         (["x", "--norm", "L3"], "--norm 'L3' is unknown"),
         (["x", "--suite", "quik"], "--suite 'quik' is unknown; did you mean quick"),
         (["x", "--n-examples", "0"], "--n-examples 0 is not possible; give 1 or more"),
@@ -553,7 +553,7 @@ def test_a_model_of_robustbench_does_not_keep_the_radius_of_another_norm(robustb
     key = f"Tester2026-Norm-{board}"
     register_robust_model(key, "digits", board, run / "model")
     assert main(["evaluate", key, *asked]) == 2
-    assert capsys.readouterr().err == "error: --norm L2 needs --eps: 0.1 is a radius for Linf; give one for L2\n"
+    assert capsys.readouterr().err == "error: --norm L2 needs --eps: the default 0.1 is a radius for Linf.\n"
     assert main(["evaluate", key, *asked, "--eps", "0.5", "--n-examples", "4"]) == 0
     path = run.with_name("runs") / f"{key}_digits_{board}" / "results" / "quick-L2-0.5.json"
     assert json.loads(path.read_text())["norm"] == "L2"

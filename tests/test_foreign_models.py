@@ -22,7 +22,7 @@ from drelu_timm.attacks.suites import SUITES
 from drelu_timm.errors import DReLUWarning, InputError
 from drelu_timm.evaluation.attacked import Attacked
 from drelu_timm.evaluation.evaluation import Evaluation, evaluate_model
-from drelu_timm.models.modes import frozen
+from drelu_timm.models.inference import frozen
 
 EPS = 0.05
 

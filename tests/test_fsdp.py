@@ -22,7 +22,7 @@ from launching import (
 )
 
 from drelu_timm.errors import InputError
-from drelu_timm.models.saved import load_folder
+from drelu_timm.models.weights import load_folder
 from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig
 from drelu_timm.training.distributed import check_sharding, fsdp_plugin

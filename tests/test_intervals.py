@@ -10,12 +10,12 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from drelu_timm import DReLU, SReLU
-from drelu_timm.attacks.losses import cross_entropy
+from drelu_timm.attacks.attack import cross_entropy
 from drelu_timm.attacks.pgd import pgd
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
+from drelu_timm.models.inference import normalized
 from drelu_timm.models.intervals import Interval, bounds, certified, initialize_for_ibp
-from drelu_timm.models.normalize import normalized
 from drelu_timm.training.objectives import make_objective
 
 

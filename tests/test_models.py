@@ -1,4 +1,4 @@
-"""Registration and surgery: timm's own life goes on working for the `_drelu` variants."""
+"""Registration and construction of `_drelu` variants, their weights and folders, and their use by timm."""
 
 import argparse
 import copy
@@ -30,7 +30,7 @@ def create(name: str, **kwargs) -> nn.Module:
 
 
 def learn_caps(model: nn.Module) -> None:
-    """Give every cap a value of its own, as training does."""
+    """Give every cap a different value, as training does."""
     with torch.no_grad():
         for layer in drelu_layers(model):
             layer.cap.copy_(torch.rand(layer.cap.shape) * 3 + 0.1)
@@ -51,7 +51,7 @@ def same(model: nn.Module, other: nn.Module) -> bool:
 
 IMPORT = """
 import sys, timm, torch
-def refuse(*args, **kwargs): raise AssertionError("a parameter was made")
+def refuse(*args, **kwargs): raise AssertionError("a parameter was created")
 torch.nn.Parameter.__new__ = refuse
 import drelu_timm
 print(*{name.partition(".")[0] for name in sys.modules})
@@ -68,7 +68,7 @@ def test_importing_builds_no_model_and_loads_torch_and_timm_only():
 # The registry
 
 
-# Read before any test runs: importing robustbench registers models of its own.
+# Read before any test runs: importing robustbench registers further models.
 ALL_MODELS = set(timm.list_models(exclude_filters="drelutimm2026_*"))  # without the published, trained ones
 
 
@@ -121,7 +121,7 @@ ROUND = [  # linear; two heads; convolutional; token-wise; classifier that is Id
 
 
 @pytest.mark.parametrize("name", [name for name in ROUND if timm.is_model(name)])
-def test_a_model_lives_a_whole_life(name, tmp_path):
+def test_train_save_and_load_a_model(name, tmp_path):
     model = create(name, width=7)
     learn_caps(model)
     caps = [layer.cap.detach().clone() for layer in drelu_layers(model)]
@@ -152,7 +152,7 @@ def test_a_model_lives_a_whole_life(name, tmp_path):
     assert all(torch.equal(cap, layer.cap) for cap, layer in zip(caps, drelu_layers(model), strict=True))
 
 
-def test_the_papers_dense_net_on_mnist():
+def test_the_papers_dense_model_on_mnist():
     model = timm.create_model("dense_drelu")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert [(layer.in_features, layer.out_features) for layer in layers] == [
@@ -168,19 +168,19 @@ def test_the_papers_dense_net_on_mnist():
     "name", ["dense", "shallow_cnn", "strided_cnn", "dense_drelu", "shallow_cnn_drelu", "strided_cnn_drelu"]
 )
 @pytest.mark.parametrize(("in_chans", "img_size"), [(1, 8), (3, 32), (3, (12, 20))])
-def test_the_papers_nets_take_any_image(name, in_chans, img_size):
+def test_the_papers_models_take_any_image_size(name, in_chans, img_size):
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     model = create(name, in_chans=in_chans, img_size=img_size)
     assert model(torch.rand(2, in_chans, *size)).shape == (2, 5)
     assert model.num_features == {"dense": 256, "shallow_cnn": 64, "strided_cnn": 32}[name.removesuffix("_drelu")]
 
 
-def test_a_head_that_the_cfg_forgets_is_found():
+def test_a_head_missing_from_the_cfg_is_found():
     model = create("levit_384_s8_drelu")
     assert model.drelu_heads == ["head.linear", "head_dist.linear"]
 
 
-def test_num_classes_0_gives_the_d_relus_output():
+def test_num_classes_0_returns_the_output_of_the_d_relu():
     model = create("resnet18_drelu", num_classes=0, width=9)
     assert model.num_classes == 0
     assert model(torch.rand(2, 3, 96, 96)).shape == (2, 9)
@@ -188,14 +188,14 @@ def test_num_classes_0_gives_the_d_relus_output():
     assert model(torch.rand(2, 3, 96, 96)).shape == (2, 3)
 
 
-def test_a_model_without_classes_by_default_takes_the_head_too():
+def test_a_head_on_a_model_with_0_classes_by_default():
     model = timm.create_model("vit_small_patch14_dinov2_drelu", img_size=112, depth=1)
     assert model(torch.zeros(1, 3, 112, 112)).shape == (1, 128)
     model.reset_classifier(6)
     assert model(torch.zeros(1, 3, 112, 112)).shape == (1, 6)
 
 
-def test_reset_classifier_changes_the_pooling_where_that_fits():
+def test_reset_classifier_changes_a_compatible_pooling():
     model = create("mobilenetv3_small_050_drelu").eval()
     learn_caps(model)
     dense, cap = model.classifier.dense.weight, model.classifier.activation.cap.clone()
@@ -206,12 +206,12 @@ def test_reset_classifier_changes_the_pooling_where_that_fits():
     assert torch.equal(model.classifier.activation.cap, cap)
 
 
-def test_reset_classifier_refuses_a_pooling_that_does_not_fit_and_changes_nothing():
+def test_reset_classifier_refuses_an_incompatible_pooling_and_changes_nothing():
     model = create("resnet18_drelu").eval()
     x = torch.rand(1, 3, 96, 96)
     before = model(x)
     with pytest.raises(
-        InputError, match=r"'catavgmax' gives the classifier 1024 inputs, but .* has 512; give that pooling"
+        InputError, match=r"'catavgmax' gives the classifier 1024 inputs, but .* has 512\. Set global_pool when"
     ):
         model.reset_classifier(3, "catavgmax")
     assert (model.num_classes, model.global_pool.pool_type) == (5, "avg")
@@ -248,7 +248,7 @@ def test_controls_differ_in_the_activation_only(activation, expected):
 
 
 def other_weights(model: nn.Module) -> set[str]:
-    """Names of the parameters that belong to no activation of the head."""
+    """Return the names of the parameters outside the head's activation."""
     return {name for name, _ in model.named_parameters() if not name.startswith("fc.activation.")}
 
 
@@ -261,7 +261,7 @@ def test_every_activation_at_every_placement(activation, placement, tmp_path):
     with torch.no_grad():
         for module in learned:
             for parameter in module.parameters():
-                assert parameter.ndim == 1  # so that weight decay spares it
+                assert parameter.ndim == 1  # so that weight decay excludes it
                 parameter.copy_(torch.rand(parameter.shape) / 2 + 0.1)
     x = torch.rand(3, 1, 28, 28)
     model(x).square().sum().backward()
@@ -277,7 +277,7 @@ def test_every_activation_at_every_placement(activation, placement, tmp_path):
     ("shape", "channel_dim", "dim"),
     [((2, 3), None, 1), ((2, 5, 3), None, 2), ((2, 3, 4, 5), None, 1), ((2, 4, 5, 3), -1, 3)],
 )
-def test_a_prelu_slope_for_each_channel(shape, channel_dim, dim):
+def test_prelu_has_a_slope_per_channel(shape, channel_dim, dim):
     layer = PReLU(3, channel_dim=channel_dim)
     assert torch.equal(layer.weight, nn.PReLU(3).weight)
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_a_prelu_slope_for_each_channel(shape, channel_dim, dim):
     assert torch.equal(layer(torch.ones(shape)), torch.ones(shape))
 
 
-def test_pssilu_is_the_one_of_robustbench(robustbench):
+def test_pssilu_equals_robustbenchs(robustbench):
     from robustbench.model_zoo.architectures.paf_wide_resnet import PSSiLU as Theirs
 
     ours, theirs, x = PSSiLU(), Theirs(), torch.linspace(-5, 5, 101)
@@ -325,21 +325,19 @@ def test_stem_is_a_convolution_behind_the_input():
     ("name", "first_conv"),
     [
         ("vit_tiny_patch16_224", "patch_embed.proj.conv"),
-        ("repvgg_a0", "stem.conv"),  # two branches over the image share the one convolution
+        ("repvgg_a0", "stem.conv"),  # two branches on the image share one convolution
         ("crossvit_tiny_240", ("patch_embed.0.proj.conv", "patch_embed.1.proj.conv")),
         ("tresnet_m", "body.conv1.conv.conv"),  # space to depth comes first
     ],
 )
-def test_stem_of_other_families(name, first_conv):
+def test_stem_for_other_families(name, first_conv):
     model = timm.create_model(f"{name}_drelu", num_classes=5, placement="stem", width=16).eval()
     assert model(images(model)).shape == (2, 5)
     assert model.pretrained_cfg["first_conv"] == first_conv
 
 
 def test_stem_needs_a_convolution():
-    with pytest.raises(
-        InputError, match=r"dense_drelu: placement 'stem' needs a convolution .* nearest model that works is \w+"
-    ):
+    with pytest.raises(InputError, match=r"dense_drelu: placement 'stem' needs a convolution .* The nearest is \w+"):
         create("dense_drelu", placement="stem")
 
 
@@ -349,7 +347,7 @@ def test_stem_refuses_patches_by_a_linear_layer():
         InputError, match=r"naflexvit_base_patch16_gap_drelu: placement 'stem' needs a convolution"
     ) as caught:
         create("naflexvit_base_patch16_gap_drelu", placement="stem")
-    assert "works is naflexvit" not in str(caught.value)
+    assert "nearest is naflexvit" not in str(caught.value)
 
 
 def test_all_gives_each_channel_of_each_activation_a_cap():
@@ -374,7 +372,7 @@ def test_all_gives_each_channel_of_each_activation_a_cap():
         ("mixer_s32_224", 256, None),  # [B, C, N]: the units of a Linear over tokens
     ],
 )
-def test_all_finds_where_the_channels_lie(name, channels, channel_dim):
+def test_all_finds_the_channel_dimension(name, channels, channel_dim):
     model = timm.create_model(f"{name}_drelu", placement="all")
     first = next(drelu_layers(model))
     assert (first.cap.numel(), first.channel_dim) == (channels, channel_dim)
@@ -391,7 +389,7 @@ def test_all_with_relu_is_the_control():
     assert [type(module) for module in (model.act1, model.act2, model.act3)] == [nn.ReLU6] * 3
 
 
-def test_all_leaves_no_trace_of_its_probe():
+def test_all_restores_the_model_after_its_probe():
     model = create("resnet18_drelu", placement="all")
     assert model.training
     assert model.bn1.num_batches_tracked == 0
@@ -426,7 +424,7 @@ def test_small_images_keep_their_size_in_the_stem(name):
     assert reduction == small * (4 if pooled else 2)
 
 
-def test_small_images_take_the_middle_of_a_larger_kernel():
+def test_small_images_keep_the_center_of_a_larger_kernel():
     base, small = create("resnet18_drelu"), create("resnet18_drelu", small_images=True)
     assert torch.allclose(small.conv1.weight, base.conv1.weight[:, :, 2:5, 2:5] * 7 / 3)
     assert isinstance(small.maxpool, nn.Identity)
@@ -447,7 +445,7 @@ def test_inception_trains_at_32x32():
     assert model.Conv2d_1a_3x3.conv.weight.grad.abs().sum() > 0
 
 
-def test_small_images_survive_a_folder_that_tells_of_small_images(tmp_path):
+def test_small_images_are_restored_from_a_folder(tmp_path):
     model = create("convnext_atto_drelu", small_images=True).eval()
     model.pretrained_cfg.update(input_size=(3, 32, 32))
     save_folder(model, tmp_path / "model")
@@ -457,7 +455,7 @@ def test_small_images_survive_a_folder_that_tells_of_small_images(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
-def test_small_images_change_nothing_in_the_papers_nets():
+def test_small_images_change_nothing_in_the_papers_models():
     assert repr(create("shallow_cnn_drelu", small_images=True)) == repr(create("shallow_cnn_drelu"))
 
 
@@ -469,7 +467,7 @@ def test_small_images_change_nothing_in_the_papers_nets():
         ("vit_tiny_patch16_224_drelu", {"img_size": 32, "depth": 1}),
     ],
 )
-def test_an_imagenet_stem_warns_of_small_images_when_it_is_created(name, kwargs):
+def test_create_model_warns_of_an_imagenet_stem_on_small_images(name, kwargs):
     with pytest.warns(DReLUWarning, match=f"{name} starts with an ImageNet stem.*32x32.*small_images=True"):
         create(name, **kwargs)
 
@@ -484,7 +482,7 @@ def test_an_imagenet_stem_warns_of_small_images_when_it_is_created(name, kwargs)
         ("strided_cnn_drelu", {}),
     ],
 )
-def test_no_warning_without_a_reason(name, kwargs):
+def test_no_warning_for_suitable_stems(name, kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("error", DReLUWarning)
         create(name, **kwargs)
@@ -495,7 +493,7 @@ def test_no_warning_without_a_reason(name, kwargs):
 
 @pytest.fixture
 def base_weights(tmp_path, monkeypatch):
-    """timm's registry with a file in the place of resnet18's hub id; the model that is in it."""
+    """Replace resnet18's hub id in timm's registry by a file; yield the model in it."""
     torch.manual_seed(7)
     model = timm.create_model("resnet18")
     path = tmp_path / "base.pth"
@@ -513,23 +511,23 @@ def backbone(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["resnet18_drelu", "resnet18_drelu.a1_in1k"])
 @pytest.mark.parametrize("num_classes", [1000, 5])
-def test_pretrained_fills_the_backbone_and_says_so(base_weights, caplog, name, num_classes):
+def test_pretrained_fills_the_backbone_and_logs_it(base_weights, caplog, name, num_classes):
     base, _ = base_weights
     with caplog.at_level(logging.INFO, "drelu_timm"):
         model = create(name, pretrained=True, num_classes=num_classes)
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in backbone(model).items())
     assert model.fc.output.out_features == num_classes
-    assert "weights of resnet18 in the backbone, the new layers are fresh" in caplog.text
+    assert "weights of resnet18 in the backbone, the new layers are untrained" in caplog.text
 
 
 def test_pretrained_with_the_registered_cfg_as_a_dict(base_weights):
     base, _ = base_weights
-    cfg = timm.get_pretrained_cfg("resnet18_drelu").to_dict()  # timm 1.0.31's train.py resolves it like this
+    cfg = timm.get_pretrained_cfg("resnet18_drelu").to_dict()  # as timm 1.0.31's train.py resolves it
     model = create("resnet18_drelu", pretrained=True, pretrained_cfg=cfg)
     assert torch.equal(model.conv1.weight, base.conv1.weight)
 
 
-def test_pretrained_stem_keeps_the_bases_first_convolution_as_timm_fits_it(base_weights):
+def test_pretrained_stem_keeps_the_first_convolution_that_timm_adapts(base_weights):
     base, _ = base_weights
     model = create("resnet18_drelu", pretrained=True, placement="stem", width=6)
     repeated = base.conv1.weight.repeat(1, 2, 1, 1) * 3 / 6
@@ -545,7 +543,7 @@ def test_weights_of_the_base_from_a_file(base_weights):
 
 @pytest.fixture
 def trained(tmp_path):
-    """A small variant with learned caps, and its folder."""
+    """Return a small variant with learned caps, and its folder."""
     model = create("shallow_cnn_drelu", width=6, in_chans=2, img_size=8, cap=50.0)
     learn_caps(model)
     save_folder(model, tmp_path / "model")
@@ -568,7 +566,7 @@ def test_a_state_dict_overlay_is_the_whole_variant(trained):
     assert same(create("shallow_cnn_drelu", pretrained=True, pretrained_cfg_overlay=overlay, **ARGUMENTS), model)
 
 
-def test_another_number_of_classes_drops_the_output_layer_alone(trained):
+def test_another_number_of_classes_replaces_only_the_output_layer(trained):
     model, folder = trained
     overlay = {"file": str(folder / "model.safetensors"), "num_classes": 5, "input_size": (2, 8, 8)}
     loaded = create(
@@ -579,7 +577,7 @@ def test_another_number_of_classes_drops_the_output_layer_alone(trained):
     assert torch.equal(loaded.fc.activation.cap, model.fc.activation.cap)
 
 
-def test_four_channels_are_loaded_and_not_made_anew(tmp_path):
+def test_weights_for_four_channels_are_loaded(tmp_path):
     model = create("resnet18_drelu", in_chans=4, width=6)
     overlay = {"state_dict": model.state_dict(), "num_classes": 5, "input_size": (4, 224, 224)}
     loaded = create("resnet18_drelu", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=4, width=6)
@@ -666,7 +664,7 @@ def test_local_dir(tmp_path, save, placement):
 
 @pytest.mark.parametrize("placement", ["head", "stem", "all"])
 @pytest.mark.parametrize("activation", ["drelu", "srelu"])
-def test_a_folder_gives_back_all_arguments(tmp_path, placement, activation):
+def test_a_folder_restores_all_arguments(tmp_path, placement, activation):
     kwargs = {"placement": placement, "activation": activation, "width": 6, "cap": 3.0, "in_chans": 2, "img_size": 8}
     model = create("shallow_cnn_drelu", **kwargs).eval()
     learn_caps(model)
@@ -685,7 +683,7 @@ def test_a_folder_gives_back_all_arguments(tmp_path, placement, activation):
     )
 
 
-def test_a_folder_of_a_model_of_timms_own(tmp_path):
+def test_a_folder_of_a_plain_timm_model(tmp_path):
     model = timm.create_model("resnet18", num_classes=3, in_chans=1)
     save_folder(model, tmp_path / "model", model_args={"in_chans": 1})
     assert same(load_folder(tmp_path / "model"), model)
@@ -702,7 +700,7 @@ def test_a_folder_after_reset_classifier(tmp_path, num_classes):
 
 
 @pytest.mark.parametrize("num_classes", [9, 0])
-def test_a_folder_of_before_with_its_classes_among_the_arguments(tmp_path, num_classes):
+def test_a_folder_of_an_earlier_version_with_num_classes_in_its_arguments(tmp_path, num_classes):
     model = create("shallow_cnn_drelu", width=6)
     model.reset_classifier(num_classes)
     save_folder(model, tmp_path / "model")
@@ -727,7 +725,7 @@ def test_transformers_reads_a_folder(tmp_path, placement):
 def test_nothing_is_overwritten(trained):
     model, folder = trained
     before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
-    with pytest.raises(InputError, match="model exists already; give a new folder"):
+    with pytest.raises(InputError, match=r"model exists already\. Choose a new folder"):
         save_folder(model, folder)
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
 
@@ -770,14 +768,14 @@ def spoil(folder, what: str) -> None:
         ("cut weights", "model.safetensors cannot be read"),
         ("no weights", "model.safetensors cannot be read"),
         ("cut config", "config.json cannot be read"),
-        ("other json", "config.json is no model's config; it must have architecture"),
+        ("other json", "config.json holds no JSON object"),
         ("unknown architecture", "architecture 'shallow_cnn_dreluu' is unknown; did you mean shallow_cnn_drelu"),
-        ("other width", "does not hold a whole shallow_cnn_drelu .*size mismatch"),
-        ("unknown argument", "does not hold a whole shallow_cnn_drelu .*colour"),
-        ("other file", "model_args may not hold checkpoint_path"),
+        ("other width", "is not a complete shallow_cnn_drelu .*size mismatch"),
+        ("unknown argument", "is not a complete shallow_cnn_drelu .*colour"),
+        ("other file", "model_args contains checkpoint_path"),
     ],
 )
-def test_a_broken_folder_is_named(trained, what, message):
+def test_the_error_names_a_broken_folder(trained, what, message):
     _, folder = trained
     spoil(folder, what)
     with pytest.raises(InputError, match=message) as caught:
@@ -794,8 +792,8 @@ def test_a_broken_folder_is_named(trained, what, message):
         ({"placement": "haed"}, "placement 'haed' is unknown; did you mean head"),
         ({"activation": "dreul"}, "activation 'dreul' is unknown; did you mean drelu"),
         ({"activation": "pslu"}, "activation 'pslu' is unknown; did you mean pssilu"),
-        ({"width": 0}, "width 0 is no number of units; give a whole number of at least 1"),
-        ({"cap": -1.0}, "cap -1.0 is no cap; give a number above 0"),
+        ({"width": 0}, "width 0 is not a number of units. Use an integer of at least 1"),
+        ({"cap": -1.0}, "cap -1.0 is not a finite number above 0"),
     ],
 )
 def test_unknown_values_are_refused_before_anything_is_built(kwargs, message, monkeypatch):
@@ -805,9 +803,9 @@ def test_unknown_values_are_refused_before_anything_is_built(kwargs, message, mo
 
 
 @pytest.mark.skipif(not timm.is_model("qwen3_vit_88m_enc"), reason="this timm has no encoders without a classifier")
-def test_what_classifies_nothing_is_refused():
+def test_an_encoder_without_a_classifier_is_refused():
     with pytest.raises(
-        InputError, match=r"qwen3_vit_88m_enc_drelu: it classifies nothing.*nearest model that works is qwen3"
+        InputError, match=r"qwen3_vit_88m_enc_drelu: placement 'head' needs a classifier.*nearest is qwen3"
     ):
         timm.create_model("qwen3_vit_88m_enc_drelu")
 
@@ -833,11 +831,11 @@ def test_normalized_takes_the_models_own_statistics():
 
 
 def test_normalized_refuses_images_with_other_channels():
-    with pytest.raises(InputError, match="images have 1 channels, the model takes 3"):
+    with pytest.raises(InputError, match="images have 1 channels, but the model takes 3"):
         normalized(create("resnet18_drelu"))(torch.rand(1, 1, 96, 96))
 
 
-def test_optimizer_groups_spare_caps_from_decay():
+def test_optimizer_groups_exclude_caps_from_weight_decay():
     model = create("resnet18_drelu", width=6)
     groups = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=1e-4).param_groups
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drelu_timm.attacks.losses import cross_entropy
+from drelu_timm.attacks.attack import cross_entropy
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
 from drelu_timm.training.objectives import InnerAttack, make_objective

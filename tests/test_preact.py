@@ -1,4 +1,4 @@
-"""The pre-activation nets: RobustBench's functions, the published details, and all that timm asks of a model."""
+"""The pre-activation models: equality with RobustBench, published details, and timm's interface."""
 
 import pytest
 import timm
@@ -10,7 +10,7 @@ from drelu_timm import InputError, load_folder, normalized, save_folder
 from drelu_timm.models.drelu import drelu_layers
 
 SMALL = {"depth": 10, "widen_factor": 1}
-ACTIVATIONS = {"wide_resnet28_10": 7, "preact_resnet18": 17}  # of the nets that create makes
+ACTIVATIONS = {"wide_resnet28_10": 7, "preact_resnet18": 17}  # of the models of `create`
 NAMES = list(ACTIVATIONS)
 
 
@@ -21,7 +21,7 @@ def create(name: str, **kwargs) -> nn.Module:
 
 
 def fresh_statistics(model: nn.Module) -> nn.Module:
-    """Running statistics and affine weights as they are after some training, so that each of them counts."""
+    """Set running statistics and affine weights to values as after training, so that each has an effect."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -31,23 +31,23 @@ def fresh_statistics(model: nn.Module) -> nn.Module:
 
 
 def with_weights_of(theirs: nn.Module, ours: nn.Module) -> nn.Module:
-    """Our net with the weights of one whose layers are the same in the same order."""
+    """Return our model with the weights of one whose layers are equal and in the same order."""
     ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
     return ours.eval()
 
 
 @torch.no_grad()
-def test_wide_resnet_is_the_one_of_robustbench(robustbench):
+def test_wide_resnet_equals_robustbenchs(robustbench):
     from robustbench.model_zoo.architectures.dm_wide_resnet import DMWideResNet
 
     theirs = fresh_statistics(DMWideResNet(depth=16, width=2, activation_fn=nn.SiLU))
     ours = with_weights_of(theirs, timm.create_model("wide_resnet28_10", depth=16, widen_factor=2))
     x = torch.rand(2, 3, 32, 32)
-    assert torch.allclose(normalized(ours)(x), theirs(x), rtol=1e-4, atol=1e-4)  # theirs normalises by itself
+    assert torch.allclose(normalized(ours)(x), theirs(x), rtol=1e-4, atol=1e-4)  # theirs normalizes its images
 
 
 @torch.no_grad()
-def test_preact_resnet18_is_the_one_of_robustbench(robustbench):
+def test_preact_resnet18_equals_robustbenchs(robustbench):
     from robustbench.model_zoo.architectures.resnet import PreActBlockV2, PreActResNet
 
     theirs = fresh_statistics(PreActResNet(PreActBlockV2, [2, 2, 2, 2], bn_before_fc=True))
@@ -85,13 +85,13 @@ def test_published_momentum_and_initial_values():
 
 @pytest.mark.parametrize("name", [*NAMES, *(f"{name}_drelu" for name in NAMES)])
 @pytest.mark.parametrize(("in_chans", "size"), [(1, (28, 28)), (3, (32, 32)), (3, (64, 48)), (2, (33, 35))])
-def test_any_image(name, in_chans, size):
+def test_any_image_size(name, in_chans, size):
     model = create(name, num_classes=5, in_chans=in_chans)
     assert model(torch.rand(2, in_chans, *size)).shape == (2, 5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_life_of_a_classifier(name):
+def test_classifier_methods(name):
     model = create(name, num_classes=5, drop_rate=0.5).eval()
     x = torch.rand(2, 3, 32, 32)
     features = model.forward_features(x)
@@ -158,7 +158,7 @@ def test_other_activations(name):
 
 @pytest.mark.parametrize("placement", ["head", "stem", "all"])
 @pytest.mark.parametrize("name", NAMES)
-def test_variants_live_in_folders(name, placement, tmp_path):
+def test_variants_are_saved_and_loaded(name, placement, tmp_path):
     model = create(f"{name}_drelu", placement=placement, width=6, num_classes=5).eval()
     assert list(drelu_layers(model))
     save_folder(model, tmp_path / "model")
@@ -181,5 +181,5 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize("depth", [4, 30])
 def test_a_depth_without_blocks_is_refused(depth):
-    with pytest.raises(InputError, match=f"depth {depth} does not divide .* give 10, 16, 22, 28"):
+    with pytest.raises(InputError, match=f"depth {depth} does not divide .* Use 10, 16, 22, 28"):
         create("wide_resnet28_10", depth=depth)

@@ -1,4 +1,4 @@
-"""The published attacks: each example gets what pyautoattack gives it in a batch of one, whatever batch it is in."""
+"""Published attacks: in every batch an example has the result of pyautoattack for a batch of one."""
 
 import copy
 from dataclasses import replace
@@ -41,7 +41,7 @@ by_norm = pytest.mark.parametrize("norm", NORMS)
 
 
 class Recorded(nn.Module):
-    """Keeps the images that the model was asked of."""
+    """Record the images that the model is called with."""
 
     def __init__(self, model):
         super().__init__()
@@ -54,9 +54,9 @@ class Recorded(nn.Module):
 
 @pytest.fixture(scope="module")
 def examples():
-    """A net that tells four kinds of 3x10x10 images apart, images, and their labels.
+    """Return a model that classifies four kinds of 3x10x10 images, images, and their labels.
 
-    It is smooth: where a net is linear, FAB's steps can end on the boundary itself, and rounding says on which side.
+    The model is smooth: in a linear one FAB's steps can end on the boundary, and rounding determines the side.
     """
     generator = torch.Generator().manual_seed(0)
     signs = torch.randn(4, 3, 2, 2, generator=generator).sign()
@@ -79,7 +79,7 @@ SEEDS = [1000 + 7 * i for i in range(16)]
 
 
 def ball(name, norm):
-    """A radius at which the attack breaks some of the examples and not all."""
+    """Return a radius at which the attack fools the model on some examples but not on all."""
     return (FOR_SQUARE if name == "square" else NORMS)[norm]
 
 
@@ -90,7 +90,7 @@ def ours(name, examples, threat_model, part=slice(None), start=None, **changed):
 
 
 def alone(name, examples, threat_model):
-    """What pyautoattack makes of each example in a batch of one."""
+    """Return the result of pyautoattack for each example in a batch of one."""
     model, images, labels = examples
     attack_class, own = THEIRS[name]
     common = {"norm": threat_model.norm, "eps": threat_model.eps, "device": torch.device("cpu"), **own}
@@ -110,7 +110,7 @@ def broken(examples, found):
 @pytest.mark.filterwarnings("ignore:.*zero gradient")
 @by_norm
 @by_attack
-def test_an_example_gets_what_pyautoattack_gives_it_alone(name, norm, examples):
+def test_an_example_has_the_result_of_pyautoattack_for_a_batch_of_one(name, norm, examples):
     _, images, _ = examples
     threat_model = ball(name, norm)
     theirs = alone(name, examples, threat_model)
@@ -126,7 +126,7 @@ def test_an_example_gets_what_pyautoattack_gives_it_alone(name, norm, examples):
 @pytest.mark.parametrize("sizes", [[5, 11], [1] * 16])
 @by_norm
 @by_attack
-def test_the_batch_does_not_matter(name, norm, sizes, examples):
+def test_results_do_not_depend_on_the_batch(name, norm, sizes, examples):
     threat_model = ball(name, norm)
     whole = ours(name, examples, threat_model)
     rows = torch.arange(16).split(sizes)
@@ -140,7 +140,7 @@ def test_the_batch_does_not_matter(name, norm, sizes, examples):
 
 @by_norm
 @by_attack
-def test_steps_are_what_the_model_was_asked(name, norm, examples):
+def test_steps_count_the_models_passes(name, norm, examples):
     model, images, labels = examples
     threat_model = ball(name, norm)
     whole = ours(name, examples, threat_model)
@@ -158,7 +158,7 @@ def test_steps_are_what_the_model_was_asked(name, norm, examples):
 
 
 @by_attack
-def test_the_random_state_and_the_warnings_of_the_caller(name, examples, recwarn):
+def test_the_callers_random_state_and_warnings_are_unchanged(name, examples, recwarn):
     state = torch.get_rng_state()
     found = ours(name, examples, ball(name, "Linf"))
     assert torch.equal(torch.get_rng_state(), state)
@@ -180,7 +180,7 @@ def test_weights_in_another_memory_format(name, norm, examples):
 
 @pytest.mark.parametrize("loss", ["ce", "dlr", "margin"])
 @by_norm
-def test_what_stays_unbroken_comes_back_where_the_loss_is_largest(norm, loss, examples):
+def test_robust_examples_return_the_point_with_the_largest_loss(norm, loss, examples):
     model, images, labels = examples
     weak = ThreatModel.parse(norm, NORMS[norm].eps / 4)
     found = ours("apgd-ce", examples, weak, loss=loss).images
@@ -207,7 +207,7 @@ def test_a_given_start_replaces_the_random_one(name, norm, examples):
     assert torch.equal(again.images[fallen], breaking[fallen])
 
 
-def test_each_class_has_a_start_of_its_own(examples):
+def test_each_target_class_has_its_own_start(examples):
     model, images, _ = examples
     recorded = Recorded(model)
     weak = ThreatModel.parse("Linf", "0.001")
@@ -217,7 +217,7 @@ def test_each_class_has_a_start_of_its_own(examples):
     assert not torch.equal(starts[0], starts[1]) and not torch.equal(starts[1], starts[2])
 
 
-def test_starts_stay_with_their_examples_when_others_fall(examples):
+def test_starts_stay_with_their_examples_when_others_are_misclassified(examples):
     model, images, labels = examples
     found = ours("apgd-t", examples, NORMS["Linf"]).images
     survivor = int((~broken(examples, found)).nonzero()[-1])
@@ -236,9 +236,9 @@ def test_starts_stay_with_their_examples_when_others_fall(examples):
 
 
 @by_norm
-def test_fab_walks_where_pyautoattack_walks(norm, examples):
+def test_fab_visits_the_points_of_pyautoattack(norm, examples):
     model, images, labels = examples
-    tiny = ThreatModel.parse(norm, NORMS[norm].eps / 100)  # so that nothing falls
+    tiny = ThreatModel.parse(norm, NORMS[norm].eps / 100)  # so that no example is misclassified
     walks = []
     for run in (
         lambda model: ours("fab-t", (model, images, labels), tiny, n_iter=6),
@@ -256,7 +256,7 @@ def test_fab_walks_where_pyautoattack_walks(norm, examples):
 
 
 def reference_move(point, normal, offset, norm):
-    """By bisection in float64."""
+    """Project by bisection in float64."""
     point, normal = point.double(), normal.double()
     missing = offset.double() - normal @ point
     direction = missing.sign() * normal
@@ -300,13 +300,13 @@ def test_projection_is_exact(norm, seed, size, scale, distance, at_faces, zeros)
 
 
 @pytest.mark.parametrize(("norm", "published"), [("Linf", projection_linf), ("L2", projection_l2)])
-def test_projection_is_that_of_pyautoattack(norm, published):
+def test_projection_equals_pyautoattacks(norm, published):
     generator = torch.Generator().manual_seed(0)
     points = torch.rand(200, 300, generator=generator).mul(1.4).sub(0.2).clamp(0, 1)
     normals = torch.randn(200, 300, generator=generator)
     normals[:, ::7] = 0
     offsets = (normals * torch.rand(200, 300, generator=generator)).sum(dim=1)
-    offsets[:20] = 1e3  # no point of the box gets there
+    offsets[:20] = 1e3  # no point of the box reaches it
     ours = shortest_move(points, normals, offsets, norm)
     torch.testing.assert_close(ours, published(points, normals, offsets), atol=1e-5, rtol=1e-4)
 
@@ -338,7 +338,7 @@ def test_square_takes_images_of_any_size(shape, norm):
 
 
 @by_norm
-def test_square_makes_the_very_moves_of_pyautoattack(norm, examples):
+def test_square_makes_the_moves_of_pyautoattack(norm, examples):
     model, images, labels = examples
     threat_model = FOR_SQUARE[norm]
     found = ours("square", examples, threat_model)
@@ -353,7 +353,7 @@ def test_square_makes_the_very_moves_of_pyautoattack(norm, examples):
 
 
 @by_norm
-def test_more_queries_go_on_where_fewer_ended(norm, examples):
+def test_more_queries_continue_from_fewer(norm, examples):
     few, many = (ours("square", examples, FOR_SQUARE[norm], n_queries=count) for count in (60, 620))
     fallen = broken(examples, few.images)
     assert 0 < fallen.sum() < 16
@@ -363,7 +363,7 @@ def test_more_queries_go_on_where_fewer_ended(norm, examples):
 
 
 @by_norm
-def test_square_goes_on_where_the_label_comes_first_of_two_equal_logits(norm, examples):
+def test_square_continues_if_the_label_is_first_of_two_equal_logits(norm, examples):
     model, images, _ = examples
     coarse = nn.Sequential(model, Coarse())
     labels = coarse(images).argmax(dim=1)
@@ -383,7 +383,7 @@ class Coarse(nn.Module):
 # Carlini and Wagner
 
 
-def test_carlini_wagner_knows_no_steps(examples):
+def test_carlini_wagner_reports_no_steps(examples):
     model, images, labels = examples
     attack = CarliniWagner(steps=20, binary_search_steps=2)
     found = attack.run(model, Batch(images, labels, SEEDS), NORMS["L2"])

@@ -1,4 +1,4 @@
-"""How timm lists the models of this package."""
+"""timm's lists of the models of this package."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ print(json.dumps({name: [[*{*after[name]} - {*old}], [*{*old} - {*after[name]}]]
 
 @pytest.fixture(scope="module")
 def added():
-    """What `import drelu_timm` adds to timm's lists; nothing may vanish from them."""
+    """Return what `import drelu_timm` adds to timm's lists; nothing may be removed from them."""
     done = subprocess.run([sys.executable, "-c", ADDED], capture_output=True, text=True, check=True)
     lists = json.loads(done.stdout)
     assert [gone for _, gone in lists.values()] == [[]] * 4
@@ -55,7 +55,7 @@ def test_only_trained_models_are_listed_as_pretrained(added):
     assert timm.create_model(name, pretrained=True).model.num_classes == 10
 
 
-def test_a_variant_is_created_pretrained_though_it_is_not_listed():
+def test_a_variant_is_created_pretrained_without_being_listed():
     for name in ("resnet18_drelu", "resnet18_drelu.a1_in1k"):
         assert not timm.models.is_model_pretrained(name)
         assert timm.get_pretrained_cfg(name).hf_hub_id == "timm/resnet18.a1_in1k"

@@ -113,7 +113,7 @@ def test_the_hub_gives_the_newest_commit_or_the_named_one(uploaded, saved):
     register(f"hf-hub:{REPO}@{sha(REPO, 0)}", sha256=digest(saved))
     assert same(saved)
     register(f"hf-hub:{REPO}")
-    with pytest.raises(InputError, match=r"config.json is no model's config"):
+    with pytest.raises(InputError, match=r"config.json is not the config of a model"):
         timm.create_model(NAME, pretrained=True)
 
 
@@ -299,11 +299,11 @@ def test_a_pickle_is_never_loaded(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_args": {"checkpoint_path": "x.pt"}}, "model_args may not hold checkpoint_path"),
-        ({"model_args": None}, "model_args None are no arguments; give an object"),
+        ({"model_args": {"checkpoint_path": "x.pt"}}, "model_args contains checkpoint_path"),
+        ({"model_args": None}, "model_args None is not an object. Use an object"),
         (
             {"pretrained_cfg": ["x"]},
-            "config.json is no model's config; it must have architecture, num_classes, pretrai",
+            "config.json is not the config of a model. It must have architecture, num_classes, pretrai",
         ),
         ({"architecture": "hf-hub:lab/x"}, "config.json: architecture 'hf-hub:lab/x' is unknown"),
     ],

@@ -137,7 +137,7 @@ def test_autoattack_takes_the_arguments_of_autoattack_and_finds_what_pyautoattac
 
 def test_a_state_that_could_never_be_read_again_is_refused_before_the_attack(robustbench, linear_task, tmp_path):
     model, _, _ = linear_task
-    with pytest.raises(InputError, match=r"state_path='.*aa\.json'.* cannot be read again .* leave it out"):
+    with pytest.raises(InputError, match=r"state_path='.*aa\.json'.* cannot resume .* Leave it out"):
         robustbench.benchmark(model, 7, "cifar10", "Linf", eps=EPS, aa_state_path=tmp_path / "aa.json")
     assert not (tmp_path / "aa.json").exists()
 

@@ -107,9 +107,9 @@ ORDERS = (
     # As timm's scripts do for --device-modules.
     "import importlib, timm; importlib.import_module('drelu_timm')",
     # A module of ours that needs timm is the first to import it.
-    "import drelu_timm.models.nets, timm",
+    "import drelu_timm.models.architectures, timm",
     "import drelu_timm.models.variants, timm",
-    "import drelu_timm.models.registration, timm",
+    "import drelu_timm.models.registry, timm",
     "import drelu_timm.zoo.published, timm",
 )
 FORKS = """
@@ -145,9 +145,9 @@ for name, module in list(sys.modules.items()):
 
 
 def test_an_error_of_registration_is_that_of_the_import():
-    done = run("import sys\nsys.modules['drelu_timm.models.registration'] = None\nimport drelu_timm, timm")
+    done = run("import sys\nsys.modules['drelu_timm.models.registry'] = None\nimport drelu_timm, timm")
     assert done.returncode == 1
-    assert "import of drelu_timm.models.registration halted" in done.stderr
+    assert "import of drelu_timm.models.registry halted" in done.stderr
 
 
 def test_a_pickled_model_is_loaded_in_a_process_that_has_imported_nothing_as_a_spawned_worker_does(tmp_path):

@@ -12,7 +12,7 @@ from drelu_timm import robustbench as our_robustbench
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.subjects import find_subject
 from drelu_timm.files import write_json
-from drelu_timm.models.saved import load_folder, save_folder
+from drelu_timm.models.weights import load_folder, save_folder
 from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig
 from drelu_timm.zoo.robust_models import register_robust_model

@@ -1,4 +1,4 @@
-"""What generic code does to a timm model works for the `_drelu` variants: torch's and timm's tools."""
+"""Generic tools of torch and timm work with the `_drelu` variants."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ SMALL = ["shallow_cnn", "vit_tiny_patch16_224"]
 
 
 def create(name: str, **kwargs) -> nn.Module:
-    """A variant in eval mode with units at 0, in between and above their caps, and with a cap below 0."""
+    """Return a variant in eval mode with units at 0, below and above their caps, and with a negative cap."""
     torch.manual_seed(0)
     model = timm.create_model(
         f"{name}_drelu", **{"num_classes": 5, "width": 7, **MODELS.get(name, {}), **kwargs}
@@ -74,7 +74,7 @@ def pickled(model: nn.Module) -> nn.Module:
 
 
 def sent(model: nn.Module) -> nn.Module:
-    """As torch.multiprocessing sends it to another process."""
+    """Return a copy by the pickling of torch.multiprocessing."""
     return pickle.loads(ForkingPickler.dumps(model))
 
 
@@ -87,7 +87,7 @@ def saved(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("copied", [pickled, sent, saved, copy.deepcopy, copy.copy])
-def test_copies_are_models_of_the_same_kind(name, copied):
+def test_copies_have_the_class_of_the_model(name, copied):
     model = create(name)
     other = copied(model)
     assert type(other) is type(model)
@@ -125,7 +125,7 @@ def test_fx_traces_a_small_model_with_normalization_and_upsampling():
     x = torch.rand(1, 3, 32, 32)
     graph = torch.fx.symbolic_trace(normalized(model))
     assert same_output(graph, normalized(model), x)
-    with pytest.raises(InputError, match="images have 1 channels, the model takes 3"):
+    with pytest.raises(InputError, match="images have 1 channels, but the model takes 3"):
         graph(torch.rand(1, 1, 32, 32))
 
 
@@ -133,7 +133,7 @@ def test_fx_traces_a_small_model_with_normalization_and_upsampling():
 @pytest.mark.parametrize(
     ("name", "kwargs"), [("resnet10t", {"feature_cls": "fx"}), ("legacy_xception", {}), ("tresnet_m", {})]
 )
-def test_features_only_by_every_way_of_timms(name, kwargs, placement):
+def test_features_only_with_every_method_of_timm(name, kwargs, placement):
     net = create(name, features_only=True, placement=placement, width=32, **kwargs)
     plain = timm.create_model(name, features_only=True, **kwargs).eval()
     x = torch.rand(1, *plain.pretrained_cfg["input_size"])
@@ -151,8 +151,8 @@ def test_feature_extractor_of_torchvision():
     assert torch.equal(features["layer4"], model.forward_features(x))
 
 
-def test_torchscript_knows_the_constants_that_the_base_declares():
-    """In fastvit's, TorchScript compiles a branch that its base rules out by a constant, unless it knows that."""
+def test_torchscript_finds_the_constants_of_the_base():
+    """Without the base's constant, TorchScript compiles a branch of fastvit that is never taken."""
     assert type(timm.create_model("fastvit_t8_drelu")).__annotations__["fork_feat"] == torch.jit.Final[bool]
 
 
@@ -173,13 +173,13 @@ def test_torchscript_of_a_normalized_model():
     model = normalized(create("shallow_cnn"))
     x = torch.rand(2, 1, 28, 28)
     assert same_output(torch.jit.script(model), model, x)
-    with pytest.raises(Exception, match="images have 3 channels, the model takes 1"):
+    with pytest.raises(Exception, match="images have 3 channels, but the model takes 1"):
         torch.jit.script(model)(torch.rand(2, 3, 28, 28))
 
 
 def test_torchscript_of_upsampling_is_refused_and_traced():
     model = create("convnext_atto", small_images=True)
-    with pytest.raises(InputError, match=r"cannot compile ConvNeXt with upsampling in front; use torch\.jit\.trace"):
+    with pytest.raises(InputError, match=r"cannot compile ConvNeXt with upsampling in front\. Use torch\.jit\.trace"):
         torch.jit.script(normalized(model))
     x = torch.rand(1, 3, 32, 32)
     assert same_output(torch.jit.trace(model, x), model, x)
@@ -229,7 +229,7 @@ def test_derivatives_of_a_model():
     assert torch.allclose(forward, (backward * direction).sum((-4, -3, -2, -1)))
 
 
-def test_gradients_of_every_example():
+def test_gradients_per_example():
     model = create("shallow_cnn")
     x = images(model, 3)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -247,7 +247,7 @@ def test_gradients_of_every_example():
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "repvit_m0_9", "dla46_c"])
-def test_unpooled_features_are_the_bases(name):
+def test_unpooled_features_equal_the_bases(name):
     model, plain = create(name), base(name)
     plain.load_state_dict(model.state_dict(), strict=False)
     model.reset_classifier(0, "")
@@ -272,7 +272,7 @@ def test_an_unpooled_model_gets_heads_again(name, num_classes):
     model.reset_classifier(0, "")
     created = timm.create_model(f"{name}_drelu", num_classes=0, global_pool="", width=7, **MODELS[name]).eval()
     for unpooled in (model, created):
-        unpooled.reset_classifier(0)  # still unpooled: no classifier to take away
+        unpooled.reset_classifier(0)  # still unpooled: no classifier to remove
         assert not list(drelu_layers(unpooled))
         unpooled.reset_classifier(num_classes, "avg")
         assert unpooled.drelu_heads == paths
@@ -280,7 +280,7 @@ def test_an_unpooled_model_gets_heads_again(name, num_classes):
         assert unpooled.head_hidden_size == 7
 
 
-def test_a_trained_variant_is_a_backbone(tmp_path):
+def test_a_trained_variant_as_a_backbone(tmp_path):
     model = create("resnet10t")
     overlay = {"state_dict": model.state_dict(), "num_classes": 5}
     backbone = create(
@@ -291,7 +291,7 @@ def test_a_trained_variant_is_a_backbone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["repvit_m0_9", "resnet10t", "dla46_c", "levit_128s", "crossvit_9_240"])
-def test_a_change_of_the_pooling_keeps_heads_and_what_is_around_them(name):
+def test_a_change_of_the_pooling_keeps_heads_and_the_modules_around_them(name):
     model = create(name)
     before = copy.deepcopy(model.state_dict())
     model.reset_classifier(5, "avg")
@@ -321,7 +321,7 @@ def test_a_head_has_the_sizes_of_a_classifier():
     assert not hasattr(model.fc, "weight")
 
 
-def test_a_layer_in_the_place_of_the_head_is_the_callers():
+def test_a_head_replaced_by_the_users_layer():
     model = create("resnet10t")
     model.fc = nn.Linear(model.fc.in_features, 3)
     assert model(images(model)).shape == (2, 3)
@@ -334,7 +334,7 @@ def test_a_layer_in_the_place_of_the_head_is_the_callers():
     assert model(images(model)).shape == (2, 512)
 
 
-def test_pruning_gives_the_bases_features():
+def test_pruned_features_equal_the_bases():
     model, plain = create("vit_tiny_patch16_224", depth=2), base("vit_tiny_patch16_224", depth=2)
     plain.load_state_dict(model.state_dict(), strict=False)
     for each in (model, plain):
@@ -365,7 +365,7 @@ def test_images_by_keyword(name):
     assert torch.equal(model(x=images(model)), model(images(model)))
 
 
-def test_images_by_keyword_where_they_are_upsampled():
+def test_images_by_keyword_with_upsampling():
     model = create("convnext_atto", small_images=True)
     x = torch.rand(1, 3, 32, 32)
     assert torch.equal(model(x=x), model(x))
@@ -374,7 +374,7 @@ def test_images_by_keyword_where_they_are_upsampled():
 
 @pytest.mark.parametrize("placement", ["head", "stem", "all"])
 @pytest.mark.parametrize("name", ["resnet10t", "shallow_cnn"])
-def test_models_are_made_on_the_meta_device(name, placement):
+def test_models_are_created_on_the_meta_device(name, placement):
     with torch.device("meta"):
         model = timm.create_model(f"{name}_drelu", placement=placement, small_images=True)
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
@@ -387,7 +387,7 @@ def test_other_dtypes(dtype):
     assert model(images(model).to(dtype)).dtype == dtype
 
 
-def test_channels_last_is_the_same_function():
+def test_channels_last_gives_the_same_output():
     model = create("resnet10t", placement="all")
     other = copy.deepcopy(model).to(memory_format=torch.channels_last)
     assert same_output(other, model)
@@ -416,7 +416,7 @@ def test_replicas():
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
-def test_intermediates_are_the_bases(name):
+def test_intermediates_equal_the_bases(name):
     model, plain = create(name), base(name)
     plain.load_state_dict(model.state_dict(), strict=False)
     x = images(model)

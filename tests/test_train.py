@@ -72,7 +72,7 @@ def test_controls_differ_in_the_activation_only(tmp_path):
 
 
 def test_a_variant_with_an_imagenet_stem_warns_of_small_images(tmp_path):
-    with pytest.warns(DReLUWarning, match="resnet10t_drelu starts with an ImageNet stem, .* 8x8 images; create"):
+    with pytest.warns(DReLUWarning, match="resnet10t_drelu starts with an ImageNet stem, .* 8x8 images. Create"):
         train(config(tmp_path, model="resnet10t_drelu", epochs=1, n_train=64))
 
 
@@ -181,7 +181,7 @@ def test_every_preset_can_be_resolved_for_its_datasets(tmp_path, name):
 def test_a_preset_of_one_norm_needs_eps_for_the_other():
     settings = {"generated": (Path("1m.npz"),), "norm": "L2", "output_dir": Path("nowhere")}
     given = TrainConfig.from_preset("wang2023", model="wide_resnet28_10", dataset="cifar10", **settings)
-    with pytest.raises(InputError, match="--norm L2 needs --eps: 8/255 is a radius for Linf; give one for L2"):
+    with pytest.raises(InputError, match="--norm L2 needs --eps: the default 8/255 is a radius for Linf"):
         resolve(given)
     assert str(resolve(replace(given, eps="0.5")).threat_model) == "L2, eps 0.5"
 
@@ -197,9 +197,9 @@ BAD = [
     ({"schedule": "cosin"}, "--schedule 'cosin' is unknown; did you mean cosine?"),
     ({"activation": "drelu6"}, "activation 'drelu6' is unknown; did you mean relu6 or drelu"),
     ({"norm": "L0"}, "--norm 'L0' is unknown; allowed: L2, Linf"),
-    ({"eps": "eight"}, "--eps 'eight' is no radius; give a number >= 0 such as 8/255 or 0.1"),
-    ({"eps": "8", "objective": "at"}, "--eps 8 is more than a pixel's whole range, which is 1"),
-    ({"norm": "L2", "objective": "at"}, "--norm L2 needs --eps: 0.1 is a radius for Linf; give one for L2"),
+    ({"eps": "eight"}, "--eps 'eight' is not a radius. Use a number >= 0 such as 8/255 or 0.1"),
+    ({"eps": "8", "objective": "at"}, "--eps 8 is larger than the pixel range"),
+    ({"norm": "L2", "objective": "at"}, "--norm L2 needs --eps: the default 0.1 is a radius for Linf"),
     ({"epochs": 0}, "--epochs 0 must be a number above 0"),
     ({"lr": -1.0}, "--lr -1.0 must be a number above 0"),
     ({"lr": float("inf")}, "--lr inf must be a number above 0"),
@@ -207,8 +207,8 @@ BAD = [
     ({"step_size": -1.0}, "--step-size -1.0 must be a number above 0"),
     ({"n_train": -5}, "--n-train -5 must be a number above 0"),
     ({"seed": 2**40}, "--seed 1099511627776 must be an integer from 0 to 4294967295"),
-    ({"width": 0}, "width 0 is no number of units"),
-    ({"cap": 0.0}, "cap 0.0 is no cap"),
+    ({"width": 0}, "width 0 is not a number of units"),
+    ({"cap": 0.0}, "cap 0.0 is not a finite number above 0"),
     ({"cap_weight": 0.1, "activation": "relu"}, "--cap-weight 0.1 needs a model with D-ReLUs"),
     ({"optimizer": "adahessian"}, "--optimizer adahessian needs second derivatives"),
     (

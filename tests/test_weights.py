@@ -1,4 +1,4 @@
-"""Pretrained weights that are out of reach are found before any work, at a stand-in for the Hub."""
+"""Unavailable pretrained weights are reported before any work; with a local server instead of the Hub."""
 
 import huggingface_hub
 import pytest
@@ -27,7 +27,7 @@ def state():
 
 @pytest.fixture
 def offline(hub, monkeypatch):
-    """No network and an empty cache; timm's own download, with its retries, must not start."""
+    """Simulate no network and an empty cache; timm's own download, with its retries, must not start."""
     connect(monkeypatch, NOBODY)
     for module in ("timm.models._hub", "drelu_timm.zoo.hub"):
         monkeypatch.setattr(f"{module}.hf_hub_download", lambda *_, **__: pytest.fail("a download was started"))
@@ -49,7 +49,7 @@ def test_no_network(offline, tmp_path, name):
     message = str(caught.value)
     assert message.startswith(f"regnetx_002.pycls_in1k: no pretrained weights ({REPO} is not in {tmp_path}/hub_cache, ")
     assert f"and {NOBODY} cannot be reached: " in message
-    assert f"run `hf download {REPO}` where there is one" in message
+    assert f"run `hf download {REPO}` on a machine with a network" in message
     assert "set HF_HUB_OFFLINE=1; or, in Python, name a local file: " in message
     assert "\n" not in message
 
@@ -80,13 +80,13 @@ def test_offline_mode_is_named(offline, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [401, 404, 429, 503])
-def test_a_hub_that_answers_is_in_reach(hub, status):
+def test_a_hub_that_answers_is_not_out_of_reach(hub, status):
     hub.failures["HEAD", "resolve"] = status
     assert out_of_reach("lab/x", [FILE]) is None
     assert hub.requests == [("HEAD", "resolve")]
 
 
-def test_what_has_no_weights():
+def test_a_model_without_weights():
     with pytest.raises(InputError, match=r"^dense.* has no pretrained weights\. Leave out pretrained=True or --pretr"):
         timm.create_model("dense_drelu", pretrained=True)
 
@@ -101,25 +101,25 @@ def no_images(monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["regnetx_002_drelu", "regnetx_002.pycls_in1k"])
-def test_train(offline, no_images, tmp_path, model):
+def test_train_pretrained_without_a_network(offline, no_images, tmp_path, model):
     with pytest.raises(
         InputError, match=rf"^--pretrained: {model}: no pretrained weights \(timm/regnetx_002.pycls_in1k"
     ):
         train(TrainConfig(model, "digits", pretrained=True, output_dir=tmp_path / "run"))
 
 
-def test_train_what_has_no_weights(no_images, tmp_path):
+def test_train_pretrained_without_weights(no_images, tmp_path):
     with pytest.raises(InputError, match=r"^--pretrained: dense_drelu has no pretrained weights\. Leave out "):
         train(TrainConfig("dense_drelu", "digits", pretrained=True, output_dir=tmp_path / "run"))
 
 
 @pytest.fixture
 def on_the_hub(offline):
-    """The name of a robust model that is there and cannot be fetched."""
+    """Return the name of a registered robust model that cannot be fetched."""
     return register_robust_model("Tester2026Hub", "digits", "Linf", "hf-hub:lab/x")
 
 
-def test_evaluate_a_model_of_timm(offline, no_images):
+def test_evaluate_a_timm_model(offline, no_images):
     with pytest.raises(InputError, match=r"^RUN regnetx_002: no pretrained weights .*cannot be reached: .* Check the"):
         evaluate(EvaluateConfig("regnetx_002", dataset="digits"))
 

@@ -1,1 +1,1 @@
-"""The attacks: threat models, those that are published, those that know what hides a gradient, and suites of them."""
+"""Attacks: threat models, published attacks, adaptive attacks, and suites of them."""

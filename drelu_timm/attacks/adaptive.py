@@ -1,8 +1,8 @@
-"""Attacks that know of the layers which hide an adversarial example behind a zero or useless input gradient.
+"""Attacks adapted to layers that hide adversarial examples behind a zero or useless input gradient.
 
-A unit above its cap (or below its floor), a quantiser or a JPEG layer passes no gradient, so an attack that follows
-gradients sees a flat loss. The attacks here differentiate, or compute, something else in the place of such a layer
-while they search, and are judged on the model as it is. What stands in for a layer is said once, in `backward`.
+A unit above its cap (or below its floor), a quantizer or a JPEG layer passes no gradient, so an attack that follows
+gradients sees a flat loss. The attacks here use a substitute for each such layer while they search, and are judged on
+the unchanged model. `backward` defines the substitutes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,37 +18,36 @@ from timm.layers.activations_me import HardSigmoidMe
 from torch import Tensor, nn
 
 from ..models.drelu import DReLU, SReLU, along_channels
-from ..models.modes import frozen
+from ..models.inference import frozen
 from .apgd import APGD
-from .attack import Attack, Batch, Candidates, Kind
-from .losses import LOSSES, Loss, targeted_margin
+from .attack import LOSSES, Attack, Batch, Candidates, Kind, Loss, targeted_margin
 from .pgd import PGD, pgd, start_of
 from .threat_model import ThreatModel, per_image
 
-Clamp = Callable[[Tensor, float, float | Tensor], Tensor]  # (x, floor, cap) -> what stands in for the clamped x
+Clamp = Callable[[Tensor, float, float | Tensor], Tensor]  # (x, floor, cap) -> substitute for the clamped x
 Forward = Callable[[Tensor], Tensor]
 
 
 @singledispatch
 def backward(layer: nn.Module, x: Tensor, clamp: Clamp) -> Tensor:
-    """What attacks differentiate in the place of a layer (BPDA, Athalye et al. 2018, https://arxiv.org/abs/1802.00420).
+    """Return what attacks differentiate instead of a layer (BPDA, Athalye et al. 2018, arXiv 1802.00420).
 
-    One line makes a layer of one's own known, with or without a cap::
+    One line registers your own layer, with or without a cap::
 
-        backward.register(Quantise, lambda layer, x, clamp: x)
+        backward.register(Quantize, lambda layer, x, clamp: x)
         backward.register(Capped, lambda layer, x, clamp: clamp(x, 0.0, layer.cap))
 
     Args:
         layer: The layer.
         x: Its input.
-        clamp: ``(x, floor, cap)`` to what stands in for a clamp, to be called wherever the layer has one. A floor
-            below zero saturates as a cap does; one at zero is that of a ReLU and stays. The cap may be a tensor that
-            broadcasts against ``x``.
+        clamp: ``(x, floor, cap)`` to the substitute for a clamp, to be called wherever the layer has one. A floor
+            below zero saturates as a cap does; a floor at zero, as in a ReLU, is kept. The cap may be a tensor
+            that broadcasts against ``x``.
 
     Raises:
         TypeError: Nothing is registered for the layer.
     """
-    raise TypeError(f"{type(layer).__name__} has no backward substitute; give it one by adaptive.backward.register")
+    raise TypeError(f"{type(layer).__name__} has no backward substitute. Register one with adaptive.backward.register.")
 
 
 def _drelu(layer: DReLU, x: Tensor, clamp: Clamp) -> Tensor:
@@ -57,9 +56,9 @@ def _drelu(layer: DReLU, x: Tensor, clamp: Clamp) -> Tensor:
 
 backward.register(DReLU, _drelu)
 backward.register(SReLU, lambda layer, x, clamp: clamp(x, 0.0, max(layer.cap, 0.0)))
-# ReLU6 is a Hardtanh too.
+# ReLU6 is a subclass of Hardtanh.
 backward.register(nn.Hardtanh, lambda layer, x, clamp: clamp(x, layer.min_val, layer.max_val))
-# Written with a floor below zero, since these are blind on both sides.
+# With a floor below zero, because these saturate on both sides.
 for _layer in (nn.Hardsigmoid, HardSigmoid, HardSigmoidMe):
     backward.register(_layer, lambda layer, x, clamp: 0.5 + clamp(x / 6, -0.5, 0.5))
 for _layer in (nn.Sigmoid, Sigmoid):
@@ -69,29 +68,29 @@ for _layer in (nn.Tanh, Tanh):
 
 
 def substitutable_layers(model: nn.Module) -> list[nn.Module]:
-    """Every layer of the module tree that `backward` knows, each once: without any there is nothing to adapt to."""
+    """Return every layer of the module tree that `backward` knows, each once."""
     unknown = backward.dispatch(object)
     return [layer for layer in model.modules() if backward.dispatch(type(layer)) is not unknown]
 
 
 def substituted(model: nn.Module, clamp: Clamp) -> AbstractContextManager[nn.Module]:
-    """The model with its own outputs, but with the gradient of `backward` with ``clamp``; a context manager."""
+    """Give the model the gradient of `backward` with ``clamp`` but its own outputs, until the context ends."""
     return _changed(model, lambda layer, own: lambda x: _valued(x, own, backward(layer, x, clamp)))
 
 
 def replaced(model: nn.Module, clamp: Clamp) -> AbstractContextManager[nn.Module]:
-    """The model that computes `backward` with ``clamp`` in the place of every layer it knows; a context manager."""
+    """Let the model compute `backward` with ``clamp`` instead of every layer it knows, until the context ends."""
     return _changed(model, lambda layer, own: lambda x: backward(layer, x, clamp))
 
 
 @contextmanager
 def _changed(model: nn.Module, change: Callable[[nn.Module, Forward], Forward]) -> Iterator[nn.Module]:
-    """The model with another ``forward`` for every known layer; afterwards it is what it was."""
+    """Change the ``forward`` of every known layer; restore it on exit."""
     layers = substitutable_layers(model)
     before = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
-            vars(layer)["forward"] = change(layer, layer.forward)  # found before the class's own
+            vars(layer)["forward"] = change(layer, layer.forward)  # takes precedence over the class's own
         yield model
     finally:
         for layer, forward in zip(layers, before, strict=True):
@@ -123,21 +122,21 @@ class _Valued(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, floor: float, cap: float | Tensor) -> Tensor:
-    """A clamp without its cap: a ReLU, or the identity where the floor lies below zero as in hard tanh."""
+    """Return a clamp without its cap: a ReLU, or the identity for a floor below zero as in hard tanh."""
     return x if floor < 0 else x.clamp(min=floor)
 
 
 def leaky(x: Tensor, floor: float, cap: float | Tensor) -> Tensor:
-    """A clamp that goes on with a tenth of the slope where `straight_through` goes on with all of it."""
+    """Return a clamp that has a tenth of the slope of `straight_through` where it saturates."""
     inside = x.clamp(max=cap).clamp(min=floor)
     return inside + 0.1 * (straight_through(x, floor, cap) - inside)
 
 
 def annealed(x: Tensor, floor: float, cap: float | Tensor, *, sharpness: float) -> Tensor:
-    """A sigmoid from floor to cap, as wide as the pre-activations spread at sharpness 0, as steep as the clamp at 1.
+    """Return a sigmoid from floor to cap, as wide as the pre-activations at sharpness 0, as steep as the clamp at 1.
 
-    The spread is the root mean square distance from the middle of floor and cap, over the layer but for each example
-    alone, so that no example depends on its batch.
+    The width of the pre-activations is their root mean square distance from the middle of floor and cap, over the layer
+    but for each example alone, so that no example depends on its batch.
     """
     from_middle = x - (floor + cap) / 2
     spread = from_middle.detach().flatten(1).square().mean(dim=1).sqrt().clamp(min=1e-12)
@@ -148,7 +147,7 @@ def annealed(x: Tensor, floor: float, cap: float | Tensor, *, sharpness: float) 
 
 
 def soft(x: Tensor, floor: float, cap: float | Tensor) -> Tensor:
-    """A sigmoid somewhat wider than the clamp, whose slope falls as the distance from the cap grows."""
+    """Return a sigmoid somewhat wider than the clamp, whose slope decreases with the distance from the cap."""
     return annealed(x, floor, cap, sharpness=0.75)
 
 
@@ -162,10 +161,8 @@ class BPDA(Attack):
     Source: Athalye et al. 2018, https://arxiv.org/abs/1802.00420.
 
     Attributes:
-        loss: A name in `LOSSES`.
+        loss, steps, relative_step_size: See `PGD`.
         substitute: A name in `SUBSTITUTES`.
-        steps: Number of gradients.
-        relative_step_size: Length of a step, in units of eps.
     """
 
     kind: ClassVar[Kind] = "adaptive"
@@ -174,15 +171,10 @@ class BPDA(Attack):
     steps: int = 20
     relative_step_size: float = 0.2
 
-    @property
-    def attack(self) -> Attack:
-        """The attack that follows the substitute's gradient."""
-        return PGD(self.loss, self.steps, self.relative_step_size)
-
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Search for adversarial images; see `Attack.run`."""
         with substituted(model, SUBSTITUTES[self.substitute]):
-            return self.attack.run(model, batch, threat_model)
+            return PGD(self.loss, self.steps, self.relative_step_size).run(model, batch, threat_model)
 
 
 @dataclass(frozen=True)
@@ -190,10 +182,8 @@ class BPDAWithAPGD(Attack):
     """`APGD` with the gradient of a substitute for every known layer, as in `BPDA`.
 
     Attributes:
-        loss: "ce" or "dlr".
+        loss, n_iter, rho: See `APGD`.
         substitute: A name in `SUBSTITUTES`.
-        n_iter: Number of steps.
-        rho: See `APGD`.
     """
 
     kind: ClassVar[Kind] = "adaptive"
@@ -212,13 +202,13 @@ class BPDAWithAPGD(Attack):
 class Surrogate(BPDA):
     """`PGD` on a surrogate that computes the substitutes, whose images are transferred to the model.
 
-    With "straight-through" the surrogate has no caps at all.
+    With "straight-through" the surrogate has no caps.
     """
 
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Search for adversarial images; see `Attack.run`."""
         with replaced(model, SUBSTITUTES[self.substitute]):
-            return self.attack.run(model, batch, threat_model)
+            return PGD(self.loss, self.steps, self.relative_step_size).run(model, batch, threat_model)
 
 
 @dataclass(frozen=True)
@@ -226,7 +216,7 @@ class Transfer(Attack):
     """`PGD` on another model of the same classes, whose images are transferred to the attacked model.
 
     Attributes:
-        source: The other model, which `evaluate --transfer-from` names; None until it is known.
+        source: The other model, named by `evaluate --transfer-from`; None until it is known.
         attack: Attack on it.
     """
 
@@ -248,11 +238,11 @@ class Transfer(Attack):
 
 @dataclass(frozen=True)
 class Annealing(Attack):
-    """PGD on caps that start as sigmoids and sharpen to the true clamp, until the model itself is fooled.
+    """PGD on caps that start as sigmoids and sharpen to the true clamp, until the unchanged model is fooled.
 
     Attributes:
         loss: A name in `LOSSES`.
-        rounds: Number of sharpnesses from 0 to 1, after each of which the model itself judges the images.
+        rounds: Number of sharpnesses from 0 to 1, after each of which the unchanged model judges the images.
         steps: Number of gradients per round.
         relative_step_size: Length of a step, in units of eps.
     """
@@ -276,13 +266,11 @@ class Annealing(Attack):
 
 @dataclass(frozen=True)
 class TargetedAnnealing(Attack):
-    """`Annealing` towards one other class after the other, the most likely first, by the margin to it.
+    """`Annealing` by the targeted margin, towards one other class after the other, the most likely first.
 
     Attributes:
         n_target_classes: Number of classes.
-        rounds: See `Annealing`.
-        steps: Number of gradients per round.
-        relative_step_size: Length of a step, in units of eps.
+        rounds, steps, relative_step_size: See `Annealing`.
     """
 
     kind: ClassVar[Kind] = "adaptive"
@@ -317,10 +305,8 @@ class Restarts(Attack):
     """`PGD` from several random points of the epsilon ball, until the model is fooled: a baseline.
 
     Attributes:
-        loss: A name in `LOSSES`.
+        loss, steps, relative_step_size: See `PGD`.
         restarts: Number of points.
-        steps: Number of gradients from each.
-        relative_step_size: Length of a step, in units of eps.
     """
 
     loss: str = "ce"
@@ -333,8 +319,8 @@ class Restarts(Attack):
         attack = PGD(self.loss, self.steps, self.relative_step_size)
 
         def search(restart: int, left: Tensor) -> Tensor:
-            own = [batch.seeds[i] + restart for i in left.tolist()]
-            again = Batch(batch.images[left], batch.labels[left], own)  # restarts ignore the batch's start
+            seeds = [batch.seeds[i] + restart for i in left.tolist()]
+            again = Batch(batch.images[left], batch.labels[left], seeds)  # restarts ignore the batch's start
             return attack.run(model, again, threat_model).images
 
         searches = [partial(search, restart) for restart in range(self.restarts)]
@@ -369,7 +355,7 @@ def _annealing_rounds(
     start: Tensor,
     loss: Callable[[Tensor], Loss],
 ) -> Iterator[Search]:
-    """Yield a search for every sharpness, each from where the one before it ended; ``loss`` takes positions [b]."""
+    """Yield a search for every sharpness, each from the result of the one before; ``loss`` takes positions [b]."""
     current = start.clone()
     step_size = attack.relative_step_size * threat_model.eps
 

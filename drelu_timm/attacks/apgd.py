@@ -14,8 +14,7 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
-from .attack import Attack, Batch, Candidates
-from .losses import margin, targeted_margin
+from .attack import Attack, Batch, Candidates, margin, targeted_margin
 from .pgd import generators_of
 from .threat_model import ThreatModel
 
@@ -35,7 +34,7 @@ class APGD(Attack):
     rho: float = 0.75
 
     def for_classes(self, num_classes: int) -> "APGD":
-        """Replace the DLR loss, which divides by a difference to the third largest logit, where there are only two."""
+        """Replace the DLR loss for two classes: it divides by a difference to the third largest logit."""
         return replace(self, loss="margin") if self.loss == "dlr" and num_classes < 3 else self
 
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
@@ -60,7 +59,7 @@ class TargetedAPGD(Attack):
         loss: The targeted "dlr" (at least four classes) or, with fewer, the targeted "margin".
         n_target_classes: Number of classes, starting with the second most likely one of the clean image.
         n_iter: Number of steps per class; the start costs one more gradient.
-        rho: Share of the steps that have to raise the loss; otherwise the step size is halved.
+        rho: See `APGD`.
     """
 
     loss: str = "dlr"
@@ -82,8 +81,8 @@ class TargetedAPGD(Attack):
 
         def search(left: Tensor, targets: Tensor) -> SearchResult:
             attack.y_target = targets
-            drawing = [generators[row] for row in left.tolist()]
-            begin = _random_start(attack, threat_model, images[left], drawing) if start is None else start[left]
+            own = [generators[row] for row in left.tolist()]
+            begin = _random_start(attack, threat_model, images[left], own) if start is None else start[left]
             return _run_apgd(attack, model, images[left], labels[left], begin)
 
         return target_by_target(model, images, self.n_target_classes, search)
@@ -101,7 +100,7 @@ class SearchResult(NamedTuple):
 def target_by_target(
     model: nn.Module, images: Tensor, count: int, search: Callable[[Tensor, Tensor], SearchResult]
 ) -> Candidates:
-    """Run ``search(positions, targets)`` for the second to the ``count + 1``-th most likely class, on what is left."""
+    """Run ``search(positions, targets)`` for the second to the ``count + 1``-th most likely class, until a success."""
     ranked = model(images).sort(dim=1).indices
     found, score = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
     steps, left = torch.zeros_like(score, dtype=torch.long), torch.arange(len(images), device=images.device)

@@ -1,15 +1,17 @@
-"""The interface of attacks: a batch of examples in, candidates for adversarial images out."""
+"""Interface of attacks, from a batch of examples to candidates for adversarial images, and their losses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .threat_model import ThreatModel
 
 Kind = Literal["white-box", "black-box", "adaptive", "transfer"]
+Loss = Callable[[Tensor], Tensor]  # logits [B, K] -> loss [B] or scalar, to be maximized
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,9 @@ class Batch:
     Attributes:
         images: [B, C, H, W] float32 in [0, 1].
         labels: [B] integers.
-        seeds: One per image. All randomness of an image is drawn from its own seed, so that what an attack finds does
-            not depend on the rest of the batch.
-        start: [B, C, H, W] in the epsilon ball, where attacks that can do so start their search. None for their own
-            starting point.
+        seeds: One per image. All randomness of an image is drawn from its own seed, so that the result of an attack
+            does not depend on the rest of the batch.
+        start: [B, C, H, W] in the epsilon ball, where attacks that support it start. None for their own start.
     """
 
     images: Tensor
@@ -43,7 +44,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Images that an attack proposes. They need not fool the model or lie in the epsilon ball: the caller judges them.
+    """Images that an attack proposes. They need not fool the model or be in the epsilon ball: the caller judges them.
 
     Attributes:
         images: [B, C, H, W].
@@ -58,10 +59,10 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Attack:
-    """Base class of attacks. The fields of a subclass are its settings, which decide what it finds.
+    """Base class of attacks. The fields of a subclass are its settings, which determine its result.
 
     Attributes:
-        kind: What the attack uses: the model's own gradients ("white-box"), its outputs only ("black-box"), knowledge
+        kind: What the attack uses: the model's own gradients ("white-box"), only its outputs ("black-box"), knowledge
             of the layers that hide gradients ("adaptive"), or another model ("transfer").
         minimum_norm: Whether the attack searches for the nearest adversarial image and ignores eps.
     """
@@ -78,13 +79,54 @@ class Attack:
         """Search for adversarial images of a batch.
 
         Args:
-            model: Takes [0, 1] images [B, C, H, W] and returns logits [B, K]. It is used as it is: the caller puts it
-                into eval mode and freezes its weights (`models.modes.frozen`).
+            model: Maps [0, 1] images [B, C, H, W] to logits [B, K]. The caller puts it into eval mode and freezes its
+                weights (`models.inference.frozen`).
             batch: Examples that the model classifies correctly.
             threat_model: Norm and eps of the search.
         """
         raise NotImplementedError
 
     def for_classes(self, num_classes: int) -> "Attack":
-        """Return the attack with settings that a number of classes allows."""
+        """Return the attack with settings that are valid for a number of classes."""
         return self
+
+
+def cross_entropy(labels: Tensor) -> Loss:
+    """Return the cross-entropy of each example against its label [B], the default loss of attacks."""
+    return lambda logits: F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def margin(labels: Tensor) -> Loss:
+    """Return the largest logit of another class minus the label's, which never saturates."""
+
+    def loss(logits: Tensor) -> Tensor:
+        label = labels.unsqueeze(1)
+        others = logits.scatter(1, label, float("-inf")).max(dim=1).values
+        return others - logits.gather(1, label).squeeze(1)
+
+    return loss
+
+
+def targeted_margin(labels: Tensor, targets: Tensor) -> Loss:
+    """Return the logit of the target [B] minus the label's."""
+    return lambda logits: (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+
+
+def scaled_cross_entropy(labels: Tensor) -> Loss:
+    """Return the cross-entropy of logits that are scaled per image so that they span at most 20.
+
+    For much larger logits, such as a model has without its caps, a float32 softmax has no gradient.
+    """
+
+    def loss(logits: Tensor) -> Tensor:
+        span = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach()
+        return cross_entropy(labels)(logits / (span / 20).clamp(min=1))
+
+    return loss
+
+
+LOSSES: dict[str, Callable[[Tensor], Loss]] = {
+    "ce": cross_entropy,
+    "scaled-ce": scaled_cross_entropy,
+    "margin": margin,
+}

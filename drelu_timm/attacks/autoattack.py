@@ -1,8 +1,7 @@
-"""What `drelu_timm.robustbench` puts in the place of the package ``autoattack``, where that is not installed.
+"""Replacement for the package ``autoattack`` that `drelu_timm.robustbench` installs where it is missing.
 
-robustbench 1.1.1 declares pyautoattack (the same attacks, on PyPI) but imports autoattack
-(https://github.com/fra31/auto-attack, not on PyPI), and the two differ in their arguments. Only the arguments are
-translated here.
+robustbench 1.1.1 depends on pyautoattack (the same attacks, on PyPI) but imports autoattack
+(https://github.com/fra31/auto-attack, not on PyPI). This module only translates the arguments.
 """
 
 import logging
@@ -19,18 +18,18 @@ from ..errors import InputError
 
 
 class AutoAttack(pyautoattack.AutoAttack):
-    """AutoAttack (Croce and Hein 2020, https://arxiv.org/abs/2003.01690) as ``autoattack`` takes its arguments.
+    """AutoAttack (Croce and Hein 2020, https://arxiv.org/abs/2003.01690) with the arguments of ``autoattack``.
 
     Args:
-        model: Takes [0, 1] images, gives logits.
+        model: Maps [0, 1] images to logits.
         norm: "Linf", "L2" or "L1".
         eps: Radius, in units of a [0, 1] pixel.
-        seed: Of every attack; by default the clock's.
-        verbose: Whether progress is printed.
-        attacks_to_run: Names of the attacks, for ``version="custom"`` only.
+        seed: Seed of every attack; by default the clock's.
+        verbose: Print progress.
+        attacks_to_run: Names of the attacks, only for ``version="custom"``.
         version: "standard", "plus", "rand" or "custom".
-        device: Where the attacks run.
-        log_path: A file that the progress is added to.
+        device: Device of the attacks.
+        log_path: File to which progress is appended.
     """
 
     def __init__(
@@ -53,15 +52,15 @@ class AutoAttack(pyautoattack.AutoAttack):
     def run_standard_evaluation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, state_path: Path | None = None
     ) -> Tensor:
-        """Attack images [N, C, H, W] in [0, 1] with labels [N]; the adversarial images come back in their order.
+        """Attack images [N, C, H, W] in [0, 1] with labels [N]; return the adversarial images in the same order.
 
         Raises:
-            InputError: A ``state_path``: what AutoAttack saves to go on from, it cannot read again.
+            InputError: A ``state_path``, because pyautoattack cannot read the state that it saves.
         """
         if state_path is not None:
             raise InputError(
-                f"state_path={str(state_path)!r}: a state that AutoAttack saved cannot be read again (its list of "
-                "attacks is saved as text); leave it out (benchmark: aa_state_path)"
+                f"state_path={str(state_path)!r}: pyautoattack cannot resume from a saved state. "
+                "Leave it out (benchmark: aa_state_path)."
             )
         with self._progress():
             adversarial, _ = super().run_standard_evaluation(x_orig, y_orig, batch_size=bs)
@@ -69,7 +68,7 @@ class AutoAttack(pyautoattack.AutoAttack):
 
     @contextmanager
     def _progress(self) -> Iterator[None]:
-        """Show what pyautoattack tells its logger, where autoattack prints it."""
+        """Print what pyautoattack logs, as autoattack does."""
         level = self.logger.level
         handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)] if self.verbose else []
         if self.log_path is not None:

@@ -1,4 +1,4 @@
-"""Minimum-norm attacks: FAB, and the attack of Carlini and Wagner."""
+"""Minimum-norm attacks: FAB and the attack of Carlini and Wagner."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
@@ -10,8 +10,7 @@ from foolbox.criteria import Misclassification
 from torch import Tensor, nn
 
 from .apgd import SearchResult, target_by_target
-from .attack import Attack, Batch, Candidates
-from .losses import targeted_margin
+from .attack import Attack, Batch, Candidates, targeted_margin
 from .threat_model import Norm, ThreatModel, per_image
 
 
@@ -19,8 +18,8 @@ from .threat_model import Norm, ThreatModel, per_image
 class TargetedFAB(Attack):
     """Targeted fast adaptive boundary attack (Croce and Hein 2020, https://arxiv.org/abs/1907.02044).
 
-    It searches for the nearest adversarial image, but here it stops at the first one in the epsilon ball. Nothing in it
-    is random.
+    It searches for the nearest adversarial image, but here it stops at the first one in the epsilon ball. It is
+    deterministic.
 
     Attributes:
         n_iter: Number of steps per class, of one gradient each.
@@ -68,7 +67,7 @@ class CarliniWagner(Attack):
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Return the nearest adversarial image for every image, or the image where none was found."""
         images = batch.images
-        # foolbox's early abort is one decision for the whole batch, so that an example would depend on the others.
+        # foolbox's early abort is one decision for the whole batch, with which an example would depend on the others.
         attack = L2CarliniWagnerAttack(abort_early=False, **asdict(self))
         foolbox_model = PyTorchModel(model, bounds=(0, 1), device=images.device)
         adversarial = attack.run(foolbox_model, images, Misclassification(batch.labels))
@@ -131,17 +130,17 @@ def _length(moves: Tensor, norm: Norm) -> Tensor:
 
 
 def shortest_move(points: Tensor, normals: Tensor, offsets: Tensor, norm: Norm) -> Tensor:
-    r"""The shortest move from each point to its hyperplane that stays in [0, 1]; the longest where none gets there.
+    r"""Return the shortest move from each point to its hyperplane that stays in [0, 1]; if none does, the longest.
 
-    Along it every coordinate goes at its own pace (1 for Linf, \|normal\| for L2) until it meets the box. So the way
-    made towards the hyperplane is a concave, piecewise linear function of time, and Newton's method from time 0 comes
-    to the exact time from below: in some five passes of O(D), where pyautoattack sorts the coordinates.
+    Every coordinate moves at a constant speed (1 for Linf, \|normal\| for L2) until it reaches the box. The progress
+    towards the hyperplane is therefore a concave, piecewise linear function of time, and Newton's method from time 0
+    reaches the exact time from below, in about five passes of O(D); pyautoattack sorts the coordinates.
 
     Args:
         points: [B, D] in [0, 1].
         normals: [B, D].
-        offsets: [B]; the hyperplane holds every x with <normal, x> = offset.
-        norm: "Linf" or "L2": in which the move is shortest.
+        offsets: [B]; the hyperplane is the set of x with <normal, x> = offset.
+        norm: Norm of the move, "Linf" or "L2".
 
     Returns:
         [B, D], to be added to ``points``; 0 where the normal is 0.
@@ -149,7 +148,7 @@ def shortest_move(points: Tensor, normals: Tensor, offsets: Tensor, norm: Norm) 
     missing = offsets - (normals * points).sum(dim=1)
     direction = normals * missing.sign().unsqueeze(1)
     weights = normals.abs()
-    face = torch.gt(direction, 0, out=torch.empty_like(points))  # floats: `where` takes thirty times as long
+    face = torch.gt(direction, 0, out=torch.empty_like(points))  # as floats: `where` takes thirty times as long
     room = (face - points).abs()
     if norm == "Linf":
         speeds, meeting = weights, room
@@ -157,7 +156,7 @@ def shortest_move(points: Tensor, normals: Tensor, offsets: Tensor, norm: Norm) 
         speeds, meeting = weights.square(), (room / weights).nan_to_num(nan=0.0)
     reach = weights * room
     time, limits, free = torch.zeros_like(offsets), torch.finfo(points.dtype), torch.empty_like(points)
-    for _ in range(points.shape[1]):  # every pass but the last finds a coordinate that met the box
+    for _ in range(points.shape[1]):  # every pass but the last finds a coordinate that reached the box
         torch.gt(meeting, time.unsqueeze(1), out=free)
         remaining = missing.abs() - (reach * (1 - free)).sum(dim=1)
         later = (remaining / (speeds * free).sum(dim=1).clamp(min=limits.tiny)).clamp(max=limits.max)

@@ -1,4 +1,4 @@
-"""Projected gradient descent, which training and evaluation share, and the simplest attacks of an evaluation."""
+"""Projected gradient descent, used by training and evaluation, and two simple attacks: FGSM and noise."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .attack import Attack, Batch, Candidates, Kind
-from .losses import LOSSES, Loss, cross_entropy
+from .attack import LOSSES, Attack, Batch, Candidates, Kind, Loss, cross_entropy
 from .threat_model import ThreatModel
 
 
@@ -25,8 +24,8 @@ def pgd(
     """Ascend ``loss`` by projected gradient steps (Madry et al. 2018, https://arxiv.org/abs/1706.06083).
 
     Args:
-        model: Takes [0, 1] images; used as it is, see `models.modes.frozen`.
-        images: [B, C, H, W] in [0, 1], the centres of the epsilon balls.
+        model: Maps [0, 1] images to logits; frozen by the caller, see `models.inference.frozen`.
+        images: [B, C, H, W] in [0, 1], the centers of the epsilon balls.
         loss: Function of the logits that is maximized.
         threat_model: Norm and eps.
         start: [B, C, H, W], where the ascent starts.
@@ -52,7 +51,7 @@ def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def drawn(draw: Callable[[Tensor, torch.Generator], Tensor], images: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Apply ``draw`` to every image [1, C, H, W] with the image's own seed: equal in any batch and on any device."""
+    """Apply ``draw`` to every image [1, C, H, W] with its own seed: equal in every batch and on every device."""
     cpu = images.cpu()
     rows = [draw(cpu[i : i + 1], generator) for i, generator in enumerate(generators_of(seeds))]
     return torch.cat(rows).to(images.device)
@@ -65,12 +64,11 @@ def start_of(batch: Batch, threat_model: ThreatModel) -> Tensor:
 
 @dataclass(frozen=True)
 class FGSM(Attack):
-    """Fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572); its direction for L2."""
+    """Fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572); for L2, its direction."""
 
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Take one step of length eps from the image."""
-        loss = cross_entropy(batch.labels)
-        images = batch.images
+        images, loss = batch.images, cross_entropy(batch.labels)
         return Candidates(pgd(model, images, loss, threat_model, start=images, steps=1, step_size=threat_model.eps))
 
 
@@ -90,15 +88,9 @@ class PGD(Attack):
 
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Search for adversarial images; see `Attack.run`."""
-        images = pgd(
-            model,
-            batch.images,
-            LOSSES[self.loss](batch.labels),
-            threat_model,
-            start=start_of(batch, threat_model),
-            steps=self.steps,
-            step_size=self.relative_step_size * threat_model.eps,
-        )
+        loss, start = LOSSES[self.loss](batch.labels), start_of(batch, threat_model)
+        step_size = self.relative_step_size * threat_model.eps
+        images = pgd(model, batch.images, loss, threat_model, start=start, steps=self.steps, step_size=step_size)
         return Candidates(images)
 
 

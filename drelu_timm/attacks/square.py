@@ -1,8 +1,8 @@
 """Square, a random search without gradients, in which no example depends on its batch.
 
 pyautoattack draws the position of a square once for the whole batch. Here every example draws from its own seed, in the
-same order, so that it gets what pyautoattack gives it in a batch of one. The schedule, the shapes and the acceptance
-rule are pyautoattack's; the cross-entropy that it computes and does not use is left out.
+same order, and so has the result of pyautoattack for a batch of one. The schedule, the shapes and the acceptance rule
+are pyautoattack's; its cross-entropy, which it does not use, is omitted.
 """
 
 import math
@@ -16,12 +16,11 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from .attack import Attack, Batch, Candidates, Kind
-from .losses import margin
+from .attack import Attack, Batch, Candidates, Kind, margin
 from .pgd import generators_of
 from .threat_model import ThreatModel, per_image
 
-_QUERIES_DRAWN = 500  # at once, so that the memory does not grow with their number
+_QUERIES_DRAWN = 500  # drawn at once, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,11 @@ class Square(Attack):
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Return for every image the first point that fools the model, otherwise the one with the largest margin."""
         images, labels = batch.images, batch.labels
+        norm, eps = threat_model.norm, threat_model.eps
         published = SquareAttack(
-            model,
-            norm=threat_model.norm,
-            eps=threat_model.eps,
-            p_init=self.p_init,
-            resc_schedule=False,
-            device=images.device,
+            model, norm=norm, eps=eps, p_init=self.p_init, resc_schedule=False, device=images.device
         )
-        kind = _LinfSquares if threat_model.norm == "Linf" else _L2Squares
-        squares = kind(published, threat_model.eps, images.shape[1:])
+        squares = (_LinfSquares if norm == "Linf" else _L2Squares)(published, eps, images.shape[1:])
         generators = generators_of(batch.seeds)
         numbers = _uniform(generators, squares.start_numbers, images.device)
         found, steps = images.clone(), torch.full_like(labels, self.n_queries + 1)
@@ -77,22 +71,23 @@ class Square(Attack):
 
 
 def _asked(model: nn.Module, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The margins [B] of points [B, C, H, W], and where the model is wrong: of two equal logits argmax takes the first.
-
-    A margin of 0, which bfloat16 often gives, is therefore no success by itself, as it is in pyautoattack.
-    """
+    """Return the margins [B] of points [B, C, H, W], and whether the model is wrong."""
+    # pyautoattack takes a margin of 0 for a success. In bfloat16 it often is not one: of equal logits argmax takes the
+    # first, which may be the label's.
     logits = model(points)
     return margin(labels)(logits), logits.argmax(dim=1) != labels
 
 
 class _Squares:
-    """What is common to both norms: how large squares are, and where they lie.
+    """Size and position of the squares, which do not depend on the norm.
 
     Attributes:
-        published: Has the schedule and the shapes.
-        eps: Radius of the ball.
+        published: pyautoattack's attack, with its schedule and shapes.
+        eps: Radius of the threat model.
         shape: C, H, W.
-        pixels: From the side of a window to its pixels when it lies in the first corner of the flattened image.
+        pixels: Maps the side of a window to its pixels in the flattened image, for a window in the first corner.
+        start_numbers: Shape of the numbers in [0, 1) that an example needs for its start.
+        step_numbers: How many numbers an example needs for a step.
     """
 
     smallest = 1
@@ -102,17 +97,15 @@ class _Squares:
         self.pixels = cache(self._pixels)
 
     def side(self, query: int) -> int:
-        """The side of the squares that a query tries."""
+        """Return the side of the squares of a query."""
         _, height, width = self.shape
         side = max(round(math.sqrt(self.published.p_selection(query) * height * width)), self.smallest)
         return min(side, height, width)
 
     def window(self, side: int, corner: Tensor) -> Tensor:
-        """Pixels [B, C * side * side] of windows in the flattened image, from numbers [B, 2].
-
-        No window touches the last row or column unless it is as large as the image: pyautoattack rounds down.
-        """
+        """Return the pixels [B, C * side * side] of windows in the flattened image, from numbers [B, 2]."""
         _, height, width = self.shape
+        # Rounded down as in pyautoattack, so that only a window as large as the image reaches its last row and column.
         top, left = ((number * (size - side)).long() for number, size in zip(corner.T, (height, width), strict=True))
         return (top * width + left).unsqueeze(1) + self.pixels(side)
 
@@ -122,12 +115,7 @@ class _Squares:
 
 
 class _LinfSquares(_Squares):
-    """Squares that carry every channel of a part of the image to one side of the ball.
-
-    Attributes:
-        start_numbers: Shape of the numbers in [0, 1) that an example needs for its start.
-        step_numbers: How many it needs for a step.
-    """
+    """Squares that move every channel of a part of the image by eps in one direction."""
 
     def __init__(self, published: SquareAttack, eps: float, shape: Sequence[int]):
         super().__init__(published, eps, shape)
@@ -135,11 +123,11 @@ class _LinfSquares(_Squares):
         self.start_numbers, self.step_numbers = (channels, 1, width), 2 + channels
 
     def start(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Images [B, C, H, W] with stripes."""
+        """Return images [B, C, H, W] with stripes."""
         return (images + self.eps * _signs(numbers)).clamp(0, 1)
 
     def step(self, best: Tensor, images: Tensor, numbers: Tensor, query: int) -> Tensor:
-        """The best points so far [B, C, H, W] with one more square each."""
+        """Return the best points so far [B, C, H, W] with one more square each."""
         side = self.side(query)
         window = self.window(side, numbers[:, :2])
         signs = _signs(numbers[:, 2:]).repeat_interleave(side * side, dim=1)
@@ -148,12 +136,7 @@ class _LinfSquares(_Squares):
 
 
 class _L2Squares(_Squares):
-    """Squares that take the budget of another place and spend it on a pair of bumps.
-
-    Attributes:
-        start_numbers: Shape of the numbers in [0, 1) that an example needs for its start.
-        step_numbers: How many it needs for a step.
-    """
+    """Squares that take the budget of another window and spend it on a pair of bumps."""
 
     smallest = 3
 
@@ -167,24 +150,24 @@ class _L2Squares(_Squares):
         self.bumps = cache(self._upright_and_lying)
 
     def side(self, query: int) -> int:
-        """The side of the squares that a query tries: odd, unless the image is smaller."""
+        """Return the side of the squares of a query: odd, unless the image is smaller."""
         return min(super().side(query) // 2 * 2 + 1, *self.shape[1:])
 
     def start(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Images [B, C, H, W] with bumps all over."""
+        """Return images [B, C, H, W] covered with bumps."""
         moves = torch.zeros_like(images)
         for (top, left), drawn in zip(self.tiles, numbers.unbind(1), strict=True):
             moves[:, :, top : top + self.tile, left : left + self.tile] = self._drawn_bumps(self.tile, drawn)
         return self._spent(images, moves)
 
     def step(self, best: Tensor, images: Tensor, numbers: Tensor, query: int) -> Tensor:
-        """The best points so far [B, C, H, W] with one more square each."""
+        """Return the best points so far [B, C, H, W] with one more square each."""
         side = self.side(query)
         here, there = self.window(side, numbers[:, :2]), self.window(side, numbers[:, 2:4])
         moves = (best - images).flatten(1)
         unspent = (self.eps**2 - moves.square().sum(dim=1)).clamp(min=0).view(-1, 1, 1)
         old = moves.gather(1, here).view(len(moves), -1, side * side)
-        moves.scatter_(1, here, 0.0)  # so that what lies in both windows counts once
+        moves.scatter_(1, here, 0.0)  # pixels in both windows count once
         taken = moves.gather(1, there).view_as(old)
         moves.scatter_(1, there, 0.0)
         budget = unspent / self.shape[0] + _energy(old) + _energy(taken)
@@ -194,12 +177,12 @@ class _L2Squares(_Squares):
         return self._spent(images, moves.view_as(images))
 
     def _spent(self, images: Tensor, moves: Tensor) -> Tensor:
-        """Images [B, C, H, W] moved that way by all of eps."""
+        """Return images [B, C, H, W] moved by eps in the direction of the moves."""
         lengths = per_image(moves.flatten(1).norm(dim=1), moves)
         return (images + moves * (self.eps / (lengths + 1e-12))).clamp(0, 1)
 
     def _drawn_bumps(self, side: int, numbers: Tensor) -> Tensor:
-        """A pair of opposite bumps a channel, [B, C, side, side], from numbers [B, 1 + C]."""
+        """Return a pair of opposite bumps per channel, [B, C, side, side], from numbers [B, 1 + C]."""
         lying = (numbers[:, 0] > 0.5).long()
         return self.bumps(side)[lying].unsqueeze(1) * _signs(numbers[:, 1:, None, None])
 
@@ -219,5 +202,5 @@ def _energy(values: Tensor) -> Tensor:
 
 
 def _uniform(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers in [0, 1), [B, *shape], each example's from its own generator."""
+    """Return numbers in [0, 1), [B, *shape], for each example from its own generator."""
     return torch.stack([torch.rand(tuple(shape), generator=generator) for generator in generators]).to(device)

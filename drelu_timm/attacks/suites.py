@@ -8,8 +8,8 @@ from .minimum_norm import CarliniWagner, TargetedFAB
 from .pgd import FGSM, PGD, SignNoise
 from .square import Square
 
-# By the name that tables and files use. The settings of apgd-ce, apgd-t, fab-t and square are those of AutoAttack
-# standard; each has one restart.
+# By the name in tables and files. apgd-ce, apgd-t, fab-t and square have the settings of AutoAttack standard;
+# each has one restart.
 ATTACKS: dict[str, Attack] = {
     "fgsm": FGSM(),
     "pgd": PGD(),
@@ -25,14 +25,13 @@ ATTACKS: dict[str, Attack] = {
     "bpda-soft": BPDA(substitute="soft"),
     "bpda-straight-through": BPDA(substitute="straight-through"),
     "bpda-apgd": BPDAWithAPGD(),
-    "twin": Surrogate(),
+    "twin": Surrogate(),  # its name in published results, which are sealed by digests
     "annealing": Annealing(),
     "annealing-t": TargetedAnnealing(),
-    # Needs a second model, which `evaluate --transfer-from` names.
-    "transfer": Transfer(),
+    "transfer": Transfer(),  # its second model is named by `evaluate --transfer-from`
 }
 
-# By column of the result: its attacks by name, each on the examples that the ones before it left.
+# For each column of the result its attacks by name, each on the examples that the ones before it left.
 Suite = dict[str, dict[str, Attack]]
 
 
@@ -43,12 +42,12 @@ def _single(*names: str) -> Suite:
 _AUTOATTACK: Suite = {"autoattack": {name: ATTACKS[name] for name in ("apgd-ce", "apgd-t", "fab-t", "square")}}
 _PAPER = _single("fgsm", "pgd", "apgd-ce", "apgd-dlr", "cw-l2", "square")
 _SHORT_APGD: dict[str, Attack] = {"apgd-ce": APGD(n_iter=20), "apgd-t": TargetedAPGD(n_iter=20, n_target_classes=3)}
-# Run on every model with layers that they know, so that no white-box accuracy is reported alone.
+# Run on every model with layers that they know, so that a white-box accuracy is never reported alone.
 _ADAPTIVE = _single("bpda", "bpda-soft", "twin")
 _ALL_ADAPTIVE = _single("restarts", "noise") | _ADAPTIVE
 _ALL_ADAPTIVE |= _single("bpda-straight-through", "bpda-apgd", "annealing", "annealing-t")
 
-# The probes for masking (`evaluation.masking`) run in addition, and the examples that they break count as broken.
+# The probes for masking (`evaluation.masking`) run in addition, and the examples on which they fool the model count.
 SUITES: dict[str, Suite] = {
     "quick": {"apgd-ce": {"apgd-ce": _SHORT_APGD["apgd-ce"]}, "apgd": _SHORT_APGD} | _ADAPTIVE,
     "paper": _PAPER | _ADAPTIVE,
@@ -65,7 +64,7 @@ def single_attacks(suite: Suite) -> dict[str, Attack]:
 
 
 def find_suite(name: str, num_classes: int, *, adaptive: bool = True) -> Suite:
-    """Return the columns of a suite, with each attack set for a number of classes.
+    """Return the columns of a suite, with the settings of each attack adapted to a number of classes.
 
     Args:
         name: Name of the suite.

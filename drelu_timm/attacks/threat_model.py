@@ -1,4 +1,4 @@
-"""Threat models: how far an adversary may move an image."""
+"""Threat models: the distance by which an adversary may move an image."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Norm = Literal["Linf", "L2"]
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What an adversary may do: move an image by at most ``eps`` in ``norm``, inside [0, 1].
+    """An adversary that moves an image by at most ``eps`` in ``norm``, inside [0, 1].
 
     Attributes:
         norm: "Linf" or "L2", as RobustBench spells them.
         eps: Radius, in units of a [0, 1] pixel.
-        written: The radius as the user wrote it, e.g. "8/255": how it is shown and saved.
+        written: The radius as the user wrote it, e.g. "8/255", for display and files.
     """
 
     norm: Norm
@@ -33,37 +33,35 @@ class ThreatModel:
 
     @classmethod
     def parse(cls, norm: str, eps: str | float) -> ThreatModel:
-        """Read a norm and a radius such as "8/255", "0.1" or 0.1.
+        """Parse a norm and a radius such as "8/255", "0.1" or 0.1.
 
         Raises:
-            InputError: An unknown norm, a radius that is no number, negative, or not finite, or one above 1 for Linf.
+            InputError: An unknown norm, a radius that is not a finite number >= 0, or one above 1 for Linf.
         """
         if norm not in get_args(Norm):
             raise unknown("--norm", norm, get_args(Norm))
         written = str(eps)
         value = radius_of(written)
         if norm == "Linf" and value > 1:
-            raise InputError(
-                f"--eps {written} is more than a pixel's whole range, which is 1; write 8/255 for 8 of 255 levels"
-            )
+            raise InputError(f"--eps {written} is larger than the pixel range [0, 1]. Use 8/255 for 8 of 255 levels.")
         return cls(norm, value, written)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
         return f"{self.norm}, eps {self.written}"
 
     def contains(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """Which adversarial images [B, C, H, W] lie in the ball of their image and in [0, 1], up to rounding; [B]."""
+        """Return whether each adversarial image [B, C, H, W] is in [0, 1] and within eps, up to rounding, as [B]."""
         rounding = 1e-6 * max(1.0, self.eps)
         in_range = ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(1)
         return in_range & (self.distance(adversarial, images) <= self.eps + rounding)
 
     def distance(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """Distance of each adversarial image [B, C, H, W] from its image, as [B]."""
+        """Return the distance of each adversarial image [B, C, H, W] from its image, as [B]."""
         difference = (adversarial - images).flatten(1)
         return difference.abs().amax(1) if self.norm == "Linf" else difference.norm(dim=1)
 
     def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """The nearest point of the ball around ``images``, then of [0, 1]; [B, C, H, W] in and out."""
+        """Project [B, C, H, W] onto the epsilon ball around ``images``, then onto [0, 1]."""
         difference = adversarial - images
         if self.norm == "Linf":
             difference = difference.clamp(-self.eps, self.eps)
@@ -73,7 +71,7 @@ class ThreatModel:
         return (images + difference).clamp(0, 1)
 
     def noise(self, shape: torch.Size, generator: torch.Generator | None = None) -> Tensor:
-        """Points of the ball around 0 (uniform for Linf; uniform direction and radius for L2), [B, C, H, W]."""
+        """Draw points [B, C, H, W] of the epsilon ball around 0: uniform for Linf; direction and radius for L2."""
         import torch
 
         device = generator.device if generator else None
@@ -84,11 +82,11 @@ class ThreatModel:
         return direction * per_image(radius / direction.flatten(1).norm(dim=1), direction)
 
     def random_start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A point drawn from the ball around each image [B, C, H, W], in [0, 1]."""
+        """Draw a point of the epsilon ball around each image [B, C, H, W], in [0, 1]."""
         return self.project(images + self.noise(images.shape, generator).to(images), images)
 
     def ascend(self, adversarial: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """A step of ``step_size`` uphill: along the sign of the gradient (Linf) or its direction (L2)."""
+        """Move [B, C, H, W] by ``step_size`` along the sign (Linf) or the direction (L2) of the gradient."""
         if self.norm == "Linf":
             return adversarial + step_size * gradient.sign()
         length = per_image(gradient.flatten(1).norm(dim=1), gradient)
@@ -96,10 +94,10 @@ class ThreatModel:
 
 
 def radius_of(written: str) -> float:
-    """The number that a radius such as "8/255" or "0.1" stands for, in any norm.
+    """Return the number for a radius such as "8/255" or "0.1", in any norm.
 
     Raises:
-        InputError: No number, a negative one, or one that is not finite.
+        InputError: Text that is not a finite number >= 0.
     """
     try:
         numerator, _, denominator = written.partition("/")
@@ -107,15 +105,15 @@ def radius_of(written: str) -> float:
     except (ValueError, ZeroDivisionError):
         value = float("nan")
     if not 0 <= value < float("inf"):
-        raise InputError(f"--eps {written!r} is no radius; give a number >= 0 such as 8/255 or 0.1")
+        raise InputError(f"--eps {written!r} is not a radius. Use a number >= 0 such as 8/255 or 0.1.")
     return value
 
 
 def radius_written(eps: str) -> str:
-    """The one spelling of a radius: "0.1" for "0.10" and "1/10", "8/255" for "0.0313725490196".
+    """Return the canonical form of a radius: "0.1" for "0.10" and "1/10", "8/255" for "0.0313725490196".
 
     Raises:
-        InputError: No radius.
+        InputError: Text that is not a radius.
     """
     radius = radius_of(eps)
     decimal, levels = written(round(radius, 9)), round(255 * radius)
@@ -124,34 +122,32 @@ def radius_written(eps: str) -> str:
 
 
 def norm_and_radius(norm: str | None, eps: str | None, default: ThreatModel) -> tuple[str, str]:
-    """What ``--norm`` and ``--eps`` ask for, each by default that of a threat model.
+    """Return the values of ``--norm`` and ``--eps``, by default taken from a threat model.
 
     Raises:
-        InputError: A norm without a radius, where the default radius is one of another norm.
+        InputError: A norm without a radius, if the default radius belongs to another norm.
     """
     if eps is None and norm is not None and norm != default.norm and norm in get_args(Norm):
-        raise InputError(
-            f"--norm {norm} needs --eps: {default.written} is a radius for {default.norm}; give one for {norm}"
-        )
+        raise InputError(f"--norm {norm} needs --eps: the default {default.written} is a radius for {default.norm}.")
     return default.norm if norm is None else norm, default.written if eps is None else eps
 
 
 def parse_threat_models(norm: str, radii: Sequence[float | str]) -> list[ThreatModel]:
-    """One for each radius, from the smallest.
+    """Parse a threat model for each radius; return them from the smallest to the largest.
 
     Raises:
-        InputError: An unknown norm, text that is no radius, one named twice, or none above 0.
+        InputError: An unknown norm, text that is not a radius, a radius named twice, or none above 0.
     """
-    balls = sorted((ThreatModel.parse(norm, radius) for radius in radii), key=lambda ball: ball.eps)
+    threat_models = sorted((ThreatModel.parse(norm, radius) for radius in radii), key=lambda parsed: parsed.eps)
     written = ",".join(map(str, radii))
-    for smaller, larger in pairwise(balls):
+    for smaller, larger in pairwise(threat_models):
         if smaller.eps == larger.eps:
-            raise InputError(f"--eps {written} names {larger.written} twice; give each radius once")
-    if not balls or balls[-1].eps == 0:
-        raise InputError(f"--eps {written} leaves nothing to attack; give a radius above 0")
-    return balls
+            raise InputError(f"--eps {written} names {larger.written} twice. Name each radius once.")
+    if not threat_models or threat_models[-1].eps == 0:
+        raise InputError(f"--eps {written} leaves nothing to attack. Use a radius above 0.")
+    return threat_models
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:
-    """Values or flags [B], shaped to broadcast against images [B, ...]."""
+    """Reshape values or flags [B] so that they broadcast against images [B, ...]."""
     return values.view(-1, *[1] * (images.ndim - 1))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..attacks.losses import margin
+from ..attacks.attack import margin
 
 
 class Attacked(nn.Module):

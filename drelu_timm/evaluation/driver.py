@@ -13,7 +13,7 @@ from ..attacks.adaptive import Transfer
 from ..attacks.attack import Attack, Batch, Candidates
 from ..attacks.threat_model import ThreatModel, per_image
 from ..data.images import as_float
-from ..models.modes import device_of
+from ..models.inference import device_of
 from .attacked import Attacked, label_margin
 from .checkpoint import Checkpoint, Measurement
 from .processes import Processes
@@ -46,7 +46,7 @@ class Driver:
     """Everything that decides what is measured, and where the measurements go.
 
     Attributes:
-        model: Frozen, see `models.modes.frozen`; one that people bring is a `UserModel`.
+        model: Frozen, see `models.inference.frozen`; one that people bring is a `UserModel`.
         images: [N, C, H, W], floats in [0, 1] or uint8, on any device.
         labels: [N], on the CPU.
         threat_models: The balls, of one norm, from the smallest.

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks.adaptive import Annealing, Restarts, substitutable_layers
-from ..attacks.attack import Attack, Batch, Candidates, Kind
-from ..attacks.losses import LOSSES, cross_entropy, margin
+from ..attacks.attack import LOSSES, Attack, Batch, Candidates, Kind, cross_entropy, margin
 from ..attacks.pgd import PGD, SignNoise, drawn
 from ..attacks.square import Square
 from ..attacks.threat_model import ThreatModel, per_image

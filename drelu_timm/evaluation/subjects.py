@@ -14,8 +14,8 @@ from torch import nn
 from ..attacks.threat_model import Norm
 from ..data.datasets import DATASETS
 from ..errors import InputError, one_line
-from ..models.normalize import normalized
-from ..models.registration import check_tag
+from ..models.inference import normalized
+from ..models.registry import check_tag
 from ..models.weights import check_weights
 from ..robustbench import adapt
 from ..runs import Run

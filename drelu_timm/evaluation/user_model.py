@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..data.images import Images, as_float
 from ..digests import digest, model_digest
 from ..errors import InputError, one_line
-from ..models.modes import channels_last, device_of, frozen
+from ..models.inference import channels_last, device_of, frozen
 from .checks import channels_hint, check_labels
 from .functions import FunctionModel
 from .torch_state import Defaults

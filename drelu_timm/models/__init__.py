@@ -1,5 +1,5 @@
-"""The models: D-ReLU and its caps, how a timm architecture gets them, nets that timm lacks, a model as a folder."""
+"""Models: D-ReLU and its caps, its placement in timm's architectures, architectures that timm lacks, model folders."""
 
-# Registration, which timm's import starts, needs the modules here. If one of them were the first to import timm, as
-# when a pickled model is loaded, registration would find that module partly imported.
+# The import of timm starts the registration, which needs the modules here. If one of them were the first to import
+# timm, for example to load a pickled model, the registration would find that module partly imported.
 import timm  # noqa: F401

@@ -1,19 +1,19 @@
-"""Every activation that a `_drelu` model can have in the place of its D-ReLU, by name."""
+"""Activations that a `_drelu` model can use in place of its D-ReLU, by name."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .drelu import DReLU, SReLU, where_channels_lie
+from .drelu import DReLU, SReLU, channel_dim_of
 
 
 class PReLU(nn.PReLU):
-    """A ReLU with a learnable slope below zero for every channel, wherever the channels lie.
+    """ReLU with a learnable slope per channel below zero, for any channel dimension.
 
     Source: He et al. 2015, "Delving Deep into Rectifiers", https://arxiv.org/abs/1502.01852.
 
     Args:
-        num_features: Number of slopes; 1 shares one among all units.
+        num_features: Number of slopes; 1 for one slope shared by all units.
         channel_dim: See `DReLU`.
     """
 
@@ -22,18 +22,18 @@ class PReLU(nn.PReLU):
         self.channel_dim = channel_dim
 
     def forward(self, input: Tensor) -> Tensor:
-        """Scale what is below 0; the shape stays."""
-        channel_dim = where_channels_lie(input, self.channel_dim)
+        """Scale the negative values of ``input``; the shape is kept."""
+        channel_dim = channel_dim_of(input, self.channel_dim)
         return F.prelu(input.movedim(channel_dim, 1), self.weight.to(input.dtype)).movedim(1, channel_dim)
 
 
-torch.fx.wrap("where_channels_lie")  # it asks for the rank of the input, which is not known in a traced graph
+torch.fx.wrap("channel_dim_of")  # it reads the rank of the input, which is not known in a traced graph
 
 
 class PSSiLU(nn.Module):
-    """``x * (sigmoid(|alpha| * x) - |beta|) / (1 - |beta|)`` with learnable ``alpha`` and ``beta``, from SiLU on.
+    """``x * (sigmoid(|alpha| * x) - |beta|) / (1 - |beta|)`` with learnable ``alpha`` and ``beta``; SiLU at the start.
 
-    Each layer has an alpha and a beta of its own; the authors share one pair in the whole net.
+    Each layer has its own alpha and beta; the authors share one pair in the whole model.
 
     Source: Dai et al. 2021, "Parameterizing Activation Functions for Adversarial Robustness",
     https://arxiv.org/abs/2110.05626.
@@ -42,10 +42,10 @@ class PSSiLU(nn.Module):
     def __init__(self):
         super().__init__()
         self.alpha = nn.Parameter(torch.tensor([1.0]))
-        self.beta = nn.Parameter(torch.tensor([1e-8]))  # as the authors begin: at 0, |beta| has no gradient
+        self.beta = nn.Parameter(torch.tensor([1e-8]))  # the authors' start: at 0, |beta| has no gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it to every unit; the shape stays."""
+        """Apply the activation to every unit; the shape is kept."""
         alpha, beta = self.alpha.abs().to(x.dtype), self.beta.abs().to(x.dtype)
         return x * (torch.sigmoid(alpha * x) - beta) / (1 - beta)
 
@@ -55,7 +55,7 @@ ACTIVATIONS = ("drelu", "pact", "srelu", "prelu", *_WITHOUT_ARGUMENTS)
 
 
 def make_activation(activation: str, num_features: int, cap: float, channel_dim: int | None = None) -> nn.Module:
-    """The module for a name of `ACTIVATIONS`.
+    """Create the activation module for a name in `ACTIVATIONS`.
 
     Args:
         activation: The name.

@@ -1,4 +1,4 @@
-"""What is asked of a model's caps: the penalties that shrink them, and the statistics that a training log wants."""
+"""Penalties that shrink the caps of a model, and statistics of the caps for the training log."""
 
 from collections.abc import Callable
 
@@ -11,16 +11,16 @@ from .head import DReLUHead
 
 
 def cap_penalty(model: nn.Module) -> Tensor:
-    """Sum of the squared caps over all D-ReLUs of a model (the second term of the paper's eq. 1), a scalar >= 0."""
-    return _total([_whole(layer.cap).square().sum() for layer in drelu_layers(model)])
+    """Return the sum of the squared caps of all D-ReLUs (second term of the paper's eq. 1), a scalar >= 0."""
+    return _total([_gathered(layer.cap).square().sum() for layer in drelu_layers(model)])
 
 
 def effective_cap_penalty(model: nn.Module) -> Tensor:
-    """Sum over all D-ReLU heads and their units i of ``(cap_i * |W_i|)^2``, a scalar >= 0.
+    """Return the sum over all D-ReLU heads and their units i of ``(cap_i * |W_i|)^2``, a scalar >= 0.
 
-    ``W_i`` are the weights from unit i to the logits, so ``cap_i * |W_i|`` is the furthest (L2) that the unit can move
-    them. Shrinking the caps while the output layer grows, by which a net escapes `cap_penalty` without a change of
-    its function, leaves this as it is. The gradient reaches the caps and the output layer.
+    ``W_i`` are the weights from unit i to the logits, so ``cap_i * |W_i|`` is the largest distance (L2) by which the
+    unit can move them. Shrinking the caps and scaling up the output layer, which lowers `cap_penalty` but does not
+    change the model's function, does not lower this penalty. The gradient reaches the caps and the output layer.
     """
     return _total([(cap * weight.flatten(1)).square().sum() for cap, weight in _with_output(model)])
 
@@ -29,35 +29,31 @@ CAP_PENALTIES: dict[str, Callable[[nn.Module], Tensor]] = {"squared": cap_penalt
 
 
 def check_cap_penalty(name: str, model: nn.Module) -> None:
-    """Refuse a penalty that leaves out D-ReLUs of a model; called before training.
-
-    Args:
-        name: In `CAP_PENALTIES`.
-        model: As it will be trained.
+    """Check before training that a penalty in `CAP_PENALTIES` covers all D-ReLUs of a model.
 
     Raises:
         InputError: "effective" for a D-ReLU that has no output layer behind it.
     """
     if name == "effective" and len(_with_output(model)) < len(list(drelu_layers(model))):
         raise InputError(
-            "--cap-penalty effective weighs each cap by the output layer behind it, and belongs to --placement head; "
-            "this model has a D-ReLU with no output layer behind it; give --cap-penalty squared or --placement head"
+            "--cap-penalty effective weighs each cap by the output layer behind it, but this model has a D-ReLU "
+            "without one. Use --cap-penalty squared or --placement head."
         )
 
 
 def _with_output(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The caps of each D-ReLU head, and the weights [K, caps, ...] of the output layer behind them."""
+    """Return the caps of each D-ReLU head and the weights [K, caps, ...] of the output layer behind them."""
     heads = [module for module in model.modules() if isinstance(module, DReLUHead)]
     return [
-        (_whole(head.activation.cap), _whole(head.output.weight))
+        (_gathered(head.activation.cap), _gathered(head.output.weight))
         for head in heads
         if isinstance(head.activation, DReLU) and isinstance(head.output, nn.Linear | nn.Conv2d)
     ]
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """A parameter that FSDP has shared out over the processes, gathered; any other as it is."""
-    from torch.distributed.tensor import DTensor  # not with `import drelu_timm`, which it would slow down
+def _gathered(parameter: Tensor) -> Tensor:
+    """Gather a parameter that FSDP has sharded over the processes; return any other unchanged."""
+    from torch.distributed.tensor import DTensor  # imported here because it slows down `import drelu_timm`
 
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
@@ -67,8 +63,8 @@ def _total(penalties: list[Tensor]) -> Tensor:
 
 
 def cap_statistics(model: nn.Module) -> dict[str, float]:
-    """Mean, smallest and largest cap of a model, and the share of caps at or below 0; empty without a D-ReLU."""
-    caps = [_whole(layer.cap.detach()).flatten() for layer in drelu_layers(model)]
+    """Return the mean, minimum and maximum cap and the share of caps <= 0; empty for a model without D-ReLU."""
+    caps = [_gathered(layer.cap.detach()).flatten() for layer in drelu_layers(model)]
     if not caps:
         return {}
     values = torch.cat(caps).float()
@@ -82,9 +78,9 @@ def cap_statistics(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def unit_shares(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Share of D-ReLU units, over images [B, C, H, W], that stand at 0, between 0 and their cap, or above it.
+    """Return the shares of D-ReLU units that are at 0, between 0 and their cap, or above it, on images [B, C, H, W].
 
-    Only the units between pass a gradient on. Empty without a D-ReLU.
+    Only the units between 0 and their cap pass a gradient. Empty for a model without D-ReLU.
     """
     counts: list[Tensor] = []
 
@@ -97,7 +93,7 @@ def unit_shares(model: nn.Module, images: Tensor) -> dict[str, float]:
 
     hooks = [layer.register_forward_pre_hook(count) for layer in drelu_layers(model)]
     try:
-        model.forward(images)  # not through __call__, where a compiled model would pass over the hooks
+        model.forward(images)  # not __call__: a compiled model would skip the hooks
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""The paper's placement: a dense layer with D-ReLU before the output layer (its Figure 10)."""
+"""Placement "head", the paper's: a dense layer with D-ReLU before the output layer (its Figure 10)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 from ..errors import InputError, one_line
 from .activations import make_activation
-from .surgery import OverridesInstances, TimmModel, mix_in, paths, replace
+from .inference import TimmModel
+from .surgery import OverridesInstances, mix_in, paths, replace
 
 
 class DReLUHead(nn.Module):
-    """Dense layer, activation, output layer, in the place of a model's classifier.
+    """Dense layer, activation and output layer in place of a model's classifier.
 
-    Code that asks a classifier for its sizes or its weights gets those of the whole: the inputs of the dense layer, and
-    the outputs and the weights of the output layer.
+    Its ``in_features`` are the dense layer's; its ``out_features``, weight and bias are the output layer's.
 
     Args:
-        classifier: The Linear or 1x1 Conv2d that it replaces; the two new layers are of its kind.
+        classifier: The Linear or 1x1 Conv2d that is replaced; the two new layers are of the same kind.
         width: Units of the dense layer.
-        activation: Applied to them.
+        activation: Activation of these units.
     """
 
     __jit_unused_properties__ = ("in_features", "out_features", "in_channels", "out_channels", "weight", "bias")
@@ -35,28 +35,20 @@ class DReLUHead(nn.Module):
 
     def __init__(self, classifier: nn.Linear | nn.Conv2d, width: int, activation: nn.Module):
         super().__init__()
-        self.dense = _layer_like(classifier, _in_features(classifier), width)
+        self.dense = _layer_like(classifier, classifier.weight.shape[1], width)
         self.activation = activation.to(classifier.weight.device, classifier.weight.dtype)
-        self.output: nn.Module = _layer_like(classifier, width, _out_features(classifier))
+        self.output: nn.Module = _layer_like(classifier, width, classifier.weight.shape[0])
         self.pre_logits = False
 
     def reset(self, num_classes: int) -> None:
-        """Put a fresh output layer of ``num_classes`` in place; 0 leaves the activation's output."""
-        width = _out_features(self.dense)
+        """Replace the output layer by a new one for ``num_classes``; 0 for the output of the activation."""
+        width = self.dense.weight.shape[0]
         self.output = _layer_like(self.dense, width, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., num_classes]; [B, C, H, W] likewise where the classifier is a convolution."""
+        """Map [..., in_features] to [..., num_classes], or [B, C, H, W] to [B, num_classes, H, W] for a Conv2d."""
         x = self.activation(self.dense(x))
         return x if self.pre_logits else self.output(x)
-
-
-def _in_features(layer: nn.Linear | nn.Conv2d) -> int:
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-
-
-def _out_features(layer: nn.Linear | nn.Conv2d) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def _layer_like(layer: nn.Linear | nn.Conv2d, in_features: int, out_features: int) -> nn.Linear | nn.Conv2d:
@@ -67,9 +59,9 @@ def _layer_like(layer: nn.Linear | nn.Conv2d, in_features: int, out_features: in
 
 
 class WithDReLUHead:
-    """timm's classifier methods for a model whose classifiers are `DReLUHead`; mixed into the model's own class.
+    """timm's classifier methods for a model whose classifiers are `DReLUHead`; mixed into the model's class.
 
-    Where the caller has put a layer of their own in the place of the heads, they are timm's own.
+    If the user has replaced the heads by a layer, the methods are timm's.
     """
 
     drelu_heads: list[str]  # paths of the heads: two in distilled and two-branch models; TorchScript takes no tuple
@@ -79,37 +71,39 @@ class WithDReLUHead:
     num_classes: int
 
     def get_classifier(self) -> Any:
-        """The output layer, or a tuple of them in a model with two heads."""
+        """Return the output layer, or a tuple of them for a model with two heads."""
         outputs = [head.output for head in _heads(self).values()]
         if not outputs:
             return super().get_classifier()  # pyright: ignore[reportAttributeAccessIssue]
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        """Put fresh output layers in place; the dense layers and the learned caps stay.
+        """Replace the output layers by new ones; the dense layers and the learned caps stay.
 
-        With ``num_classes=0`` the model's output is that of the D-ReLU, [B, width]. With ``num_classes=0`` and
-        ``global_pool=""`` the heads go and the output is the base's unpooled features; another reset makes fresh ones.
+        With ``num_classes=0`` the model returns the output of the D-ReLU, [B, width]. With ``num_classes=0`` and
+        ``global_pool=""`` it returns the base's unpooled features and has no heads; another reset makes new ones.
 
         Args:
-            num_classes: Size of the output; 0 for none.
-            *args: What else the model's own method takes: ``global_pool``.
-            **kwargs: Likewise.
+            num_classes: Number of outputs; 0 for no output layer.
+            *args: Further arguments of the base's method: ``global_pool``.
+            **kwargs: As ``args``.
 
         Raises:
-            InputError: A ``global_pool`` that gives the dense layer another number of inputs; nothing is changed.
+            InputError: A ``global_pool`` that gives the dense layer another number of inputs. The model is unchanged.
         """
         heads = _heads(self)
         unpooled = is_unpooled(num_classes, *args, **kwargs)
-        nothing_asked = num_classes == 0 and not (args or kwargs)
-        if unpooled or (not heads and (nothing_asked or _has_other_classifier(self))):
+        # Without heads: the user has replaced one by a layer, or asks for what the model already is.
+        model: TimmModel = self
+        other = any(_is_layer(module) for name, module in model.named_modules() if name in self.drelu_heads)
+        if unpooled or (not heads and (other or (num_classes == 0 and not (args or kwargs)))):
             _reset_base(self, num_classes, *args, **kwargs)
             return
         if not heads:
             _reset_base(self, max(num_classes, 1), *args, **kwargs)
             _put_heads(self, classifier_names(self, self.drelu_heads), **self.drelu_head_arguments)
         elif args or kwargs:
-            _change_pool(_structural_copy(self), *args, **kwargs)  # a trial, so that an error leaves all as it was
+            _change_pool(_structural_copy(self), *args, **kwargs)  # first on a copy: an error changes nothing
             _change_pool(self, *args, **kwargs)
         for head in _heads(self).values():
             head.reset(num_classes)
@@ -117,7 +111,7 @@ class WithDReLUHead:
 
     @OverridesInstances
     def forward_head(self: Any, *args: Any, pre_logits: bool = False, **kwargs: Any) -> Tensor:
-        """Features to logits; ``pre_logits`` stops at the D-ReLU's output, as ``num_classes=0`` does."""
+        """Map features to logits; with ``pre_logits`` or ``num_classes=0`` to the output of the D-ReLU."""
         if len(args) == 2:
             args, pre_logits = args[:1], args[1]
         base: Any = super()
@@ -128,30 +122,24 @@ class WithDReLUHead:
 
 
 class KeepsHead:
-    """A module around a head that timm would fuse with the classifier into one Linear; mixed into its own class."""
+    """Mixin for a module around a head, which timm would fuse with the classifier into one Linear."""
 
     def fuse(self) -> Any:
-        """The module as it is: what follows the dense layer is not linear."""
+        """Return the module unchanged: what follows the dense layer is not linear."""
         return self
 
 
 def is_unpooled(num_classes: int, global_pool: Any = None, *args: Any, **kwargs: Any) -> bool:
-    """Whether these arguments of a model, or of its reset_classifier, are timm's idiom for unpooled features."""
+    """Return whether the arguments of a model or of ``reset_classifier`` are timm's idiom for unpooled features."""
     return num_classes == 0 and global_pool == ""
-
-
-def _has_other_classifier(model: TimmModel) -> bool:
-    """Whether a layer of the caller's is in the place of a head."""
-    modules = dict(model.named_modules())
-    return any(_is_layer(modules.get(name)) for name in model.drelu_heads)
 
 
 @contextmanager
 def _without_output(model: TimmModel) -> Iterator[None]:
-    """Stop at the D-ReLUs; some of timm's models would leave out a whole head of 0 classes (efficientvim)."""
+    """Let the heads return the output of their D-ReLU."""
     heads, num_classes = _heads(model).values(), model.num_classes
     try:
-        model.num_classes = max(num_classes, 1)
+        model.num_classes = max(num_classes, 1)  # some timm models skip a head of 0 classes (efficientvim)
         for head in heads:
             head.pre_logits = True
         yield
@@ -164,18 +152,9 @@ def _without_output(model: TimmModel) -> Iterator[None]:
 def add_head(
     model: TimmModel, classifiers: Sequence[str], width: int, activation: str, cap: float, *, unpooled: bool = False
 ) -> list[str]:
-    """Replace the classifiers by `DReLUHead`.
+    """Replace the classifiers by `DReLUHead`; return the paths of the new output layers.
 
-    Args:
-        model: A timm model.
-        classifiers: Their paths.
-        width: Units of the dense layer.
-        activation: A name in `activations.ACTIVATIONS`.
-        cap: See `make_activation`.
-        unpooled: The model has no classifiers now, and gets heads when it is reset to some.
-
-    Returns:
-        The paths of the new output layers.
+    An ``unpooled`` model has no classifiers now, and gets heads when it is reset to some classes.
     """
     mix_in(model, WithDReLUHead)
     model.drelu_heads = list(classifiers)
@@ -189,68 +168,68 @@ def _put_heads(model: TimmModel, classifiers: Sequence[str], width: int, activat
     for name in classifiers:
         classifier = model.get_submodule(name)
         assert isinstance(classifier, nn.Linear | nn.Conv2d)
-        # A Linear acts on the last dimension, whatever the rank of its input.
+        # A Linear acts on the last dimension of an input of any rank.
         channel_dim = -1 if isinstance(classifier, nn.Linear) else 1
         replace(model, name, DReLUHead(classifier, width, make_activation(activation, width, cap, channel_dim)))
-        model.get_submodule(_around(name)[0]).train(model.training)  # timm 1.0.9 leaves what it makes in train mode
+        model.get_submodule(_around(name)[0]).train(model.training)  # timm 1.0.9 leaves its new layers in train mode
         for around in _around(name)[:-1]:
             module = model.get_submodule(around)
             if hasattr(module, "fuse") and not isinstance(module, KeepsHead):
                 mix_in(module, KeepsHead)
     model.drelu_heads = list(classifiers)
-    # timm's own reset_classifier sizes its classifier by this, so it has to be there when that runs.
+    # timm's reset_classifier sizes its classifier by the base's value, so it is restored before that runs.
     model.base_head_hidden_size = getattr(model, "head_hidden_size", None)
     model.head_hidden_size = width
 
 
 def _around(name: str) -> list[str]:
-    """The paths of the modules that a path leads through, and itself: a.b.c gives a, a.b, a.b.c."""
+    """Return the paths of all modules along a path: for a.b.c they are a, a.b and a.b.c."""
     parts = name.split(".")
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _heads(model: TimmModel) -> dict[str, DReLUHead]:
     modules = dict(model.named_modules())
-    there = {name: modules.get(name) for name in model.drelu_heads}
-    return {name: module for name, module in there.items() if isinstance(module, DReLUHead)}
+    # No assignment expression here: torch.compile cannot trace one in a comprehension.
+    return {name: modules[name] for name in model.drelu_heads if isinstance(modules.get(name), DReLUHead)}
 
 
 def _structural_copy(model: TimmModel) -> Any:
-    """A copy of the module tree that shares every tensor."""
+    """Return a copy of the module tree that shares every tensor."""
     tensors = [*model.parameters(), *model.buffers()]
     return deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _reset_base(model: TimmModel, num_classes: int, *args: Any, **kwargs: Any) -> None:
-    """Let timm's own reset_classifier run, which leaves no head."""
+    """Call timm's reset_classifier, which removes the heads."""
     reset = super(WithDReLUHead, model).reset_classifier  # pyright: ignore[reportAttributeAccessIssue]
     if len(model.drelu_heads) > 1 and "distillation" in signature(reset).parameters:
-        kwargs.setdefault("distillation", True)  # or repvit's second head is gone for good
+        kwargs.setdefault("distillation", True)  # otherwise repvit's second head is lost
     if _heads(model):
         model.head_hidden_size = model.base_head_hidden_size
     try:
         reset(num_classes, *args, **kwargs)
     except AssertionError as error:
         raise InputError(
-            f"global_pool {_shown(args, kwargs)} does not go with num_classes={num_classes}: "
-            f"{one_line(error)}; leave global_pool as it is"
+            f"global_pool {_shown(args, kwargs)} is not possible with num_classes={num_classes} ({one_line(error)}). "
+            "Leave out global_pool."
         ) from error
 
 
 def _change_pool(model: TimmModel, *args: Any, **kwargs: Any) -> None:
-    """Let timm's own reset_classifier change the pooling, then put the heads back over its fresh classifiers."""
+    """Let timm's reset_classifier change the pooling, then put the heads back in place of its new classifiers."""
     heads = _heads(model)
     width = model.head_hidden_size
     before = {name: model.get_submodule(name) for head in heads for name in _around(head)}
     _reset_base(model, 1, *args, **kwargs)
     for name, head in heads.items():
-        needed, there = _in_features(model.get_submodule(name)), _in_features(head.dense)
-        if needed != there:
+        given, taken = (layer.weight.shape[1] for layer in (model.get_submodule(name), head.dense))
+        if given != taken:
             raise InputError(
-                f"global_pool {_shown(args, kwargs)} gives the classifier {needed} inputs, but the dense layer before "
-                f"the D-ReLU has {there}; give that pooling when the model is created"
+                f"global_pool {_shown(args, kwargs)} gives the classifier {given} inputs, but the dense layer before "
+                f"the D-ReLU has {taken}. Set global_pool when you create the model."
             )
-    # With the modules around a head, such as repvit's BatchNorm, unless the pooling is in them.
+    # Also the modules around a head, such as repvit's BatchNorm, unless they contain the pooling.
     for name in sorted(before, key=len):
         if model.get_submodule(name) is not before[name] and not hasattr(before[name], "global_pool"):
             replace(model, name, before[name])
@@ -262,9 +241,9 @@ def _shown(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def classifier_names(model: TimmModel, classifier: str | Sequence[str] | None) -> list[str]:
-    """Paths of the classifier layers, as the cfg names them; empty if there are none.
+    """Return the paths of the classifier layers as the cfg names them; empty if there are none.
 
-    What `get_classifier` gives is added where the cfg forgets a head (levit_384_s8) or names none at all.
+    The result of ``get_classifier`` is added if the cfg omits a head (levit_384_s8) or names none.
     """
     modules = dict(model.named_modules())
     names = paths(classifier)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import InputError
 from .drelu import capped
-from .modes import frozen
+from .inference import frozen
 
 BATCH = 256
 

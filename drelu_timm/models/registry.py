@@ -1,49 +1,93 @@
-"""timm's registry of models, and how the models of this package are listed in it."""
+"""Registration with timm: `<arch>_drelu` for every architecture that timm knows. Importing this module does it."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import timm
-from timm.models._registry import _model_has_pretrained, _model_to_module, _model_with_tags, _module_to_models
+from timm.models._pretrained import DefaultCfg
+from timm.models._registry import (
+    _model_default_cfgs,
+    _model_has_pretrained,
+    _model_pretrained_cfgs,
+    _model_to_module,
+    _model_with_tags,
+    _module_to_models,
+)
 from torch import nn
 
-MODULE = "drelu_timm"  # what timm.list_models(module=...) and timm.list_modules() call this package
+from ..errors import unknown
+from . import architectures, certifiable
+from .surgery import paths
+from .variants import build
 
-Entrypoint = TypeVar("Entrypoint", bound=Callable[..., nn.Module])
+MODULE = "drelu_timm"  # in timm.list_models(module=...) and timm.list_modules()
+
+default_cfgs: dict[str, DefaultCfg] = {}  # timm's register_model reads a module's cfgs from this name
 
 
-def register_model(entrypoint: Entrypoint) -> Entrypoint:
-    """Register an entrypoint with timm in the module ``drelu_timm``, not listed as pretrained.
-
-    Use it as timm's decorator of the same name. timm takes the last part of ``__module__`` as the module ("nets",
-    "registration"), and lists a model as pretrained if its cfg names weights. The cfg of a variant names those of its
-    base, which leave the head untrained: a script over ``timm.list_pretrained()`` must not take it for trained.
-
-    Args:
-        entrypoint: Function that timm calls with ``pretrained`` and further arguments. Its ``__name__`` is the model's.
-    """
+def register_model(entrypoint: Callable[..., nn.Module]) -> None:
+    """Register an entrypoint with timm in the module ``drelu_timm``, not listed as pretrained."""
     timm.models.register_model(entrypoint)
-    name = entrypoint.__name__
-    _move(name, MODULE)
-    _model_has_pretrained.difference_update((name, *_model_with_tags[name]))
-    return entrypoint
+    _list_as_ours(entrypoint.__name__)
 
 
-def list_as_pretrained(name: str) -> None:
-    """Let ``timm.list_pretrained()`` and ``timm.is_model_pretrained`` know a registered model that has no cfg.
-
-    Args:
-        name: A model whose every weight is loaded by ``pretrained=True``.
-    """
-    _model_with_tags[name] = [name]  # timm.list_pretrained() lists these names only
-    _model_has_pretrained.add(name)
-
-
-def _move(name: str, module: str) -> None:
-    """List a registered model under another module."""
+def _list_as_ours(name: str) -> None:
+    """List a registered model in the module ``drelu_timm``, and not as pretrained."""
+    # timm takes the last part of the entrypoint's __module__, e.g. "registry".
     models: Any = _module_to_models[_model_to_module[name]]
     models.discard(name)
     if not models:
-        del _module_to_models[_model_to_module[name]]  # timm.list_modules() would list it
-    _model_to_module[name] = module
-    _module_to_models[module].add(name)
+        del _module_to_models[_model_to_module[name]]  # otherwise timm.list_modules() lists it
+    _model_to_module[name] = MODULE
+    _module_to_models[MODULE].add(name)
+    # timm lists a model as pretrained if its cfg has weights. A variant's cfg has its base's weights, with which
+    # the head is untrained: a script over timm.list_pretrained() must not use it as a trained model.
+    _model_has_pretrained.difference_update((name, *_model_with_tags[name]))
+
+
+def list_as_pretrained(name: str) -> None:
+    """Add a registered model without a cfg to ``timm.list_pretrained()`` and ``timm.is_model_pretrained``."""
+    _model_with_tags[name] = [name]  # timm.list_pretrained() reads these names only
+    _model_has_pretrained.add(name)
+
+
+def check_tag(what: str, name: str) -> None:
+    """Check the tag of a name such as ``resnet50.a1_in1k``; ``what`` is the flag, for the error.
+
+    Raises:
+        InputError: timm has the architecture, but not with this tag.
+    """
+    architecture, _, tag = name.partition(".")
+    known = [other for other in _model_pretrained_cfgs if other.startswith(f"{architecture}.")]
+    if tag and known and name not in known:
+        raise unknown(what, name, known)
+
+
+def _variant_cfg(base: str, default: Any) -> DefaultCfg:
+    """Return the base's cfgs, with the hub ids that timm added at registration and the variant's classifier."""
+    cfgs = {}
+    for tag in default.tags:
+        cfg = _model_pretrained_cfgs[f"{base}.{tag}" if tag else base]
+        outputs = [f"{name}.output" for name in paths(cfg.classifier)]
+        classifier = outputs[0] if len(outputs) == 1 else tuple(outputs) or None
+        cfgs[tag] = replace(cfg, architecture=f"{base}_drelu", classifier=classifier)
+    return replace(default, cfgs=cfgs)
+
+
+def _entrypoint(base: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build(base, pretrained=pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = f"{base}_drelu"
+    create.__module__ = __name__
+    create.__doc__ = f"{base} with D-ReLU; see `drelu_timm.models.variants.build`."
+    return create
+
+
+for _name in (*architectures.default_cfgs, *certifiable.default_cfgs):
+    _list_as_ours(_name.partition(".")[0])
+for _base in timm.list_models():
+    if _base in _model_default_cfgs:
+        default_cfgs[f"{_base}_drelu"] = _variant_cfg(_base, _model_default_cfgs[_base])
+    register_model(_entrypoint(_base))

@@ -1,8 +1,8 @@
-"""How a D-ReLU variant of a timm architecture is built, and where its weights come from."""
+"""Construction of the D-ReLU variant of a timm architecture, and loading of its weights."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,37 +14,29 @@ from torch import Tensor, nn
 
 from ..errors import InputError, unknown
 from .activations import ACTIVATIONS
+from .architectures import height_and_width
 from .head import add_head, classifier_names, is_unpooled
-from .nets import height_and_width
-from .small_images import adapt_to_small_images, warn_of_small_images
-from .surgery import TimmModel, add_stem, paths, replace_activations
-from .weights import check_weights
+from .inference import TimmModel
+from .surgery import adapt_to_small_images, add_stem, paths, replace_activations, warn_of_small_images
+from .weights import SOURCES, check_weights
 
 _logger = logging.getLogger(__name__)
 
 PLACEMENTS = ("head", "stem", "all")
-SOURCES = (
-    "url",
-    "file",
-    "state_dict",
-    "hf_hub_id",
-    "hf_hub_filename",
-)  # the fields of a cfg that say where weights lie
-RUNTIME_ARGUMENTS = ("device", "dtype", "cache_dir", "pretrained_model_args")  # not part of what a model is
+RUNTIME_ARGUMENTS = ("device", "dtype", "cache_dir", "pretrained_model_args")  # they do not define the model
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a `_drelu` entrypoint takes beside the base's own arguments.
+    """Arguments of a `_drelu` entrypoint in addition to the base's.
 
     Attributes:
-        placement: "head", a dense layer before the classifier (the paper's); "stem", a convolution behind the input;
-            "all", in the place of every activation module (functional activations are out of reach).
-        activation: "drelu", or "pact", "srelu", "relu", "relu6", "silu", "gelu", "prelu", "pssilu" in the same place,
-            so that controls differ in nothing else.
+        placement: "head" for a dense layer before the classifier (the paper's); "stem" for a convolution behind the
+            input; "all" for every activation module (activations called as functions cannot be replaced).
+        activation: "drelu", or another name in `activations.ACTIVATIONS` as a control that differs in nothing else.
         width: Units of the dense layer, or channels of the convolution.
         cap: Initial cap of D-ReLU, fixed cap of S-ReLU.
-        small_images: A first convolution for images of some 32 pixels; where the family has none, upsampling.
+        small_images: Adapt the first convolution to images of about 32 pixels, or upsample them where there is none.
     """
 
     placement: str = "head"
@@ -59,9 +51,9 @@ class Options:
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
         if not isinstance(self.width, int) or self.width < 1:
-            raise InputError(f"width {self.width!r} is no number of units; give a whole number of at least 1")
+            raise InputError(f"width {self.width!r} is not a number of units. Use an integer of at least 1.")
         if not 0 < self.cap < float("inf"):
-            raise InputError(f"cap {self.cap!r} is no cap; give a number above 0")
+            raise InputError(f"cap {self.cap!r} is not a finite number above 0.")
 
 
 def build(
@@ -70,39 +62,30 @@ def build(
     pretrained: bool = False,
     pretrained_cfg: str | Mapping[str, Any] | PretrainedCfg | None = None,
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
-    placement: str = Options.placement,
-    activation: str = Options.activation,
-    width: int = Options.width,
-    cap: float = Options.cap,
-    small_images: bool = Options.small_images,
     **kwargs: Any,
 ) -> nn.Module:
-    """The D-ReLU variant of a timm architecture; what ``timm.create_model(f"{base}_drelu", ...)`` calls.
+    """Create the D-ReLU variant of a timm architecture; called by ``timm.create_model(f"{base}_drelu", ...)``.
 
-    With ``pretrained=True`` the base's weights go into the backbone and the new layers stay fresh, unless
-    ``pretrained_cfg`` or ``pretrained_cfg_overlay`` names another source: its weights are those of the whole variant
-    (or, if it says ``architecture=<base>``, of the base). For placement "stem" timm fits the base's pretrained first
-    convolution to the new one's channels as it does for any ``in_chans``.
+    ``pretrained=True`` loads the base's weights into the backbone and leaves the new layers untrained. If
+    ``pretrained_cfg`` or ``pretrained_cfg_overlay`` names another source, it has the weights of the whole variant,
+    or of the base if its ``architecture`` is the base. For placement "stem" timm adapts the base's pretrained first
+    convolution to the channels of the new one, as it does for any ``in_chans``.
 
     Args:
         base: A registered timm architecture.
         pretrained: Load weights.
-        pretrained_cfg: A tag of the base, or a whole cfg.
-        pretrained_cfg_overlay: Entries that replace those of the cfg.
-        placement: See `Options`, as for the next four.
-        activation: See `Options`.
-        width: See `Options`.
-        cap: See `Options`.
-        small_images: See `Options`.
-        **kwargs: The base's own arguments.
+        pretrained_cfg: A tag of the base, or a complete cfg.
+        pretrained_cfg_overlay: Entries that override the cfg.
+        **kwargs: The fields of `Options`, and the base's own arguments.
 
     Raises:
-        InputError: An unknown value, a model that cannot take the placement, or weights that do not fit.
+        InputError: An unknown value, a model that does not support the placement, or weights that do not fit.
     """
-    options = Options(placement, activation, width, cap, small_images)
+    options = Options(**{field.name: kwargs.pop(field.name) for field in fields(Options) if field.name in kwargs})
     cfg = resolve_pretrained_cfg(f"{base}_drelu", pretrained_cfg, dict(pretrained_cfg_overlay or {}))
-    if cfg.fixed_input_size:
-        kwargs.setdefault("img_size", _image_size(cfg))  # as timm would, but recorded
+    if cfg.fixed_input_size:  # as timm does, but here it is recorded
+        size = cfg.input_size[1:]
+        kwargs.setdefault("img_size", size[0] if size[0] == size[1] else tuple(size))  # some models take no pair
     variant = Variant(base, cfg, options, kwargs)
     whole = pretrained and not variant.weights_are_of_base
     if pretrained:
@@ -111,55 +94,35 @@ def build(
     if whole:
         variant.load(model)
     elif pretrained:
-        _logger.info("%s: weights of %s in the backbone, the new layers are fresh", variant.name, base)
+        _logger.info("%s: weights of %s in the backbone, the new layers are untrained", variant.name, base)
     return model
-
-
-def _image_size(cfg: PretrainedCfg) -> int | tuple[int, int]:
-    """A cfg's image size, as one number if it is square: some of timm's models take no pair."""
-    height, width = cfg.input_size[1:]
-    return height if height == width else (height, width)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """All that defines one D-ReLU model.
-
-    Attributes:
-        base: The timm architecture.
-        cfg: Its cfg, resolved; describes the weights.
-        options: What is changed.
-        kwargs: The base's own arguments.
-    """
+    """Definition of one D-ReLU model: a timm architecture, its resolved cfg (of the weights), and options."""
 
     base: str
     cfg: PretrainedCfg
     options: Options
-    kwargs: Mapping[str, Any]
+    kwargs: Mapping[str, Any]  # the base's own arguments
 
     @property
     def name(self) -> str:
-        """The name that it is registered under."""
+        """Name under which it is registered."""
         return f"{self.base}_drelu"
 
     @property
     def registered(self) -> PretrainedCfg:
-        """The base's own cfg for the tag, which knows its first convolution and its classifier."""
+        """The base's own cfg for the tag, which names its first convolution and its classifier."""
         default = _model_pretrained_cfgs.get(self.base, PretrainedCfg())
         return _model_pretrained_cfgs.get(f"{self.base}.{self.cfg.tag}", default)
 
     @property
     def weights_are_of_base(self) -> bool:
-        """Whether the cfg's weights are the base's: it says so, or they lie where timm has the base's."""
-        registered = self.registered
-        return self.cfg.architecture == self.base or all(
-            getattr(self.cfg, key) == getattr(registered, key) for key in SOURCES
-        )
-
-    @property
-    def features_only(self) -> bool:
-        """Whether timm gives the feature maps instead of a classifier."""
-        return bool(self.kwargs.get("features_only"))
+        """Whether the cfg's weights are the base's: it names the base, or it locates them where timm's own cfg does."""
+        own = self.registered
+        return self.cfg.architecture == self.base or all(getattr(self.cfg, key) == getattr(own, key) for key in SOURCES)
 
     @property
     def in_chans(self) -> int:
@@ -168,109 +131,103 @@ class Variant:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width that the base is made for; not that of the cfg, which may tell of smaller images."""
+        """Height and width for which the base is made; the cfg may be for smaller images."""
         return height_and_width(self.kwargs.get("img_size", self.registered.input_size[1:]))
 
     @property
     def without_classes(self) -> bool:
-        """Whether the output is to be the D-ReLU's, with no output layer behind it."""
+        """Whether the model ends with the D-ReLU, without an output layer."""
         return self.kwargs.get("num_classes", self.cfg.num_classes) == 0
 
     @property
     def unpooled(self) -> bool:
-        """Whether the output is to be the base's unpooled features, with no head behind them."""
+        """Whether the output is the base's unpooled features, without a head."""
         return self.without_classes and is_unpooled(0, self.kwargs.get("global_pool"))
 
     def build(self, *, pretrained_base: bool) -> TimmModel:
-        """The base, built by timm, then changed in place; its cfg and its arguments say so."""
+        """Let timm build the base, change it in place, and record this in its cfg and arguments."""
         model = self._build_base(pretrained=pretrained_base)
-        first_convs = _in_features_net(model, paths(self.registered.first_conv))
+        first_convs = _paths_in(model, paths(self.registered.first_conv))
         if self.options.small_images:
             channels = self.options.width if self.options.placement == "stem" else self.in_chans
             adapt_to_small_images(model, first_convs, (channels, *self.image_size))
         changes = self._place(model, first_convs)
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": self.name, **changes}
         if not self.options.small_images:
-            self._warn_of_small_images(model, first_convs)
+            # With img_size the image is divided into patches, whose size may suit it.
+            fixed = "img_size" in self.kwargs
+            size = self.image_size if fixed else self.cfg.input_size[1:]
+            stride = min(size) // 8 if fixed else 1
+            warn_of_small_images(model, first_convs, self.registered.input_size[1:], size, stride)
         model.default_cfg = model.pretrained_cfg
         model_args = {**self.kwargs, **asdict(self.options)}
         model._model_args = {key: value for key, value in model_args.items() if key not in RUNTIME_ARGUMENTS}
         return model
 
-    def _warn_of_small_images(self, model: TimmModel, first_convs: Sequence[str]) -> None:
-        if "img_size" in self.kwargs:  # divided into patches of a size that may suit it
-            size = self.image_size
-            stride = min(size) // 8
-        else:
-            size, stride = self.cfg.input_size[1:], 1
-        warn_of_small_images(model, first_convs, self.registered.input_size[1:], size, stride)
-
     def _build_base(self, *, pretrained: bool) -> TimmModel:
-        registered = self.registered
-        cfg = replace(
-            self.cfg, architecture=self.base, first_conv=registered.first_conv, classifier=registered.classifier
-        )
+        own = self.registered
+        cfg = replace(self.cfg, architecture=self.base, first_conv=own.first_conv, classifier=own.classifier)
         kwargs = dict(self.kwargs)
-        if self.options.placement == "head" and self.without_classes and not (self.features_only or self.unpooled):
-            kwargs["num_classes"] = 1  # or there is no classifier to replace; `_place` goes back to 0
+        has_head = self.options.placement == "head" and not (kwargs.get("features_only") or self.unpooled)
+        if self.without_classes and has_head:
+            kwargs["num_classes"] = 1  # otherwise there is no classifier to replace; `_place` resets it to 0
         if self.options.placement == "stem":
             kwargs["in_chans"] = self.options.width
         return model_entrypoint(self.base)(pretrained=pretrained, pretrained_cfg=cfg.to_dict(), **kwargs)
 
     def _place(self, model: TimmModel, first_convs: Sequence[str]) -> dict[str, Any]:
-        """Put the activation where it belongs; returns what that changes in the cfg."""
+        """Insert the activation at its placement; return the resulting changes of the cfg."""
         options = self.options
         if options.placement == "stem":
             if not (first_convs and all(isinstance(model.get_submodule(name), nn.Conv2d) for name in first_convs)):
-                raise self._refusal("placement 'stem' needs a convolution at the input, and it has none", "first_conv")
+                raise self._refusal("placement 'stem' needs a convolution at the input", "first_conv")
             new = add_stem(model, first_convs, self.in_chans, options.width, options.activation, options.cap)
             model.in_chans = self.in_chans
             return {"first_conv": _one_or_all(new)}
         if options.placement == "all":
             if not replace_activations(model, (self.in_chans, *self.image_size), options.activation, options.cap):
-                raise self._refusal("placement 'all' finds no activation module to replace", "first_conv")
+                raise self._refusal("placement 'all' needs an activation module", "first_conv")
             return {}
-        if self.features_only:
+        if self.kwargs.get("features_only"):
             _logger.info("%s: features_only has no classifier, so there is no D-ReLU head", self.name)
             return {}
-        names = (
-            paths(self.registered.classifier) if self.unpooled else classifier_names(model, self.registered.classifier)
-        )
+        names = paths(self.registered.classifier)
+        names = names if self.unpooled else classifier_names(model, names)
         if not names and not self.unpooled:
-            raise self._refusal("it classifies nothing, there is no classifier layer to put the head at", "classifier")
+            raise self._refusal("placement 'head' needs a classifier layer", "classifier")
         outputs = add_head(model, names, options.width, options.activation, options.cap, unpooled=self.unpooled)
         if self.without_classes and not self.unpooled:
             model.reset_classifier(0)
         return {"classifier": _one_or_all(outputs)}
 
-    def _refusal(self, reason: str, needed: str) -> InputError:
-        """The error for a model that cannot take a placement, with the nearest whose cfg names what is needed."""
-        # A whole family begins alike, but within one there are models with and without a classifier.
+    def _refusal(self, needs: str, needed: str) -> InputError:
+        """Return the error for a base without what a placement needs, with the nearest model whose cfg names it."""
+        # All of a family start alike, but some models of a family have a classifier and others do not.
         family = timm.list_models(module=_model_to_module[self.base]) if needed == "first_conv" else [self.base]
-        others = timm.list_models(exclude_filters=["*_drelu", *family])
+        others = timm.list_models(exclude_filters=["*_drelu", "*_enc", *family])  # *_enc: encoders without a classifier
         able = [name for name in others if getattr(_model_pretrained_cfgs.get(name), needed, None)]
-        able = [name for name in able if not name.endswith("_enc")]  # timm's name for what classifies nothing
         nearest = get_close_matches(self.base, able, n=1, cutoff=0)[0]
-        return InputError(f"{self.name}: {reason}; the nearest model that works is {nearest}_drelu")
+        return InputError(f"{self.name}: {needs}, which {self.base} does not have. The nearest is {nearest}_drelu.")
 
     def load(self, model: TimmModel) -> None:
-        """Load the weights of a whole variant through timm, which fits the first convolution and the classifier.
+        """Load the weights of a whole variant through timm, which adapts the first convolution and the classifier.
 
         Raises:
-            InputError: Nothing to read there, or weights of another model.
+            InputError: Weights that cannot be read, or that belong to another model.
         """
         source = {key: getattr(self.cfg, key) for key in (*SOURCES, "source")}
         cfg = {**model.pretrained_cfg, **source, "custom_load": False, "label_offset": 0}
         if self.in_chans == self.cfg.input_size[0]:
-            cfg["first_conv"] = None  # nothing to fit, but timm 1.0.9 takes every checkpoint to have 3 channels
-        fit = _checked_features if self.features_only else _checked
+            cfg["first_conv"] = None  # nothing to adapt, but timm 1.0.9 assumes 3 channels for every checkpoint
+        check = _checked_features if self.kwargs.get("features_only") else _checked
         try:
             if self.cfg.file and self.cfg.source != "local-dir":
-                cfg["state_dict"] = load_state_dict(self.cfg.file, weights_only=True)  # 1.0.9 would unpickle anything
-            load_pretrained(model, cfg, getattr(model, "num_classes", 0), self.in_chans, fit)
+                # timm 1.0.9 would unpickle any object.
+                cfg["state_dict"] = load_state_dict(self.cfg.file, weights_only=True)
+            load_pretrained(model, cfg, getattr(model, "num_classes", 0), self.in_chans, check)
         except InputError:
             raise
-        except Exception as error:  # each reader and each kind of damage has its own
+        except Exception as error:  # every format and every damage has its own
             raise _unfit(model, f"{type(error).__name__} {error}") from error
 
 
@@ -278,22 +235,22 @@ def _one_or_all(names: Sequence[str]) -> str | tuple[str, ...]:
     return names[0] if len(names) == 1 else tuple(names)
 
 
-def _in_features_net(model: TimmModel, names: Sequence[str]) -> list[str]:
-    """The paths that modules of a timm model have in its `features_only` net, or in itself."""
-    there = {_plain(name, model): name for name, _ in model.named_modules()}
-    return [there[_plain(name)] for name in names]
+def _paths_in(model: TimmModel, names: Sequence[str]) -> list[str]:
+    """Return the paths that a base's modules have in a model, which may be timm's `features_only` model of it."""
+    found = {_plain(name, model): name for name, _ in model.named_modules()}
+    return [found[_plain(name)] for name in names]
 
 
-def _plain(name: str, net: TimmModel | None = None) -> str:
-    """A path without what timm's `features_only` nets add: a module that holds the base, "_" where they flatten."""
-    children = list(net._modules) if net is not None else []
+def _plain(name: str, features: TimmModel | None = None) -> str:
+    """Return a path without the changes of timm's `features_only` models: a module around the base, "_" for "."."""
+    children = list(features._modules) if features is not None else []
     if children in (["model"], ["body"], ["graph_module"]):
         name = name.removeprefix(f"{children[0]}.")
     return name.replace("_", ".")
 
 
 def _checked(state_dict: dict[str, Tensor], model: TimmModel) -> dict[str, Tensor]:
-    """The weights, if all of a classifier's are there and no others: where timm adapts, it is no longer strict."""
+    """Return the weights if their names are the model's: timm is not strict where it adapts a layer."""
     adapted = {f"{name}.{kind}" for name in paths(model.pretrained_cfg["classifier"]) for kind in ("weight", "bias")}
     different = (state_dict.keys() ^ model.state_dict().keys()) - adapted
     if model.num_classes == 0:  # an unpooled model has no head to load
@@ -304,13 +261,13 @@ def _checked(state_dict: dict[str, Tensor], model: TimmModel) -> dict[str, Tenso
     return state_dict
 
 
-def _checked_features(state_dict: dict[str, Tensor], net: TimmModel) -> dict[str, Tensor]:
-    """The weights of a classifier under the names that they have in its `features_only` net."""
+def _checked_features(state_dict: dict[str, Tensor], features: TimmModel) -> dict[str, Tensor]:
+    """Return a classifier's weights under the names that they have in its `features_only` model."""
     given = {_plain(name): tensor for name, tensor in state_dict.items()}
-    missing = [name for name in net.state_dict() if _plain(name, net) not in given]
+    missing = [name for name in features.state_dict() if _plain(name, features) not in given]
     if missing:
-        raise _unfit(net, f"{len(missing)} are missing, among them {', '.join(missing[:3])}")
-    return {name: given[_plain(name, net)] for name in net.state_dict()}
+        raise _unfit(features, f"{len(missing)} are missing, among them {', '.join(missing[:3])}")
+    return {name: given[_plain(name, features)] for name in features.state_dict()}
 
 
 def _unfit(model: TimmModel, reason: str) -> InputError:
@@ -318,7 +275,7 @@ def _unfit(model: TimmModel, reason: str) -> InputError:
     where = cfg.get("file") or cfg.get("hf_hub_id") or cfg.get("url") or "the state_dict"
     base = cfg["architecture"].removesuffix("_drelu")
     return InputError(
-        f"{cfg['architecture']}: the weights of {where} do not fit: {' '.join(reason.split())[:300]}; create it with "
-        f"the arguments they were saved with, or say pretrained_cfg_overlay=dict(architecture={base!r}, ...) if they "
-        f"are {base}'s"
+        f"{cfg['architecture']}: the weights of {where} do not fit: {' '.join(reason.split())[:300]}. Create the model "
+        f"with the arguments of the saved one, or use pretrained_cfg_overlay=dict(architecture={base!r}, ...) for "
+        f"weights of {base}."
     )

@@ -12,7 +12,7 @@ from ..data.images import Images, to_float
 from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..files import atomic_file, write_json, write_text
-from ..models.saved import CONFIG, WEIGHTS
+from ..models.weights import CONFIG, WEIGHTS
 from ..results.plotting import draw_curve
 from ..runs import Run
 from .cards import SHIPPED, model_card

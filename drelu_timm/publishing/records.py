@@ -11,7 +11,7 @@ from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
 from ..files import read_json
 from ..models.caps import cap_statistics
-from ..models.saved import CONFIG, WEIGHTS
+from ..models.weights import CONFIG, WEIGHTS
 from ..results.combined import Combined
 from ..results.examples import read_survivors
 from ..results.result import EpsResult, Further, Result, best_sweep, read_result

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..data.images import Images, to_float
 from ..digests import sha256_of
 from ..errors import InputError
-from ..models.saved import WEIGHTS
+from ..models.weights import WEIGHTS
 from ..results.examples import read_adversarial, read_rows, read_survivors
 from ..results.result import ROUNDING, Result
 from .entries import check_entry, model_info

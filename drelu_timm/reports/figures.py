@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from scikit_posthocs import critical_difference_diagram
 
 from ..errors import InputError, one_line
-from ..models.saved import WEIGHTS
+from ..models.weights import WEIGHTS
 from ..results.combined import Combined, worst_verdict
 from ..results.plotting import (
     CLEAN,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..attacks.threat_model import radius_written
 from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..models.saved import CONFIG, WEIGHTS
+from ..models.weights import CONFIG, WEIGHTS
 from ..results.combined import Combined
 from ..results.examples import read_survivors
 from ..results.result import Result, best_sweep, read_result

@@ -282,7 +282,7 @@ def _check_names(config: TrainConfig) -> None:
     import timm
 
     from ..models.caps import CAP_PENALTIES
-    from ..models.registration import check_tag
+    from ..models.registry import check_tag
     from ..models.variants import Options
     from .objectives import make_objective
 

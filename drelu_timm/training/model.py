@@ -13,12 +13,10 @@ from ..errors import InputError, one_line
 from ..files import read_json
 from ..models.caps import check_cap_penalty
 from ..models.drelu import drelu_layers
+from ..models.inference import normalized
 from ..models.intervals import certified, initialize_for_ibp
-from ..models.normalize import normalized
-from ..models.saved import load_folder
-from ..models.small_images import warn_of_small_images
-from ..models.surgery import paths
-from ..models.weights import check_weights
+from ..models.surgery import paths, warn_of_small_images
+from ..models.weights import check_weights, load_folder
 from ..runs import Run
 from .config import TrainConfig, model_options, variant_base
 

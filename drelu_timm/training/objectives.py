@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks.losses import Loss, cross_entropy
+from ..attacks.attack import Loss, cross_entropy
 from ..attacks.pgd import pgd
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
+from ..models.inference import frozen
 from ..models.intervals import bounds
-from ..models.modes import frozen
 
 
 @dataclass(frozen=True)

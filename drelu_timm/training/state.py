@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, one_line
 from ..files import put_in_place, read_json, write_json, write_text
-from ..models.saved import save_folder
+from ..models.weights import save_folder
 from .distributed import is_sharded, together
 from .update import Update
 

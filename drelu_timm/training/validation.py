@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..attacks.losses import cross_entropy
+from ..attacks.attack import cross_entropy
 from ..data.images import Images, to_float
 from ..models.intervals import certified
 from ..randomness import random_generator

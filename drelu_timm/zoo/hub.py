@@ -5,8 +5,7 @@ from pathlib import Path
 
 from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..models.saved import CONFIG, WEIGHTS
-from ..models.weights import how_to_get, out_of_reach
+from ..models.weights import CONFIG, WEIGHTS, how_to_get, out_of_reach
 
 try:
     from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download

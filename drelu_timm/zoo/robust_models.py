@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from ..errors import InputError
-from ..models.normalize import channels_of, normalized
+from ..models.inference import channels_of, normalized
 from ..models.registry import list_as_pretrained, register_model
 from .sources import Source, find_source
 

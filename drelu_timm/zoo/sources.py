@@ -18,7 +18,8 @@ from torch import nn
 
 from ..digests import sha256_of
 from ..errors import InputError, one_line
-from ..models.saved import CONFIG, WEIGHTS, load_saved, read_config
+from ..files import read_json
+from ..models.weights import CONFIG, WEIGHTS, load_saved
 
 HUB = "hf-hub:"
 
@@ -81,7 +82,7 @@ def find_source(place: Path | str, sha256: str | None, config_sha256: str | None
 def _saved(config: Path, weights: Path, sha256: str | None, config_sha256: str | None) -> SavedModel:
     if config_sha256 is not None:
         _check_digest(config, config_sha256, "settings")
-    return SavedModel(read_config(config), config, weights, sha256)
+    return SavedModel(read_json(config), config, weights, sha256)
 
 
 def _web_source(url: str, sha256: str | None, config_sha256: str | None) -> Source:
@@ -100,7 +101,7 @@ def _fetched(url: str, sha256: str, config_sha256: str | None, cache_dir: Path |
     if not (folder / CONFIG).exists():
         _download(f"{url}/{CONFIG}", folder / CONFIG, config_sha256, "settings")
         try:
-            read_config(folder / CONFIG)
+            read_json(folder / CONFIG)
         except InputError:  # cut short, or a web page: it must not stay in the cache
             (folder / CONFIG).unlink(missing_ok=True)
             raise

@@ -1,14 +1,13 @@
-"""The 7-layer convolutional model of the literature on certified training; importing this module registers it."""
+"""Architectures that timm lacks: two models on which work on certified training reports its results."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .nets import Classifier, height_and_width
-from .registry import register_model
+from .architectures import Classifier, ShallowCNN, height_and_width
 
 
 class CNN7(Classifier):
@@ -18,11 +17,9 @@ class CNN7(Classifier):
     have 64 and 128 channels and 512 units; ``channels`` scales all three.
 
     Args:
-        num_classes: Size of the output; 0 for none.
-        in_chans: Channels of the image.
+        num_classes, in_chans, drop_rate: See `architectures.Dense`.
         img_size: Height and width of the image in pixels, or one number for both; at least 2.
-        channels: Of the first convolution.
-        drop_rate: Dropout before the output layer.
+        channels: Channels of the first convolution.
     """
 
     def __init__(
@@ -44,7 +41,7 @@ class CNN7(Classifier):
             before = after
         self.features = nn.Sequential(*layers)
         height, width = ((side + 1) // 2 for side in sides)
-        self.hidden = nn.Sequential(
+        self.dense = nn.Sequential(
             nn.Linear(before * height * width, self.head_hidden_size),
             nn.BatchNorm1d(self.head_hidden_size),
             nn.ReLU(),
@@ -56,25 +53,36 @@ class CNN7(Classifier):
         self.reset_classifier(num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Layer groups for layer-wise learning rates."""
-        return {"stem": r"^features\.0", "blocks": r"^features|^hidden"}
+        """Return layer groups for layer-wise learning rates."""
+        return {"stem": r"^features\.0", "blocks": r"^features|^dense"}
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] to feature maps [B, 2 * channels, ceil(H / 2), ceil(W / 2)]."""
+        """Map images [B, C, H, W] to feature maps [B, 2 * channels, ceil(H / 2), ceil(W / 2)]."""
         return self.features(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature maps to logits [B, K]; ``pre_logits`` stops at the hidden layer [B, 8 * channels]."""
-        return self.classify(self.hidden(x.flatten(1)), pre_logits)
+    def hidden(self, x: Tensor) -> Tensor:
+        """Map feature maps to the hidden layer [B, 8 * channels]."""
+        return self.dense(x.flatten(1))
 
 
-_DATA = {"input_size": (1, 28, 28), "fixed_input_size": True, "crop_pct": 1.0, "mean": (0.0,), "std": (1.0,)}
+_CFG = {"num_classes": 10, "input_size": (1, 28, 28), "fixed_input_size": True, "mean": (0.0,), "std": (1.0,)}
+_CFG |= {"crop_pct": 1.0, "classifier": "fc"}
 default_cfgs = generate_default_cfgs(
-    {"cnn7.untrained": {**_DATA, "num_classes": 10, "first_conv": "features.0", "classifier": "fc"}}
+    {
+        "cnn7.untrained": _CFG | {"first_conv": "features.0"},
+        "strided_cnn_wide.untrained": _CFG | {"first_conv": "conv1"},
+    }
 )
 
 
 @register_model
 def cnn7(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Five convolutions and a hidden layer with BatchNorm; see `CNN7`."""
+    """Create a model with five convolutions, a hidden layer, and BatchNorm after each; see `CNN7`."""
     return build_model_with_cfg(CNN7, "cnn7", pretrained, feature_cfg={"out_indices": (0, 1)}, **kwargs)
+
+
+@register_model
+def strided_cnn_wide(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create a model with two strided convolutions (32, 64 channels) and 256 hidden ReLU; see `ShallowCNN`."""
+    kwargs = {"strided": True, "widths": (32, 64), "hidden_size": 256, "feature_cfg": {"out_indices": (0, 1)}, **kwargs}
+    return build_model_with_cfg(ShallowCNN, "strided_cnn_wide", pretrained, **kwargs)
