@@ -67,7 +67,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         ({"compile": True}, "--compile does not go with"),
         ({"ibp_ramp": 1.5}, r"--ibp-ramp 1.5 must be in \[0, 1\]"),
         ({"ibp_clean_weight": -0.5}, r"--ibp-clean-weight -0.5 must be in \[0, 1\]"),
-        ({"ibp_eps": "2"}, "more than a pixel's whole range"),
+        ({"ibp_eps": "2"}, "larger than the pixel range"),
         ({"objective": "at"}, "--ibp-eps 0.06 belongs to --objective ibp"),
         ({"objective": "at", "ibp_eps": None, "monitor": "certified"}, "--monitor certified belongs to"),
         ({"ibp_init": True, "init_from": Path("runs/x")}, "--ibp-init would overwrite"),
