@@ -1,4 +1,4 @@
-"""D-ReLU variants of every timm classifier, and an evaluation that tells whether a model's robustness is real.
+"""D-ReLU variants of every timm classifier, and an evaluation that detects gradient masking.
 
     import drelu_timm, timm
 
@@ -7,8 +7,8 @@
     result = drelu_timm.evaluate_model(model, images, labels, norm="Linf", eps="8/255")
     print(result.clean, result.worst, result.verdict)
 
-The models are registered as soon as timm is imported, before or after this package. What is listed in ``__all__`` is
-imported when it is first used.
+The models are registered when timm is imported, before or after this package. The names in ``__all__`` are imported
+when they are first used.
 """
 
 import warnings
@@ -60,7 +60,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module when it is first asked for (PEP 562)."""
+    """Import a public name from its module when it is first used (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
@@ -72,14 +72,14 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# Raised by the import of timm, and nothing that a user can fix.
+# Raised by the import of timm; users cannot fix it.
 warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureWarning)
 
 
-# Not on timm.models: registering needs timm.list_models, which timm has only after that. `import timm.models` imports
-# the whole of timm first.
+# Not "timm.models": registration needs timm.list_models, which timm defines after importing timm.models. A plain
+# `import timm.models` imports timm first, so this works for it too.
 @when_imported("timm")
 def _register(_: ModuleType) -> None:
     """Register the models with timm: at once where timm is imported already, else when its import ends."""
     import_module(".models.registry", __name__)
-    import_module(".zoo.published", __name__).register_published()
+    import_module(".zoo.robust_models", __name__).register_published()

@@ -1,4 +1,4 @@
-"""`drelu-timm VERB ...` and `python -m drelu_timm VERB ...`: from a verb to the module that does it."""
+"""Command line, `drelu-timm VERB ...` or `python -m drelu_timm VERB ...`: import the module of a verb and run it."""
 
 import os
 import sys
@@ -35,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        0 when done, 1 where doctor, sweep or report found something broken, 2 for input that cannot be used, 75 where
-        SIGTERM stopped it, 130 for Ctrl-C, 141 where nobody reads the output any more (`| head -1`).
+        0 for success, 1 if doctor, sweep or report found something broken, 2 for input that cannot be used, 75 after
+        SIGTERM, 130 after Ctrl-C, 141 if the reader of the output has closed it (`| head -1`).
     """
     try:
         code = _main(argv)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
         return 128 + 13
     return code
 
@@ -69,10 +69,10 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _run(verb: str, argv: Sequence[str]) -> int:
-    """Read a verb's flags, then import what does the work: a help or a mistyped flag needs neither torch nor timm."""
+    """Read the flags of a verb before its module is imported: help and mistyped flags need neither torch nor timm."""
     if verb not in VERBS:
         raise unknown("VERB" if not verb.startswith("-") else "flag", verb, [*VERBS, "--help", "--version"])
-    if verb == "doctor":  # runs in the light base, where there is no tyro to read flags
+    if verb == "doctor":  # also runs without tyro, in the light base
         return _import("doctor", verb).main(argv)
     config = _import("flags", verb).read(verb, argv)
     return _import(verb, verb).main(config) or 0
@@ -85,12 +85,12 @@ def _import(module: str, verb: str) -> ModuleType:
         if (error.name or "").startswith("drelu_timm"):
             raise
         raise InputError(
-            f"{verb} needs the package {error.name!r}, which is not installed; pip install 'drelu-timm[all]'"
+            f"{verb} needs the package {error.name!r}, which is not installed. Run pip install 'drelu-timm[all]'."
         ) from error
 
 
 def _process() -> str:
-    """Name the process of a launch that is not the first one on its machine."""
+    """Return the prefix of messages: the rank, except in the first process on a machine."""
     return "" if os.environ.get("LOCAL_RANK", "0") == "0" else f"process {os.environ.get('RANK', '?')}: "
 
 

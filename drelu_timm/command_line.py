@@ -1,4 +1,4 @@
-"""How every verb reads its flags, for which a frozen dataclass stands, and how it says a time."""
+"""Flags: how every verb reads them into its config, a frozen dataclass, and writes them into commands."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -11,33 +11,33 @@ from .errors import unknown
 
 Config = TypeVar("Config")
 
-# What an unset flag does its text says; "(default: None)" behind it would say less.
-_UNSET = ("None", "", "''", "False")
 _GROUP = "group of the help"
+# The text of a flag says what happens without it; "(default: None)" would say less.
+_UNSET = ("None", "", "''", "False")
 _HINT = tyro.conf.arg(help_behavior_hint=lambda default: "" if default in _UNSET else f"(default: {default})")
 
 
 def group(title: str, text: str) -> dict[str, Any]:
-    """Return the metadata of the field that starts a group of the help: this field and those after it.
+    """Return the metadata of the first field of a group in the help; the group ends where the next one starts.
 
     Args:
         title: Name of the group.
-        text: What its flags are about, in a sentence.
+        text: One sentence about its flags.
     """
     return {_GROUP: (title, text)}
 
 
 def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Config | None = None) -> Config:
-    """Return the config that a command line gives; both ``--batch-size`` and ``--batch_size`` are understood.
+    """Return the config that a command line gives. Words of a flag are joined by ``-`` or ``_``.
 
     Args:
-        config: A dataclass with a docstring below every field; see `group` for the groups of its help.
+        config: Dataclass with a docstring below every field; see `group` for groups in the help.
         verb: Name of the verb, for the help.
-        argv: The flags.
-        default: Values of flags that are not given, where they are not those of the dataclass.
+        argv: Flags.
+        default: Values of missing flags, in place of the defaults of the dataclass.
 
     Raises:
-        InputError: An unknown flag. What else is wrong tyro prints, and exits.
+        InputError: An unknown flag. For other errors tyro prints a message and exits.
     """
     _check_names(config, argv)
     groups = _groups(config)
@@ -72,12 +72,12 @@ def _check_names(config: type, argv: Sequence[str]) -> None:
 
 
 def flag(name: str) -> str:
-    """A field's name as it is written on the command line."""
+    """Return the flag of a field."""
     return f"--{name.replace('_', '-')}"
 
 
 def written_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[list[str]]:
-    """The flags that give a config's settings, each with its values; those at their defaults are left out."""
+    """Return the flags with their values for the settings of a config, without the flags at their defaults."""
     flags = []
     for name, value in settings.items():
         if value == defaults.get(name) or (value in ([], ()) and not defaults.get(name)):
@@ -88,7 +88,7 @@ def written_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> l
 
 
 def duration(seconds: float) -> str:
-    """Return seconds for the eye: 42 s, 12 min, 3.4 h, 2.5 days."""
+    """Format seconds for reading: 42 s, 12 min, 3.4 h, 2.5 days."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 
 
 def _groups(config: type) -> list[tuple[tuple[str, str], list[str]]]:
-    """Title, text and field names of each group of a config; a single one, named after it, where it has no groups."""
+    """Return title, text and field names of each group; a config without groups is one, with its own name and text."""
     groups: list[tuple[tuple[str, str], list[str]]] = []
     for each in fields(config):
         if _GROUP in each.metadata or not groups:
@@ -107,13 +107,13 @@ def _groups(config: type) -> list[tuple[tuple[str, str], list[str]]]:
 
 
 def _part(config: type, names: Sequence[str], title: str, text: str) -> type:
-    """Make a dataclass of some fields of a config.
+    """Make a dataclass of some fields of a config, whose help shows only defaults that are values.
 
-    Its help shows a default only where there is something to show. It inherits from the config, in whose source tyro
-    finds the docstrings of the fields; the other fields become class variables, which are no flags.
+    It inherits from the config, because tyro reads the docstrings of the fields from the source of that class. The
+    other fields become class variables, which tyro ignores.
     """
     members = [
-        # A copy, as a dataclass writes the new annotation into the field that it is given.
+        # A copy, because `make_dataclass` writes the new annotation into the field that it is given.
         (each.name, Annotated[each.type, _HINT], copy(each)) if each.name in names else (each.name, ClassVar[Any])
         for each in fields(config)
     ]

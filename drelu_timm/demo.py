@@ -1,6 +1,6 @@
-"""`drelu-timm demo`: the whole way, by the same verbs that real work uses, on scikit-learn's digits.
+"""`drelu-timm demo`: train, evaluate and export on scikit-learn's digits, with the verbs that real work uses.
 
-Three nets that differ in one thing each: a ReLU net, the same net with D-ReLU, and that with TRADES.
+It compares three models that differ in one setting each: a ReLU model, the same with D-ReLU, and that with TRADES.
 """
 
 from math import isnan, nan
@@ -23,16 +23,23 @@ from .training.config import TrainConfig
 
 KEY = "Demo2026Digits_Dense"
 PAPER: dict[str, Any] = {"title": "D-ReLU with TRADES, a demonstration", "authors": "N/A", "venue": "N/A"}
-PAPER["link"] = "https://doi.org/10.3390/math12223551"  # of the paper on D-ReLU
-# One setting for all three; the caps' own rate takes them from 100 to the paper's end state in the demo's few steps.
+PAPER["link"] = "https://doi.org/10.3390/math12223551"  # the paper on D-ReLU
+# The same for all three. This cap_lr takes the caps from 100 to the paper's final values in the few steps of the demo.
 COMMON: dict[str, Any] = {"dataset": "digits", "model": "dense_drelu", "eps": "0.2", "epochs": 80, "cap_lr": 1.0}
-NETS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "ReLU, natural": {"activation": "relu"},
     "D-ReLU, natural": {"cap_weight": 0.1},
     "D-ReLU, TRADES": {"cap_weight": 0.1, "objective": "trades", "beta": 6.0},
 }
-FOLDERS = dict(zip(NETS, ("relu", "drelu", "drelu-trades"), strict=True))
+FOLDERS = dict(zip(MODELS, ("relu", "drelu", "drelu-trades"), strict=True))
 COLUMNS = {"clean": "clean", "pgd": "PGD", "autoattack": "AutoAttack", "bpda": "BPDA", "worst": "worst"}
+EXPLANATION = (
+    "\nAccuracy in % under each attack, all with the same eps. PGD follows the gradient. AutoAttack is what the "
+    "RobustBench leaderboard runs. BPDA passes the gradient through the caps, where it is exactly zero. "
+    "[bold]Worst[/bold] counts an example as robust only if no attack fooled the model on it: only this is a robust "
+    "accuracy. Zero grad.: share of the examples on which the input gradient is exactly zero. Verdict: whether attacks "
+    "that do not depend on the gradient find hardly more than those that do (sound) or much more (masked).\n"
+)
 
 
 def main(config: DemoConfig) -> None:
@@ -41,49 +48,35 @@ def main(config: DemoConfig) -> None:
 
 
 def demo(config: DemoConfig) -> Path:
-    """Train, evaluate and export, then print what came out and where it lies.
+    """Train, evaluate and export, then print the results and where they are.
 
     Returns:
         The folder with everything.
     """
     console = Console()
     results = {}
-    for title, settings in NETS.items():
+    for title, settings in MODELS.items():
         console.rule(title)
-        results[title] = _train_and_evaluate(config.output_dir / FOLDERS[title], settings)
+        run = config.output_dir / FOLDERS[title]
+        train(TrainConfig(output_dir=run, resume=True, **{**COMMON, **settings}))
+        results[title] = read_result(evaluate(EvaluateConfig(run=str(run), suite="standard")))
     console.rule("Export")
     exported = _export(config.output_dir / FOLDERS["D-ReLU, TRADES"])
     picture = config.output_dir / "demo.png"
     draw(results, picture)
-    console.rule("What came out")
+    console.rule("Results")
     console.print(table(results))
     console.print(EXPLANATION)
     (entry,) = exported.glob("model_info/*/*/*.json")
     for what, path in {
-        "runs, with every result": config.output_dir,
+        "runs, with all results": config.output_dir,
         "picture": picture,
         "exported model and its card": exported / "hub" / "README.md",
-        "what was checked of it": exported / "CHECKS.md",
+        "checks of the export": exported / "CHECKS.md",
         "RobustBench entry": entry,
     }.items():
         console.print(f"  {what + ':':29}{path}", soft_wrap=True)
     return config.output_dir
-
-
-EXPLANATION = (
-    "\nAccuracy in % under each attack, all within the same distance of the image. PGD follows the gradient. "
-    "AutoAttack is what the RobustBench leaderboard runs. BPDA lets the gradient pass the caps, where it is exactly "
-    "zero. [bold]Worst[/bold] counts an example as robust only if no attack broke it: the only figure that may be "
-    "called robust accuracy. Zero grad.: share of the examples in which an attacker who follows the gradient sees "
-    "nothing. Verdict: whether attacks of other kinds find hardly more than those that follow the gradient (sound), or "
-    "much more (masked).\n"
-)
-
-
-def _train_and_evaluate(run: Path, settings: dict[str, Any]) -> Result:
-    """What the evaluation says of a net."""
-    train(TrainConfig(output_dir=run, resume=True, **{**COMMON, **settings}))
-    return read_result(evaluate(EvaluateConfig(run=str(run), suite="standard")))
 
 
 def _export(run: Path) -> Path:
@@ -91,15 +84,15 @@ def _export(run: Path) -> Path:
     return output_dir if output_dir.exists() else export(ExportConfig(run=run, key=KEY, **PAPER))
 
 
-def _figures(result: Result) -> list[float]:
-    """The columns' accuracies, in percent; NaN for BPDA on a net without caps."""
+def _accuracies(result: Result) -> list[float]:
+    """Return the accuracies of the columns in percent; NaN for BPDA on a model without caps."""
     point = result.point
-    figures = {**point.accuracy, "clean": point.clean, "worst": point.worst}
-    return [100 * figures.get(column, nan) for column in COLUMNS]
+    accuracies = {**point.accuracy, "clean": point.clean, "worst": point.worst}
+    return [100 * accuracies.get(column, nan) for column in COLUMNS]
 
 
 def table(results: dict[str, Result]) -> Table:
-    """A row a net: accuracies in percent, share of zero gradients, verdict."""
+    """Return a table with a row per model: accuracies in percent, share of zero gradients, verdict."""
     table = Table(title=_title(results), box=SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("trained", no_wrap=True)
     for column in [*COLUMNS.values(), "zero grad."]:
@@ -107,24 +100,24 @@ def table(results: dict[str, Result]) -> Table:
     table.add_column("verdict")
     for name, result in results.items():
         verdict = result.point.verdict.verdict
-        figures = [*_figures(result), 100 * result.point.zero_gradient_share]
-        cells = ["-" if isnan(figure) else f"{figure:.1f}" for figure in figures]
+        percentages = [*_accuracies(result), 100 * result.point.zero_gradient_share]
+        cells = ["-" if isnan(percentage) else f"{percentage:.1f}" for percentage in percentages]
         table.add_row(name, *cells, f"[{VERDICT_COLOURS[verdict]}]{verdict}")
     return table
 
 
 def draw(results: dict[str, Result], path: Path) -> None:
-    """Bars of the accuracies, a group a net, as a picture."""
+    """Draw the accuracies as bars, a group per model."""
     figure, axes = accuracy_axes(_title(results))
     figure.set_size_inches(8, 4.2)
-    axes.set(ylim=(0, 105), axisbelow=True)  # room for what stands above a bar
+    axes.set(ylim=(0, 105), axisbelow=True)  # room for the label above a bar
     axes.grid(visible=False, axis="x")
-    colours = [CLEAN["color"], *(colour for colour, _ in POINTS[: len(COLUMNS) - 2]), WORST_CASE["color"]]
+    colors = [CLEAN["color"], *(color for color, _ in POINTS[: len(COLUMNS) - 2]), WORST_CASE["color"]]
     width = 0.8 / len(COLUMNS)
-    for i, (column, colour) in enumerate(zip(COLUMNS.values(), colours, strict=True)):
-        heights = [_figures(result)[i] for result in results.values()]
+    for i, (column, color) in enumerate(zip(COLUMNS.values(), colors, strict=True)):
+        heights = [_accuracies(result)[i] for result in results.values()]
         places = [group + (i - (len(COLUMNS) - 1) / 2) * width for group in range(len(results))]
-        bars = axes.bar(places, heights, width, color=colour, label=column)
+        bars = axes.bar(places, heights, width, color=color, label=column)
         axes.bar_label(bars, ["" if isnan(height) else f"{height:.0f}" for height in heights], fontsize=8)
         for place in (place for place, height in zip(places, heights, strict=True) if isnan(height)):
             axes.text(place, 1, "not run", fontsize=8, rotation=90, ha="center", va="bottom")
@@ -134,6 +127,5 @@ def draw(results: dict[str, Result], path: Path) -> None:
 
 
 def _title(results: dict[str, Result]) -> str:
-    """What all results have in common."""
     first = next(iter(results.values()))
     return f"{first.dataset_title}, {first.norm}, eps {first.eps}, {first.n_examples} test images"

@@ -1,32 +1,32 @@
-"""What goes wrong on the user's side, said in one line: the flag or file, the value, what is allowed, the fix."""
+"""Errors that the user can fix, each one line, and the class of our warnings."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """Input that cannot be used; the message is one line, and the command line prints it and exits with 2."""
+    """Input that cannot be used. The command line prints the message, which is one line, and exits with 2."""
 
 
 class DReLUWarning(UserWarning):
-    """Every warning of this package, so that users and tests can filter ours and nobody else's."""
+    """Category of all warnings of this package, so that users can filter them."""
 
 
 def unknown(what: str, value: str, allowed: Iterable[str]) -> InputError:
-    """The error for a name that is not in a table, with the nearest names that are.
+    """Return the error for a name that is not allowed, with the nearest allowed names.
 
     Args:
-        what: The flag or field, e.g. ``--dataset``.
-        value: What was given.
-        allowed: Every name that would have worked.
+        what: Flag or field, such as ``--dataset``.
+        value: The name.
+        allowed: All allowed names.
     """
     allowed = sorted(allowed)
-    names = {name.lstrip("-"): name for name in allowed}  # any two flags are alike in their dashes
+    names = {name.lstrip("-"): name for name in allowed}  # the dashes would make any two flags similar
     near = [names[name] for name in get_close_matches(value.lstrip("-"), names, n=3)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(allowed[:20])}"
     return InputError(f"{what} {value!r} is unknown; {hint}")
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, for the middle of a one-line message: at most 300 characters, its type if it is mute."""
+    """Return the message of an exception as one line of at most 300 characters; its type if it has no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__

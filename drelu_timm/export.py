@@ -1,133 +1,147 @@
-"""`drelu-timm export`: an evaluated run becomes one folder that RobustBench, timm and the Hugging Face Hub take.
+"""`drelu-timm export`: turn an evaluated run into one folder for RobustBench, timm and the Hugging Face Hub.
 
     drelu-timm export runs/x --key Author2026Title_ResNet-18 --paper paper.toml
     drelu-timm export runs/x --key Author2026Title_ResNet-18 --paper paper.toml --push ORG/NAME
 
-    CHECKS.md                                     what was verified of all this, how, and with what result
-    register.py                                   lets timm and RobustBench load the model as <key>_<dataset>_<threat>
-    hub/                                          the timm / Hugging Face folder with the model card: --push uploads it
+    CHECKS.md                                     what was checked, how, and the results
+    register.py                                   lets timm and RobustBench load the model as <key>_<dataset>_<norm>
+    hub/                                          timm / Hugging Face folder with the model card; --push uploads it
     weights/                                      <key>.safetensors, <key>.pt (RobustBench's state dict), SHA256SUMS
-    model_info/<dataset>/<threat>/<key>.json      RobustBench's entry
-    model_cards/<dataset>/<threat>/<key>.*        the card as this project keeps it, with what it is made from
-    scripts/<dataset>/<threat>/<key>.toml         the recipe that makes all of it again, for train --config
+    model_info/<dataset>/<norm>/<key>.json        RobustBench's entry
+    model_cards/<dataset>/<norm>/<key>.*          card for this repository, and the data that it is made from
+    scripts/<dataset>/<norm>/<key>.toml           recipe, for train --config
     submission/                                   RobustBench's issue forms, AutoAttack's log, adversarial images
 
-The folder appears only after the model was loaded from it and predicted what the evaluation had written down.
+The folder gets its name only after the model was loaded from it and predicted the same as in the evaluation.
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from hashlib import sha256
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from .attacks.threat_model import ThreatModel
-from .data.images import Images
+from .data.images import Images, to_float
 from .data.readers import load_images
-from .errors import InputError
-from .files import read_json, read_toml, write_text
+from .doctor import robustbench_clashes
+from .errors import InputError, one_line
+from .files import (
+    atomic_file,
+    atomic_folder,
+    held,
+    json_text,
+    read_json,
+    read_toml,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from .flags import ExportConfig
-from .publishing.cards import model_card
-from .publishing.entries import card_record, check_entry, model_info
-from .publishing.folder import whole_or_not_at_all, write_model, write_submission
-from .publishing.measured import AUTOATTACK, Measured, Paper
-from .publishing.records import choose_results, further_evaluations, measured_run, with_further
-from .publishing.submission import new_model
-from .publishing.verification import checks_page, read_evaluated, verify
+from .hashing import sha256_of
+from .models.weights import CONFIG, WEIGHTS
+from .publishing.card import AUTOATTACK, SHIPPED, Card, Paper
+from .publishing.card_markdown import model_card
+from .publishing.evaluations import choose_evaluation, further_evaluations, make_card, with_further
+from .publishing.leaderboard import (
+    autoattack_log,
+    card_record,
+    check_entry,
+    is_external,
+    model_info,
+    new_evaluation,
+    new_model,
+)
+from .publishing.recipes import recipe
+from .publishing.verification import EvaluatedImages, checks_page, read_evaluated, verify
+from .results.plotting import draw_curve
 from .results.result import Result
 from .robustbench import adapt
 from .runs import Run
 from .schema import field_types, load_table
-from .zoo.published import published_sha256
-from .zoo.robust_models import check_name_is_free, register_robust_model, robust_model_name
+from .zoo.robust_models import check_name_is_free, published_sha256, register_robust_model, robust_model_name
+
+README = "README.md"
 
 
 def main(config: ExportConfig) -> None:
-    """Export a run, upload it if asked to, and print where the files are."""
+    """Export a run, upload it with --push, and print where the files are."""
     if config.push is not None:
-        _check_repository(config.push)
+        from .zoo.hub import check_name
+
+        check_name(config.push, f"--push {config.push!r}")
     output_dir = _output_dir(config)
     if config.push is None or not output_dir.exists():
         export(config)
-        _say(output_dir)
+        print(f"wrote {output_dir}; read {output_dir / 'CHECKS.md'} first")
+        print(f"  card                {output_dir / 'hub' / README}")
+        for what, pattern in {"entry": "model_info/*/*/*.json", "form": "submission/*.md"}.items():
+            for path in sorted(output_dir.glob(pattern)):
+                print(f"  {f'RobustBench {what}':19} {path}")
     if config.push is None:
         print(f"next: the same command with --push ORG/NAME uploads {output_dir / 'hub'}")
     else:
         print(push_exported(config, config.push))
 
 
-def _say(output_dir: Path) -> None:
-    (entry,) = output_dir.glob("model_info/*/*/*.json")
-    forms = ", ".join(map(str, sorted((output_dir / "submission").glob("*.md"))))
-    print(f"wrote {output_dir}; read {output_dir / 'CHECKS.md'} first")
-    print(f"  card                 {output_dir / 'hub' / 'README.md'}")
-    print(f"  RobustBench's entry  {entry}")
-    print(f"  RobustBench's forms  {forms}")
-
-
 def push_exported(config: ExportConfig, repo: str) -> str:
-    """Upload the hub/ of an exported folder, its card and RobustBench's form now naming the repository.
+    """Upload the hub/ of an exported folder, and name the repository in its card and in RobustBench's form.
+
+    No file of the folder is trusted: the texts and the picture are made again from the run, and the weights are sent as
+    the bytes whose sha256 was checked.
 
     Returns:
-        What was done, or would be done with a token.
+        Text on what was uploaded, or would be with a token.
 
     Raises:
-        InputError: A folder that is not what `export` would make of the run now, what `export` raises, or what
-            `zoo.hub.push` does.
+        InputError: The folder is not what `export` would now write, or as `export` and `zoo.hub.push` raise.
     """
     from .zoo.hub import push
 
     output_dir = _output_dir(config)
     records = [*output_dir.glob("model_cards/*/*/*.json")]
     if len(records) != 1:
-        raise InputError(f"--output-dir {output_dir} is no exported folder; give another one or remove it")
-    measured = _subject(config, *_entry(config)).measured
-    exported, now = read_json(records[0]), json.loads(json.dumps(card_record(measured)))
+        raise InputError(f"--output-dir {output_dir} is not an exported folder. Pass another one or remove it.")
+    card, *_ = _read(config, *_entry(config))
+    exported, now = read_json(records[0]), json.loads(json.dumps(card_record(card)))
     if differing := _differing(exported, now):
         raise InputError(
-            f"--output-dir {output_dir} holds another export than this command makes now (other: "
-            f"{', '.join(differing)}); remove it first"
+            f"--output-dir {output_dir} contains a different export than this command writes now (differs in: "
+            f"{', '.join(differing)}). Remove it first."
         )
-    card = output_dir / "hub" / "README.md"
-    before = card.read_text()
-    write_text(card, model_card(measured, source=f"hf-hub:{repo}"))
-    there = False
-    try:
-        pushed = push(output_dir / "hub", repo)
-        there = pushed.commit is not None
-    finally:
-        if not there:  # what is not there must not be named
-            write_text(card, before)
-    if there:
-        write_text(output_dir / "submission" / "new-model.md", new_model(measured, repo))
-    return str(pushed)
-
-
-def _check_repository(repo: str) -> None:
-    from .zoo.hub import check_name
-
-    check_name(repo, f"--push {repo!r}")
-
-
-def _output_dir(config: ExportConfig) -> Path:
-    return config.output_dir or config.run / "export" / config.key
+    hub = output_dir / "hub"
+    files = _hub_files(card, hub / WEIGHTS, source=f"hf-hub:{repo}")
+    _check_unchanged(hub, files)
+    commit = push(files, repo)
+    if commit is None:
+        listed = "\n".join(f"  {name}, {len(content):,} bytes" for name, content in files.items())
+        return (
+            f"Dry run without a token: {len(files)} files would be uploaded to {repo} in one commit\n{listed}\n"
+            "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and push again."
+        )
+    write_text(hub / README, files[README].decode())
+    write_text(output_dir / "submission" / "new-model.md", new_model(card, repo))
+    return f"uploaded {len(files)} files to {repo} in the commit {commit}"
 
 
 def _differing(exported: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The fields of two card records that differ, those of what was measured by name."""
-    fields_ = [name for name in {**exported, **now} if name != "measured" and exported.get(name) != now.get(name)]
+    """Return the fields in which two card records differ; those under "measured" by their own names."""
+    names = [name for name in {**exported, **now} if name != "measured" and exported.get(name) != now.get(name)]
     before, after = exported.get("measured", {}), now["measured"]
-    return fields_ + [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return names + [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is to be exported: all that was measured of it, the evaluations that it comes from, and the test images."""
-
-    measured: Measured
-    chosen: Result
-    further: list[Result]
-    test: Images
+def _check_unchanged(hub: Path, files: dict[str, bytes]) -> None:
+    """Check that the folder has no links, no other files, and no changed files but the card, which is replaced."""
+    for path in [hub, *sorted(hub.iterdir())]:
+        if path.is_symlink() or (path != hub and path.name not in files):
+            raise InputError(f"--push: {path} was not written by export. Remove it.")
+        if path.name not in (hub.name, README) and path.read_bytes() != files[path.name]:
+            raise InputError(f"--push: {path} was changed after the export. Export again.")
 
 
 def export(config: ExportConfig) -> Path:
@@ -137,93 +151,170 @@ def export(config: ExportConfig) -> Path:
         The folder.
 
     Raises:
-        InputError: No evaluated run, results of other weights, masked gradients without ``as_masked``, missing
-            metadata, a key or an output folder that is taken, or a folder that does not predict what the evaluation
-            did. Nothing is left behind.
+        InputError: The run is not evaluated, results are of other weights, gradients are masked without ``as_masked``,
+            metadata are missing, the key or the output folder is taken, or the exported model predicts differently
+            from the evaluation. Nothing is left behind.
     """
     output_dir = _output_dir(config)
     if output_dir.exists():
-        raise InputError(f"--output-dir {output_dir} exists already; give another one or remove it")
+        raise InputError(f"--output-dir {output_dir} exists already. Pass another one or remove it.")
     run, dataset, threat_model = _entry(config)
     robustbench = _robustbench_or_reason()
     _check_key_is_free(config.key, dataset, threat_model.norm, run, robustbench)
-    subject = _subject(config, run, dataset, threat_model)
-    measured = subject.measured
-    check_entry(model_info(measured))
-    evaluated = read_evaluated(subject.chosen, subject.further, subject.test)
-    with whole_or_not_at_all(output_dir) as folder:
-        write_model(folder, measured, run)
-        write_submission(folder, measured, subject.test, evaluated)
-        checks = verify(folder, measured, evaluated, robustbench, config.benchmark_examples)
-        write_text(folder / "CHECKS.md", checks_page(measured, checks))
-    register_robust_model(
-        config.key,
-        measured.dataset,
-        measured.norm,
-        output_dir / "hub",
-        sha256=measured.weights.sha256,
-        config_sha256=measured.config_sha256,
-    )
+    card, evaluations, test = _read(config, run, dataset, threat_model)
+    check_entry(model_info(card))
+    evaluated = read_evaluated(evaluations[0], evaluations[1:], test)
+    with held(output_dir.with_name(f".{output_dir.name}.lock"), f"--output-dir {output_dir}"):
+        remove_leftovers(output_dir.parent, output_dir.name)
+        with atomic_folder(output_dir) as folder:
+            _write_model(folder, card, run)
+            _write_submission(folder / "submission", card, test, evaluated)
+            checks = verify(folder, card, evaluated, robustbench, config.benchmark_examples)
+            write_text(folder / "CHECKS.md", checks_page(card, checks))
+    digests = {"sha256": card.weights.sha256, "config_sha256": card.config_sha256}
+    register_robust_model(config.key, card.dataset, card.norm, output_dir / "hub", **digests)
     return output_dir
 
 
+def _output_dir(config: ExportConfig) -> Path:
+    return config.output_dir or config.run / "export" / config.key
+
+
 def _entry(config: ExportConfig) -> tuple[Run, str, ThreatModel]:
-    """The run, and where its entry belongs: RobustBench's name of the dataset, and the threat model."""
+    """Return the run, RobustBench's name of its dataset, and the threat model of the entry."""
     run = Run.open(config.run)
     train = run.config["train"]
     threat_model = ThreatModel.parse(config.norm or train["norm"], config.eps or train["eps"])
-    return run, _dataset(config, train["dataset"]), threat_model
+    trained_on = train["dataset"]
+    if config.dataset not in (None, trained_on) and (trained_on, config.dataset) != ("folder", "imagenet"):
+        raise InputError(
+            f"--dataset {config.dataset} is not what the run was trained on ({trained_on}). Only a run on a folder may "
+            "be exported as imagenet."
+        )
+    return run, config.dataset or trained_on, threat_model
 
 
-def _subject(config: ExportConfig, run: Run, dataset: str, threat_model: ThreatModel) -> _Subject:
-    """Gather what is to be exported, and check that it may be."""
-    chosen = choose_results(run, threat_model, config.results)
+def _read(config: ExportConfig, run: Run, dataset: str, threat_model: ThreatModel) -> tuple[Card, list[Result], Images]:
+    """Return the card, the evaluations that it is made from, the chosen one first, and the test images."""
+    chosen = choose_evaluation(run, threat_model, config.results)
     further = further_evaluations(run, chosen)
     results = with_further(chosen, further)
     _check_exportable(config, results)
     paper = _paper(config, chosen)
-    test = _test_images(run, config.data_dir)
-    measured = measured_run(
-        run, chosen, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test)
-    )
-    measured = replace(measured, results=replace(measured.results, dataset=dataset))
-    return _Subject(measured, chosen, further, test)
+    train = run.config["train"]
+    size = {"img_size": run.config["img_size"], "in_chans": run.config["in_chans"]}
+    test = load_images(train["dataset"], config.data_dir or train["data_dir"], "test", **size)
+    card = make_card(run, chosen, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test))
+    return replace(card, results=replace(card.results, dataset=dataset)), [chosen, *further], test
 
 
-# What may be exported
+# What is written
 
 
-def _dataset(config: ExportConfig, trained_on: str) -> str:
-    """As RobustBench calls what a run was trained on."""
-    if config.dataset not in (None, trained_on) and (trained_on, config.dataset) != ("folder", "imagenet"):
-        raise InputError(
-            f"--dataset {config.dataset}: the run was trained on {trained_on}; only a folder may stand for imagenet"
-        )
-    return config.dataset or trained_on
+def _hub_files(card: Card, weights: Path, *, source: str) -> dict[str, bytes]:
+    """Return the files of hub/, with the card for a source as of `model_card`.
+
+    Raises:
+        InputError: The weights cannot be read, or are not those that were evaluated.
+    """
+    try:
+        content = weights.read_bytes()
+    except OSError as error:
+        raise InputError(f"{weights} cannot be read ({one_line(error)}). Export again.") from error
+    if (found := sha256(content).hexdigest()) != card.weights.sha256:
+        raise InputError(f"{weights} does not contain the evaluated weights (sha256 {found}). Export again.")
+    files = {README: model_card(card, source=source).encode(), CONFIG: json_text(card.timm).encode(), WEIGHTS: content}
+    if card.curve is not None:
+        images = f"{card.results.dataset_title}, {card.norm}, first {card.curve.n_examples:,} test images"
+        with TemporaryDirectory() as folder:
+            picture = Path(folder, f"{card.key}.png")
+            draw_curve(card.curve.points, picture, title=f"{card.key}\n{images}")
+            files[picture.name] = picture.read_bytes()
+    return files
+
+
+def _write_model(folder: Path, card: Card, run: Run) -> None:
+    """Write everything but submission/ and CHECKS.md."""
+    hub = _hub_files(card, run.model_folder / WEIGHTS, source=".")
+    place, weights = folder / "model_cards" / card.place.parent, folder / "weights"
+    copies = {place / name: content for name, content in hub.items() if name.endswith(".png")}
+    if card.weights.bytes <= SHIPPED:
+        copies[place / f"{card.key}.safetensors"] = hub[WEIGHTS]
+    copies[weights / f"{card.key}.safetensors"] = hub[WEIGHTS]
+    for path, content in ({folder / "hub" / name: content for name, content in hub.items()} | copies).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    _save_tensors(run.load_model().state_dict(), weights / f"{card.key}.pt")
+    names = [f"{card.key}.safetensors", f"{card.key}.pt", f"../hub/{CONFIG}"]
+    write_text(weights / "SHA256SUMS", "".join(f"{sha256_of(weights / name)}  {name}\n" for name in names))
+    write_json(folder / "model_info" / f"{card.place}.json", model_info(card))
+    write_json(place / f"{card.key}.json", card_record(card))
+    write_text(place / f"{card.key}.md", model_card(card))
+    write_text(folder / card.recipe, recipe(card))
+    write_text(folder / "register.py", _registration(card))
+
+
+def _registration(card: Card) -> str:
+    """Return register.py, which lets timm and RobustBench load the model from the folder of the file."""
+    return f'''\
+"""Registers {card.name} with timm, and so with RobustBench.
+
+SOURCE may also be "hf-hub:ORG/NAME" or the https:// address of hub/.
+"""
+
+from pathlib import Path
+
+from drelu_timm import register_robust_model
+
+SHA256 = "{card.weights.sha256}"
+CONFIG_SHA256 = "{card.config_sha256}"
+SOURCE = Path(__file__).parent / "hub"
+register_robust_model("{card.key}", "{card.dataset}", "{card.norm}", SOURCE, sha256=SHA256, config_sha256=CONFIG_SHA256)
+'''
+
+
+def _write_submission(folder: Path, card: Card, test: Images, evaluated: EvaluatedImages) -> None:
+    """Write what is submitted to RobustBench by hand."""
+    write_text(folder / "new-model.md", new_model(card, None))
+    write_text(folder / "autoattack.log", autoattack_log(card.results))
+    if is_external(card):
+        file = f"{card.key}_adversarial.pt"
+        write_text(folder / "new-external-evaluation.md", new_evaluation(card, file, evaluated.without_image))
+        images = to_float(test.images)
+        images[evaluated.broken] = evaluated.adversarial
+        _save_tensors(images, folder / file)
+
+
+def _save_tensors(tensors: Any, path: Path) -> None:
+    with atomic_file(path) as temporary:
+        torch.save(tensors, temporary)
+
+
+# What is checked first
 
 
 def _check_exportable(config: ExportConfig, results: Result) -> None:
-    """Raise what RobustBench's rules, or the flags, do not allow."""
+    """Check flags, and the verdict, which RobustBench's rules ask for."""
     if config.benchmark_examples < 0:
-        raise InputError(f"--benchmark-examples {config.benchmark_examples} must be 0 or more")
+        raise InputError(f"--benchmark-examples {config.benchmark_examples} is negative. Use 0 or more.")
     if config.n_examples is not None and results.n_examples < config.n_examples:
         raise InputError(
-            f"--n-examples {config.n_examples}: the evaluation has {results.n_examples}; evaluate anew, with "
-            f"--n-examples {config.n_examples}"
+            f"--n-examples {config.n_examples} is more than the evaluation has ({results.n_examples}). Evaluate again "
+            f"with --n-examples {config.n_examples}."
         )
     point = results.point
     masked = point.verdict.verdict == "masked"
     if masked and not config.as_masked:
         raise InputError(
-            "the verdict on gradient masking is masked, so AutoAttack's number does not hold; --as-masked exports the "
-            f"model as unreliable, with its worst case of {100 * point.worst:.2f} %"
+            "The gradients are masked, so AutoAttack's accuracy is an overestimate. --as-masked exports the model as "
+            f"unreliable, with its worst case of {100 * point.worst:.2f} %."
         )
     if config.as_masked and not masked:
-        raise InputError(f"--as-masked: the verdict is {point.verdict}; leave the flag out")
+        raise InputError(f"--as-masked does not match the verdict ({point.verdict}). Leave it out.")
 
 
 def _paper(config: ExportConfig, results: Result) -> Paper:
-    """The metadata of the paper, from the flags and the TOML file; whatever is missing for an entry is said at once."""
+    """Return the paper, from the flags and the TOML file; an error names everything that the entry lacks."""
     given = _read_paper(config.paper) if config.paper is not None else {}
     names = [field.name for field in fields(Paper)]
     given |= {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -231,9 +322,7 @@ def _paper(config: ExportConfig, results: Result) -> Paper:
     if AUTOATTACK not in results.point.accuracy:
         missing.append(f"AutoAttack's accuracy (drelu-timm evaluate {quote(str(config.run))} --suite standard)")
     if missing:
-        raise InputError(
-            f"RobustBench's entry lacks {', '.join(missing)}; --paper FILE.toml may hold title, authors, link and venue"
-        )
+        raise InputError(f"RobustBench's entry lacks {', '.join(missing)}. --paper FILE.toml may contain all four.")
     return Paper(**given)
 
 
@@ -241,28 +330,20 @@ def _read_paper(path: Path) -> dict[str, str]:
     return load_table(field_types(Paper), read_toml(path, "--paper"), f"--paper {path}:")
 
 
-def _test_images(run: Run, data_dir: Path | None) -> Images:
-    train = run.config["train"]
-    size = {"img_size": run.config["img_size"], "in_chans": run.config["in_chans"]}
-    return load_images(train["dataset"], data_dir or train["data_dir"], "test", **size)
-
-
-# What is checked
-
-
 def _robustbench_or_reason() -> Any:
-    """RobustBench, or a sentence on why it cannot be used."""
+    """Return RobustBench, or a sentence on why it cannot be used, without the paths of this machine."""
     try:
         return adapt()
-    except InputError as error:
-        return str(error).partition("; mend it with")[0]  # a command for this machine only
+    except InputError:
+        clash = next(robustbench_clashes(), None)
+        return "robustbench cannot be imported" if clash is None else clash.what
 
 
 def _check_key_is_free(key: str, dataset: str, norm: str, run: Run, robustbench: Any) -> None:
-    """Raise what is no key, or is one that this package has for other weights, or timm or RobustBench in any case."""
+    """Check that the key is valid, and that neither this package, timm nor RobustBench has it for another model."""
     name = robust_model_name(key, dataset, norm)
     if published_sha256(name) not in (None, run.model_digest):  # the same weights may be exported again
-        raise InputError(f"--key {key!r}: drelu_timm publishes other weights as {name}; choose another key")
+        raise InputError(f"--key {key!r}: drelu_timm publishes other weights as {name}. Choose another key.")
     check_name_is_free(name)
     if isinstance(robustbench, str):
         return
@@ -270,4 +351,4 @@ def _check_key_is_free(key: str, dataset: str, norm: str, run: Run, robustbench:
     zoo = robustbench.model_zoo.model_dicts.get(enums.BenchmarkDataset(dataset), {})
     for other in zoo.get(enums.ThreatModel(norm), {}):
         if name == robust_model_name(other, dataset, norm):
-            raise InputError(f"--key {key!r}: RobustBench has a model {other!r} already; choose another key")
+            raise InputError(f"--key {key!r} is RobustBench's model {other!r} already. Choose another key.")

@@ -22,14 +22,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: A file that is cut short or holds no JSON object.
+        InputError: The file is missing, is cut short, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); restore it or make it anew") from error
+        raise InputError(
+            f"{path} cannot be read as JSON ({one_line(error)}). Restore it or create it again."
+        ) from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; restore it or make it anew")
+        raise InputError(f"{path} is not a JSON object. Restore it or create it again.")
     return content
 
 
@@ -38,10 +40,10 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
     Args:
         path: The file.
-        what: The flag or argument that names it, for the error.
+        what: Flag or argument whose value is the path, for the error.
 
     Raises:
-        InputError: A file that is missing or not TOML.
+        InputError: The file is missing or is not TOML.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -51,21 +53,21 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{what} {path} cannot be read as TOML ({one_line(error)}); fix it there") from error
+        raise InputError(f"{what} {path} cannot be read as TOML ({one_line(error)}). Correct it.") from error
 
 
 def locked(path: Path, *, wait: bool = False) -> BinaryIO:
-    """A file to add to, locked until it is closed here and by every process that was started with it.
+    """Open a file for appending and lock it until it is closed here and in every process that inherits it.
 
     Args:
-        path: Stays where it is afterwards: who deletes it could delete what another has just locked.
-        wait: For whoever has locked it.
+        path: The file. It is never deleted, because another process may just have locked it.
+        wait: Whether to wait until the lock is free.
 
     Raises:
-        BlockingIOError: It is locked already.
+        BlockingIOError: Another process has locked it, and ``wait`` is False.
         OSError: It cannot be written, or its disk has no locks.
     """
-    import fcntl  # which Windows lacks, where importing the package has to work
+    import fcntl  # missing on Windows, where importing the package has to work
 
     file = path.open("ab")
     try:

@@ -1,7 +1,7 @@
-"""Flags of every verb, and how a command line becomes the config that the verb's ``main`` takes.
+"""Configs of the verbs: one frozen dataclass each, with one field per flag.
 
-Nothing here imports torch or timm, so that a help or a mistyped flag is answered at once. The flags of train and
-evaluate are in `training.config` and `evaluation.config`, as these packages work with them.
+This module imports neither torch nor timm, so that help and errors in flags appear at once. The configs of train and
+evaluate are in `training.config` and `evaluation.config`.
 """
 
 from collections.abc import Sequence
@@ -19,53 +19,53 @@ from .training.trainings import read_trainings
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Train, attack and export three nets on scikit-learn's digits, in under two minutes on two cores."""
+    """Train, attack and export three models on scikit-learn's digits, in under two minutes on two cores."""
 
     output_dir: Path = Path("runs/demo")
-    """Folder for the runs, the picture and the exported model; a demo that was stopped goes on where it was."""
+    """Folder for the runs, the figure and the exported model. A demo that was stopped resumes."""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Turn an evaluated run into RobustBench's entry, a timm / Hugging Face folder, a model card and a recipe."""
+    """Write an evaluated run as a RobustBench entry, a timm / Hugging Face folder, a model card and a recipe."""
 
     run: tyro.conf.Positional[Path]
-    """Run directory, evaluated by a suite that holds AutoAttack (--suite standard)."""
+    """Run directory that was evaluated with AutoAttack (--suite standard)."""
     key: str
-    """RobustBench's name of the model: authors, year, first word of the title, and what tells its models apart."""
+    """RobustBench's name of the model: authors, year, first word of the title, and a suffix for each of its models."""
     dataset: str | None = None
     """RobustBench's name of the dataset, for a run on a folder of its images: imagenet."""
     norm: str | None = None
-    """Norm of the entry, Linf or L2; by default the training's."""
+    """Norm of the entry, Linf or L2; by default that of the training."""
     eps: str | None = None
-    """Radius of the entry, such as 8/255; by default the training's."""
+    """Radius of the entry, such as 8/255; by default that of the training."""
     results: str | None = None
-    """Name of the evaluation; by default the one with AutoAttack, then most examples and attacks, at that norm, eps."""
+    """Name of the evaluation; by default, of those at that norm and eps, one with AutoAttack and the most examples."""
     n_examples: int | None = None
     """Refuse an evaluation of fewer test images than this."""
     seeds: tuple[Path, ...] = ()
-    """Runs that differ by their seed only, evaluated likewise; the card tells the spread."""
+    """Runs that differ only in their seed, with the same evaluation; the card shows mean and standard deviation."""
     output_dir: Path | None = None
-    """Folder to write, which must not be there yet; by default RUN/export/KEY."""
+    """Folder to write, which must not exist; by default RUN/export/KEY."""
     data_dir: Path | None = None
-    """Where the dataset lies; by default where training found it."""
+    """Folder of the dataset; by default the one that the training used."""
     benchmark_examples: int = 32
     """Test images on which RobustBench's own benchmark is run for comparison; 0 for none."""
     as_masked: bool = False
-    """Export a model whose gradients are masked: as unreliable, ranked by its worst case."""
+    """Export a model whose gradients are masked: marked as unreliable, and ranked by its worst case."""
     push: str | None = None
-    """Upload hub/ to this repository of the Hugging Face Hub, ORG/NAME; without a token only say what would be."""
+    """Upload hub/ to this repository of the Hugging Face Hub, ORG/NAME; without a token, only list the files."""
 
     paper: Path | None = None
-    """TOML file with title, authors, link and venue, in the place of the four flags below; flags win."""
+    """TOML file with title, authors, link and venue. The four flags below take precedence."""
     title: str | None = None
     """Title of the paper about the model."""
     authors: str | None = None
-    """Its authors, separated by commas."""
+    """Authors of the paper, separated by commas."""
     link: str | None = None
-    """Where to read it."""
+    """Link to the paper."""
     venue: str | None = None
-    """Where it was published, such as "ICLR 2026", "arXiv, Mar 2026" or "N/A"."""
+    """Venue of the paper, such as "ICLR 2026", "arXiv, Mar 2026" or "N/A"."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class SweepConfig:
     data_dir: Path = Path("data")
     """Folder of the datasets; MNIST and CIFAR are downloaded to it."""
     generated: tuple[Path, ...] = ()
-    """Generated images, for grids that use some: .npz files, as for train."""
+    """Generated images, for grids that use them: .npz files, as for train."""
     jobs: int | None = None
     """Number of cells that run at once on this machine; by default 1."""
     dry_run: bool = False
@@ -101,14 +101,14 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Tables with worst case and masking verdict, statistics and figures of evaluated runs, from result files only."""
+    """Write tables with worst case and masking verdict, statistics and figures of evaluated runs, from result files."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, or folders that hold them at any depth. Runs that differ in their seed only are averaged."""
+    """Run directories, or folders that contain them at any depth. Runs that differ only in their seed are averaged."""
     output_dir: Path | None = None
-    """Where the report goes; by default report/ in the first of RUNS. An earlier report there is replaced."""
+    """Folder of the report; by default report/ in the first of RUNS. An earlier report there is replaced."""
     against_paper: bool = False
-    """Set every number beside the one that the D-ReLU paper prints, with the difference."""
+    """Show next to every number the one that the D-ReLU paper prints, with the difference."""
 
 
 CONFIGS: dict[str, type] = {

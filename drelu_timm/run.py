@@ -1,9 +1,9 @@
-"""A script in which timm knows this package's models: ``python -m drelu_timm.run SCRIPT [ARGUMENTS]``.
+"""Run a Python script in which timm knows this package's models: ``python -m drelu_timm.run SCRIPT [ARGUMENTS]``.
 
     python -m drelu_timm.run validate.py --model resnet50_drelu --checkpoint model.safetensors --data-dir DIR
     python -m drelu_timm.run onnx_export.py resnet50_drelu.onnx --model resnet50_drelu
 
-timm's ``train.py`` needs no more than ``--device-modules drelu_timm``. Its other scripts cannot import a module.
+timm's ``train.py`` needs only ``--device-modules drelu_timm``; its other scripts have no option that imports a module.
 """
 
 import runpy
@@ -15,10 +15,10 @@ from .errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a script as ``python SCRIPT ARGUMENTS`` does; the models are registered when it imports timm.
+    """Run a script as ``python SCRIPT ARGUMENTS`` does. The models are registered when the script imports timm.
 
     Raises:
-        InputError: No script is named, or it is not a file; and what the models raise in it.
+        InputError: There is no script in ``argv``, or it is not a file, or the models raise it in the script.
     """
     if not argv:
         raise InputError("SCRIPT is needed. Give a Python file and its arguments: validate.py --model resnet50_drelu.")
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     if not script.is_file():
         raise InputError(f"SCRIPT {script} is not a file. Give the path of a Python file.")
     sys.argv = [*argv]
-    sys.path[0] = str(script.resolve().parent)  # where the script looks for modules beside it
+    sys.path[0] = str(script.resolve().parent)  # where Python looks for modules that the script imports
     runpy.run_path(str(script), run_name="__main__")
 
 

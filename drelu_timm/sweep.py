@@ -13,12 +13,11 @@ completes a sweep that was stopped, however it was stopped.
 import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from .errors import InputError, one_line, unknown
-from .files import locked
+from .errors import InputError, unknown
+from .files import held, locked
 from .flags import SweepConfig
 from .launch import Launch
 from .sweeps.cell import Cell
@@ -61,7 +60,7 @@ def sweep(config: SweepConfig) -> int:
         if not config.generated and any(cell.train.generated for cell in cells):
             print(f"--generated has to name the generated images, here {_PLACEHOLDER}, before the sweep can run")
         return 0
-    with _lock(output_dir):
+    with held(output_dir / ".lock", f"--output-dir {output_dir}"):
         queued = _refuse_running(cells, output_dir, config.cluster)
         cells.sort(key=lambda cell: cell.name not in queued)  # queued jobs may be the reason why others are refused
         failed = Scheduler(grid.name, cells, _executor(output_dir, config), launch).run()
@@ -92,20 +91,6 @@ def _check(config: SweepConfig) -> None:
 def _minutes(config: SweepConfig) -> int:
     """Return the time limit of a job."""
     return round(60 * (_HOURS if config.hours is None else config.hours))
-
-
-def _lock(output_dir: Path) -> BinaryIO:
-    """Lock the folder for one sweep; the processes that it starts do not inherit the lock."""
-    path = output_dir / ".lock"
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        return locked(path)
-    except BlockingIOError as error:
-        raise InputError(
-            f"--output-dir {output_dir} is in use by another sweep. Wait, or end it (fuser {path} lists its process)."
-        ) from error
-    except OSError as error:
-        raise InputError(f"--output-dir {output_dir} cannot be written to ({one_line(error)}). Use another.") from error
 
 
 def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> Collection[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import mean
 
 from drelu_timm.files import read_json
-from drelu_timm.publishing.measured import Measured, from_record, percent, spread
+from drelu_timm.publishing.card import Card, percent, read_card, spread
 from drelu_timm.publishing.recipes import OBJECTIVES
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -14,9 +14,9 @@ RULE = "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |"
 
 def table() -> str:
     """Markdown; a heading for every board, a row a card, by the mean of their worst cases."""
-    boards: dict[str, list[Measured]] = {}
+    boards: dict[str, list[Card]] = {}
     for path in sorted(CARDS.glob("*/*/*.json")):
-        measured = from_record(read_json(path), path)
+        measured = read_card(read_json(path), path)
         boards.setdefault(f"{measured.results.dataset_title}, {measured.threat_model}", []).append(measured)
     return "\n\n".join(
         "\n".join([f"{board}:", "", HEAD, RULE, *map(_row, sorted(cards, key=lambda card: -mean(_worst(card))))])
@@ -24,7 +24,7 @@ def table() -> str:
     )
 
 
-def _row(card: Measured) -> str:
+def _row(card: Card) -> str:
     train, point = card.config["train"], card.point
     activation = train["activation"] or ("drelu" if train["model"].endswith("_drelu") else "as it is")
     where = " everywhere" if train["placement"] == "all" else ""
@@ -41,11 +41,11 @@ def _row(card: Measured) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _worst(card: Measured) -> list[float]:
+def _worst(card: Card) -> list[float]:
     return [seed.worst for seed in card.seeds] or [card.point.worst]
 
 
-def _spread(card: Measured) -> str:
+def _spread(card: Card) -> str:
     """The mean with its standard deviation (n - 1), and of how many."""
     worst = _worst(card)
     return f"{spread(worst, digits=1)} (n = {len(worst)})" if len(worst) > 1 else "-"

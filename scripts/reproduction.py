@@ -27,7 +27,7 @@ from scipy.stats import f, ttest_ind
 from drelu_timm.errors import InputError
 from drelu_timm.files import read_json, write_json, write_text
 from drelu_timm.flags import ReportConfig
-from drelu_timm.publishing.records import without_paths
+from drelu_timm.publishing.evaluations import without_paths
 from drelu_timm.report import report
 from drelu_timm.reports.averages import Average, lines_of
 from drelu_timm.reports.outcomes import Outcome

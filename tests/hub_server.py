@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: as much of it as pushing a model and fetching it back needs."""
+"""Local stand-in for the Hugging Face Hub, with the requests that uploading and downloading a model need."""
 
 import base64
 import hashlib
@@ -14,13 +14,14 @@ import pytest
 
 
 class Hub:
-    """Its repositories.
+    """Repositories of the stand-in.
 
     Attributes:
-        url: Where it listens.
-        repos: For each repository its commits, a commit being all files of it; the first has those the Hub makes.
-        failures: Status to answer instead, by (method, verb), e.g. {("POST", "commit"): 403}.
-        before: What to do first when a request comes, likewise.
+        url: Its address.
+        repos: The commits of each repository, each with all files; the first has those that the Hub adds.
+        failures: HTTP status to answer instead, by (method, verb), such as {("POST", "commit"): 403}.
+        redirects: Addresses to redirect to instead, likewise.
+        before: Functions to call before a request is answered, likewise.
         requests: Every (method, verb) so far.
     """
 
@@ -28,6 +29,7 @@ class Hub:
         self.url = url
         self.repos: dict[str, list[dict[str, bytes]]] = {}
         self.failures: dict[tuple[str, str], int] = {}
+        self.redirects: dict[tuple[str, str], str] = {}
         self.before: dict[tuple[str, str], Callable[[], None]] = {}
         self.requests: list[tuple[str, str]] = []
 
@@ -35,12 +37,12 @@ class Hub:
         self.repos[repo] = [{".gitattributes": b"*.safetensors filter=lfs\n", **files}]
 
     def files(self, repo: str) -> dict[str, bytes]:
-        """The newest ones, without the Hub's own."""
+        """Return the newest files, without those that the Hub adds."""
         return {name: content for name, content in self.repos[repo][-1].items() if name != ".gitattributes"}
 
 
 def sha(repo: str, index: int) -> str:
-    """A commit's name."""
+    """Return the name of a commit."""
     return hashlib.sha1(f"{repo} {index}".encode()).hexdigest()
 
 
@@ -83,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.before.get(request, lambda: None)()
         if request in self.hub.failures:
             self.reply(self.hub.failures[request], {"error": "as the test wants it"})
+        elif request in self.hub.redirects:
+            self.reply(302, Location=self.hub.redirects[request])
         elif verb not in ("create", "validate_yaml") and repo not in self.hub.repos:
             self.reply(404, X_Error_Code="RepoNotFound")
         else:
@@ -151,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub_server():
-    """Listens on a free port of this machine until the block ends."""
+    """Run the stand-in on a free local port until the block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub = Hub(f"http://127.0.0.1:{server.server_port}")
     server.RequestHandlerClass = type("Handler", (Handler,), {"hub": hub})
@@ -165,7 +169,7 @@ def hub_server():
 
 
 def connect(monkeypatch, url: str) -> None:
-    """Let huggingface_hub look for the Hub at an address, where nobody needs to listen."""
+    """Make huggingface_hub use an address for the Hub, which need not exist."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     # Versions before 1.0 have the template in their own module.
@@ -175,7 +179,7 @@ def connect(monkeypatch, url: str) -> None:
 
 @pytest.fixture(name="hub")
 def hub_fixture(monkeypatch, tmp_path):
-    """The stand-in in the real Hub's place, with a token, and caches of its own."""
+    """The stand-in instead of the real Hub, with a token and separate caches."""
     with hub_server() as running:
         constants = huggingface_hub.constants
         connect(monkeypatch, running.url)

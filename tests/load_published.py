@@ -1,4 +1,4 @@
-"""Creates every published model whose weights come with the installed package; no connection can be made."""
+"""Create every published model whose weights come with the installed package, with the network blocked."""
 
 import socket
 from pathlib import Path

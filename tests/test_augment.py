@@ -176,19 +176,19 @@ def test_rand_augment_leaves_the_global_generators_alone():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"cutout": -8}, "--cutout -8 is not possible; give the side in pixels, 0 for none"),
-        ({"cutmix": 1.5}, "--cutmix 1.5 is not possible; give a probability, 0 for none to 1"),
-        ({"cutmix": float("nan")}, "--cutmix nan is not possible"),
+        ({"cutout": -8}, "--cutout -8 is negative. Use the side in pixels, or 0 for none"),
+        ({"cutmix": 1.5}, "--cutmix 1.5 is not a probability. Use a number from 0"),
+        ({"cutmix": float("nan")}, "--cutmix nan is not a probability"),
         (
             {"rand_augment": "augmix"},
-            r"--rand-augment 'augmix' is no RandAugment of timm \(its form is .*\); give",
+            r"--rand-augment 'augmix' is not a RandAugment of timm \(the form is .*\). Example",
         ),
-        ({"rand_augment": "rand-x3"}, r"--rand-augment 'rand-x3' is no RandAugment of timm \(its form is .*\)"),
+        ({"rand_augment": "rand-x3"}, r"--rand-augment 'rand-x3' is not a RandAugment of timm \(the form is .*\)"),
         (
             {"rand_augment": "rand-n99-tweights"},
-            r"--rand-augment 'rand-n99-tweights' is no .*\(Cannot take a larger sample",
+            r"--rand-augment 'rand-n99-tweights' is not .*\(Cannot take a larger sample",
         ),
-        ({"rand_augment": "rand-tnone"}, r"--rand-augment 'rand-tnone' is no RandAugment of timm \(.*\); give such as"),
+        ({"rand_augment": "rand-tnone"}, r"--rand-augment 'rand-tnone' is not a RandAugment of timm \(.*\). Example"),
     ],
 )
 def test_values_that_are_not_allowed(option, message):

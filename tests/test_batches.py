@@ -151,17 +151,17 @@ def test_crop_and_flip_are_uniform():
 
 @pytest.mark.parametrize("batch_size", [0, 51])
 def test_batch_size_that_does_not_fit(batch_size):
-    with pytest.raises(InputError, match=f"--batch-size {batch_size} is not possible with 50 training images; give 1"):
+    with pytest.raises(InputError, match=f"--batch-size {batch_size} is not possible with 50 training images. Use 1"):
         batches(numbered(50), batch_size=batch_size)
 
 
 def test_batch_size_that_does_not_divide():
-    with pytest.raises(InputError, match=r"--batch-size 12 .* cannot be shared by 5 processes; give a multiple of 5"):
+    with pytest.raises(InputError, match=r"--batch-size 12 .* cannot be shared by 5 processes. Use a multiple of 5"):
         batches(numbered(50)).batch(0, 0, 0, 5)
 
 
 def test_seed_below_zero():
-    with pytest.raises(InputError, match="--seed -1 is not possible; give an integer >= 0"):
+    with pytest.raises(InputError, match="--seed -1 is negative"):
         batches(numbered(50), seed=-1)
 
 
@@ -309,26 +309,28 @@ def test_loader_whose_batches_cannot_be_shared():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
 def test_fraction_outside_its_range(generated, fraction):
-    with pytest.raises(InputError, match=f"--generated-fraction {fraction} is not possible; give a number of at least"):
+    with pytest.raises(InputError, match=f"--generated-fraction {fraction} is not allowed. Use a number of at least"):
         mixed(generated, fraction=fraction)
 
 
 @pytest.mark.parametrize(("fraction", "kind"), [(0.01, "generated"), (0.99, "real")])
 def test_fraction_that_leaves_one_kind(generated, fraction, kind):
-    with pytest.raises(InputError, match=f"{fraction} of --batch-size 12 leaves no {kind} image in a batch; give"):
+    with pytest.raises(InputError, match=f"{fraction} of --batch-size 12 leaves no {kind} image in a batch. Use"):
         mixed(generated, fraction=fraction)
 
 
 def test_fewer_generated_images_than_a_batch_needs(generated):
-    with pytest.raises(InputError, match="needs 180 generated images a batch, and --generated has 175; give more"):
+    with pytest.raises(InputError, match=r"needs 180 generated images per batch, and --generated has 175. Give more"):
         mixed(generated, n=300, fraction=0.9, batch_size=200)
 
 
 def test_fraction_without_files():
-    with pytest.raises(InputError, match=r"--generated-fraction 0.7 needs --generated, \.npz files; give both or none"):
+    with pytest.raises(
+        InputError, match=r"--generated-fraction 0.7 needs --generated, \.npz files\. Give both or none"
+    ):
         mixed(None)
 
 
 def test_files_without_a_fraction(generated):
-    with pytest.raises(InputError, match=r"--generated needs --generated-fraction, such as 0\.7; give both or none"):
+    with pytest.raises(InputError, match=r"--generated needs --generated-fraction, such as 0\.7\. Give both or none"):
         mixed(generated, fraction=0.0)

@@ -1,4 +1,4 @@
-"""Cards, entries, recipes and forms: all of them follow from what was measured; the published ones too."""
+"""Cards, entries, recipes and forms follow from the measured data; the published ones too."""
 
 import json
 import re
@@ -16,13 +16,20 @@ from drelu_timm.attacks.suites import SUITES
 from drelu_timm.data.datasets import DATASETS
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
-from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
-from drelu_timm.publishing.cards import MEANINGS, SHIPPED, licences, model_card
-from drelu_timm.publishing.entries import card_record, check_entry, model_info
-from drelu_timm.publishing.measured import AUTOATTACK, from_record
+from drelu_timm.hashing import sha256_of
+from drelu_timm.publishing.card import AUTOATTACK, SHIPPED, read_card
+from drelu_timm.publishing.card_markdown import VERDICTS, model_card
+from drelu_timm.publishing.leaderboard import (
+    autoattack_log,
+    card_record,
+    check_entry,
+    is_external,
+    model_info,
+    new_evaluation,
+    new_model,
+)
 from drelu_timm.publishing.recipes import recipe
-from drelu_timm.publishing.submission import autoattack_log, is_external, new_evaluation, new_model
 from drelu_timm.results.result import Verdict
 from drelu_timm.zoo.robust_models import robust_model_name
 
@@ -79,13 +86,13 @@ def test_the_board_ranks_by_the_worst_case(measured, verdict, worst, external, u
     assert f"verdict: {verdict}" in entry["footnote"]
 
 
-def test_generated_images_are_a_footnote_and_no_additional_data(measured):
+def test_generated_images_are_a_footnote_not_additional_data(measured):
     generated = trained(measured, generated_fraction=0.7)
     generated = replace(generated, config={**generated.config, "generated": {"images": 20_000_000}})
     entry = model_info(generated)
     assert entry["additional_data"] is False
     assert entry["footnote"].startswith("It uses additional 20M synthetic images in training (70% of every batch). ")
-    assert "CC BY-NC-SA 4.0" in licences(generated) and "CC BY-NC-SA" not in licences(measured)
+    assert "CC BY-NC-SA 4.0" in generated.license_terms and "CC BY-NC-SA" not in measured.license_terms
     assert model_info(trained(measured, pretrained=True))["additional_data"] is True
 
 
@@ -101,7 +108,7 @@ def test_generated_images_are_a_footnote_and_no_additional_data(measured):
         ),
     ],
 )
-def test_an_entry_of_another_form_is_refused_whole(measured, spoil, message):
+def test_an_invalid_entry_is_refused_with_all_its_errors(measured, spoil, message):
     with pytest.raises(InputError, match=message) as caught:
         check_entry({**model_info(measured), **spoil})
     assert "\n" not in str(caught.value)
@@ -117,9 +124,7 @@ def test_an_entry_of_another_form_is_refused_whole(measured, spoil, message):
         ("imagenet", 5_000, 50_000, True),  # a folder's images in an order of ours, not the board's 5,000
     ],
 )
-def test_fewer_examples_than_the_board_asks_for_are_called_preliminary_everywhere(
-    measured, dataset, n, test_size, preliminary
-):
+def test_results_on_fewer_examples_than_the_board_needs_are_preliminary(measured, dataset, n, test_size, preliminary):
     title = DATASETS[dataset].title if dataset in DATASETS else "a folder"
     measured = having(measured, dataset=dataset, dataset_title=title, n_examples=n)
     measured = replace(measured, test_size=test_size, curve=None)
@@ -137,7 +142,7 @@ def test_fewer_examples_than_the_board_asks_for_are_called_preliminary_everywher
         ("cifar10", "CIFAR-10 (JPEG copy)", 10_000, True),
     ],
 )
-def test_the_curve_is_preliminary_by_the_rule_of_the_results(measured, dataset, title, n, preliminary):
+def test_the_curve_follows_the_same_rule(measured, dataset, title, n, preliminary):
     measured = having(measured, dataset=dataset, dataset_title=title, n_examples=10_000)
     measured = replace(measured, curve=replace(measured.curve, n_examples=n), test_size=10_000)
     (above,) = [line for line in model_card(measured).splitlines() if f"the first {n:,} test images:" in line]
@@ -148,7 +153,7 @@ def test_the_curve_is_preliminary_by_the_rule_of_the_results(measured, dataset, 
 
 
 def test_card_entry_and_recipe_are_made_from_the_record_alone(measured):
-    read = from_record(json.loads(json.dumps(card_record(measured))), Path("card.json"))
+    read = read_card(json.loads(json.dumps(card_record(measured))), Path("card.json"))
     for written in (model_card, model_info, recipe):
         assert written(read) == written(measured)
 
@@ -164,13 +169,13 @@ def test_the_hub_reads_the_card(measured):
     }
 
 
-def test_the_card_says_every_number_with_the_verdict_and_its_evidence(measured):
+def test_the_card_has_every_number_with_the_verdict_and_its_evidence(measured):
     card, results, point = model_card(measured), measured.results, measured.point
     for attack, accuracy in point.accuracy.items():
         assert f"| {attack} | {100 * accuracy:.2f} |" in card
     assert f"| **worst case** | {100 * point.worst:.2f} |" in card
     assert all(f"- {sentence}" in card for sentence in point.verdict.evidence)
-    assert MEANINGS[measured.verdict] in card
+    assert VERDICTS[measured.verdict] in card
     assert all(f"| {at.eps} | " in card for at in measured.curve.points)
     assert f"({KEY}.png)" in card
     assert results.hardware in card and f"torch {results.versions['torch']}" in card
@@ -178,7 +183,7 @@ def test_the_card_says_every_number_with_the_verdict_and_its_evidence(measured):
 
 
 @pytest.mark.parametrize(("square", "warns"), [(0.9, True), (0.9079, True), (0.9081, False), (0.91, False)])
-def test_the_card_says_what_each_attack_of_autoattack_left_and_when_that_is_a_warning(measured, square, warns):
+def test_the_card_has_the_accuracy_after_each_attack_of_autoattack_and_its_warning(measured, square, warns):
     left = {"apgd-ce": 0.93, "apgd-t": 0.92, "fab-t": 0.91, "square": square}
     card = model_card(having(measured, sequences={"autoattack": left}))
     stages = f"apgd-ce 93.00, apgd-t 92.00, fab-t 91.00, square {100 * square:.2f}"
@@ -187,24 +192,24 @@ def test_the_card_says_what_each_attack_of_autoattack_left_and_when_that_is_a_wa
     assert (f"lowers the accuracy by another {91 - 100 * square:.2f} points" in card) == warns
 
 
-def test_an_attack_that_knows_no_ball_is_named_as_such(measured):
+def test_the_card_marks_minimum_norm_attacks(measured):
     card = model_card(having(measured, accuracy={"cw-l2": 0.9, "pgd": 0.8}))
-    assert "| cw-l2 (what it finds in the ball) | 90.00 |" in card and "| pgd | 80.00 |" in card
+    assert "| cw-l2 (minimum norm, counted within eps) | 90.00 |" in card and "| pgd | 80.00 |" in card
 
 
-def test_the_card_of_a_masked_model_says_that_it_is_not_robust(measured):
+def test_the_card_of_a_masked_model_states_that_it_is_not_robust(measured):
     card = model_card(judged(measured, "masked"))
     assert "**The gradients are masked.**" in card
     assert "- BPDA leaves 4.4 %." in card
     assert "- Not robust: the accuracy under white-box attack comes from masked gradients." in card
 
 
-def test_the_card_of_a_large_model_says_what_its_weights_are_and_how_to_make_them(measured):
+def test_the_card_of_a_large_model_has_the_digest_of_its_weights_and_the_recipe(measured):
     large = replace(measured, weights=replace(measured.weights, bytes=SHIPPED + 1))
     card = model_card(large)
     assert f"sha256 {measured.weights.sha256} (bit-equal on the same" in card
-    assert f"`scripts/digits/Linf/{KEY}.toml` states how the model, its evaluation and this card are made" in card
-    assert "come with `drelu_timm`." in model_card(measured)
+    assert f"`scripts/digits/Linf/{KEY}.toml` is the recipe of the training, the evaluations and this card." in card
+    assert "The weights come with `drelu_timm`." in model_card(measured)
 
 
 @pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
@@ -235,14 +240,12 @@ def test_the_forms_are_filled_in(measured):
     assert "images.pt" in evaluation and f"{100 * measured.point.worst:.2f} (AutoAttack: " in evaluation
 
 
-def test_a_copy_of_the_boards_images_is_preliminary_and_no_external_evaluation(measured):
+def test_results_on_a_copy_of_the_boards_images_are_preliminary_and_not_submitted(measured):
     copy = having(measured, dataset="cifar10", dataset_title="CIFAR-10 (JPEG copy)", n_examples=10_000)
     copy = replace(copy, test_size=10_000)
     assert copy.preliminary and not is_external(copy)
     assert copy.sample == "Preliminary: measured on all 10,000 test images of CIFAR-10 (JPEG copy)."
-    needed = (
-        "CIFAR-10 (JPEG copy) is not what a training finds or downloads by itself: give each its folder by --data-dir."
-    )
+    needed = "CIFAR-10 (JPEG copy) is neither found nor downloaded by default. Pass its folder: --data-dir."
     assert f"# {needed}" in recipe(copy).splitlines() and f"- {needed}" in model_card(copy).splitlines()
     original = having(copy, dataset_title="CIFAR-10")
     assert "--data-dir" not in recipe(original) + model_card(original)
@@ -251,7 +254,7 @@ def test_a_copy_of_the_boards_images_is_preliminary_and_no_external_evaluation(m
     assert folder.preliminary and not is_external(folder)
 
 
-def test_what_earlier_trainings_had_is_told_too(measured):
+def test_data_of_earlier_trainings_are_on_the_card(measured):
     earlier = trained(measured, generated_fraction=0.3, pretrained=True).config
     later = replace(measured, config={**measured.config, "init_from": earlier})
     entry, card = model_info(later), model_card(later)
@@ -260,44 +263,44 @@ def test_what_earlier_trainings_had_is_told_too(measured):
     assert "for the last of its 2 trainings" in card
 
 
-def begun_from(measured, earlier):
+def initialized_from(measured, earlier):
     return replace(measured, config={**measured.config, "init_from": earlier})
 
 
-def test_a_net_begun_from_another_dataset_has_additional_data(measured):
+def test_a_model_initialized_from_another_dataset_has_additional_data(measured):
     elsewhere = {**trained(measured, dataset="mnist").config, "dataset_title": "MNIST"}
-    later = begun_from(measured, begun_from(measured, elsewhere).config)
-    entry, sentence = model_info(later), "It was begun from a net trained on MNIST."
+    later = initialized_from(measured, initialized_from(measured, elsewhere).config)
+    entry, sentence = model_info(later), "It was initialized from a model trained on MNIST."
     assert entry["additional_data"] is True and entry["footnote"].startswith(f"{sentence} Preliminary: ")
     assert f"\n- {sentence}\n" in model_card(later).partition("## Training")[2]
     assert "- **Additional data**: true" in new_model(later, None)
-    here = begun_from(measured, {**measured.config, "dataset_title": "Digits (JPEG copy)"})
-    assert model_info(here)["additional_data"] is False and "begun from" not in model_card(here)
+    here = initialized_from(measured, {**measured.config, "dataset_title": "Digits (JPEG copy)"})
+    assert model_info(here)["additional_data"] is False and "initialized from" not in model_card(here)
 
 
-def test_of_folders_the_name_tells_whether_it_is_another_dataset(measured):
+def test_folders_of_images_are_distinguished_by_name(measured):
     photos = {**trained(measured, dataset="folder").config, "dataset_title": "photos"}
     flowers = replace(measured, config={**photos, "dataset_title": "flowers", "init_from": photos})
-    assert "begun from a net trained on photos." in model_info(flowers)["footnote"]
-    assert model_info(begun_from(replace(measured, config=photos), photos))["additional_data"] is False
+    assert "initialized from a model trained on photos." in model_info(flowers)["footnote"]
+    assert model_info(initialized_from(replace(measured, config=photos), photos))["additional_data"] is False
 
 
-def test_a_plain_model_has_nothing_of_d_relu_on_its_card(measured):
+def test_the_card_of_a_plain_model_does_not_mention_d_relu(measured):
     plain = replace(trained(measured, model="resnet10t"), caps={})
     assert "drelu\n" not in model_card(plain).split("---")[1]
     assert "bibtex" not in model_card(plain)
 
 
-def test_the_time_of_an_evaluation_that_went_on_is_said_to_be_of_its_last_part(measured):
+def test_the_time_of_a_resumed_evaluation_is_marked(measured):
     uninterrupted = having(measured, seconds=42.0)
     times = {name: time for name, time in measured.point.attack_seconds.items() if name != "apgd-ce"}
     resumed = having(uninterrupted, attack_seconds=times)
     for write in (recipe, model_card):
         assert re.search(r"42 s[;,]", write(uninterrupted))
-        assert "42 s for its last part, as it was stopped and went on;" in write(resumed)
+        assert "42 s since it was resumed;" in write(resumed)
 
 
-def test_the_log_tells_what_every_attack_of_autoattack_left(measured):
+def test_the_log_has_the_accuracy_after_each_attack_of_autoattack(measured):
     lines = autoattack_log(measured.results).splitlines()
     assert f"initial accuracy: {measured.point.clean:.2%}" in lines
     left = measured.point.sequences[AUTOATTACK]
@@ -314,14 +317,27 @@ def test_there_are_published_cards():
     assert PUBLISHED
 
 
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d[\d,.]*", text)
+
+
+def test_a_published_card_and_recipe_are_up_to_date():
+    """One of them by its text, so that a reworded sentence does not change all."""
+    path = PUBLISHED[-1]
+    card = read_card(json.loads(path.read_text()), path)
+    assert path.with_suffix(".md").read_text() == model_card(card)
+    assert (REPOSITORY / card.recipe).read_text() == recipe(card)
+
+
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_every_number_of_a_published_card_follows_from_its_results(path):
     record = json.loads(path.read_text())
-    measured = from_record(record, path)
+    measured = read_card(record, path)
     assert record == json.loads(json.dumps(card_record(measured)))
     assert path.relative_to(REPOSITORY / "model_cards").with_suffix("") == measured.place
-    assert path.with_suffix(".md").read_text() == model_card(measured)
-    assert (REPOSITORY / measured.recipe).read_text() == recipe(measured)
+    written = {path.with_suffix(".md"): model_card(measured), REPOSITORY / measured.recipe: recipe(measured)}
+    for file, text in written.items():
+        assert numbers(file.read_text()) == numbers(text)
     assert path.with_suffix(".png").exists() == (measured.curve is not None)
     check_entry(model_info(measured))
     assert measured.results.model_digest == measured.weights.sha256
@@ -334,8 +350,8 @@ def test_every_number_of_a_published_card_follows_from_its_results(path):
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_published_weights_give_the_clean_accuracy_of_the_card(path, data_folder):
-    measured = from_record(json.loads(path.read_text()), path)
+def test_published_weights_have_the_clean_accuracy_of_the_card(path, data_folder):
+    measured = read_card(json.loads(path.read_text()), path)
     if not path.with_suffix(".safetensors").exists():
         pytest.skip(f"{measured.key} is published without its weights")
     folder = {"mnist": "MNIST", "cifar10": "cifar10-jpeg"}[measured.dataset]
@@ -348,8 +364,8 @@ def test_published_weights_give_the_clean_accuracy_of_the_card(path, data_folder
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_weights_that_are_published_are_those_of_the_card(path):
-    measured = from_record(json.loads(path.read_text()), path)
+def test_published_weights_have_the_digest_of_the_card(path):
+    measured = read_card(json.loads(path.read_text()), path)
     weights = path.with_suffix(".safetensors")
     assert weights.exists() == (measured.weights.bytes <= SHIPPED)
     if weights.exists():

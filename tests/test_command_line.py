@@ -53,7 +53,7 @@ def test_the_help_of_train_shows_defaults_and_groups(capsys):
         main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "(default: data)" in out
-    assert "optimisation options" in out and "How long, how fast, and which epoch is kept." in out
+    assert "optimization options" in out and "Length, learning rates, the best epoch." in out
     assert "Units of the added dense layer" in out
 
 

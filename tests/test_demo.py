@@ -1,4 +1,4 @@
-"""The demo: its table and picture from given results, and the whole of it."""
+"""The demo: table and picture from given results, and the complete demo."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def read(verdict: str, worst: float) -> Result:
     return Result.from_json(result(verdict, worst), Path("result.json"))
 
 
-def test_table_holds_every_figure_with_its_verdict():
+def test_table_has_every_accuracy_and_verdict():
     console = Console(width=120, file=io.StringIO())
     console.print(table({"D-ReLU": read("masked", 0.011)}))
     text = console.file.getvalue()
@@ -44,7 +44,7 @@ def test_picture_is_drawn(tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
 
 
-def test_a_run_of_the_demo_may_have_other_evaluations(tmp_path, monkeypatch, capsys):
+def test_runs_of_the_demo_may_have_other_evaluations(tmp_path, monkeypatch, capsys):
     def evaluated(config: EvaluateConfig) -> Path:
         other, path = (Path(config.run) / "results" / f"{suite}-Linf-0.2.json" for suite in ("quick", config.suite))
         write_json(other, result("undecided", 0.5) | {"n_examples": 20})
@@ -63,7 +63,7 @@ def test_a_run_of_the_demo_may_have_other_evaluations(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_the_whole_demo_tells_masking_from_robustness(tmp_path, capsys):
+def test_the_complete_demo_distinguishes_masking_from_robustness(tmp_path, capsys):
     demo(DemoConfig(output_dir=tmp_path))
     verdicts = {}
     for path in tmp_path.glob("*/results/*.json"):
@@ -74,4 +74,4 @@ def test_the_whole_demo_tells_masking_from_robustness(tmp_path, capsys):
     places = dict(re.findall(r"^  ([\w ,]+): +(/.+)$", capsys.readouterr().out, re.MULTILINE))
     assert Path(places["picture"]) == tmp_path / "demo.png"
     assert len(places) == 5 and all(Path(place).exists() for place in places.values())
-    demo(DemoConfig(output_dir=tmp_path))  # again: nothing is done twice, nothing fails
+    demo(DemoConfig(output_dir=tmp_path))  # a second time nothing is repeated

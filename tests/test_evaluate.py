@@ -480,7 +480,7 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
     ("arguments", "message"),
     [
         (["nothing"], "RUN 'nothing' is neither a run directory nor a model of timm or RobustBench; give a folder"),
-        (["."], "is no run directory (it has no config.json)"),
+        (["."], "is not a run directory (it has no config.json)"),
         (["resnet18"], "--dataset is needed to evaluate resnet18; give one of digits, mnist"),
         (["x", "--dataset", "digit"], "--dataset 'digit' is unknown; did you mean digits"),
         (["x", "--eps", "eight"], "--eps 'eight' is not a radius"),

@@ -1,4 +1,4 @@
-"""From an evaluated digits run to what timm, RobustBench and the Hub load."""
+"""Export of an evaluated run on digits, and what timm, RobustBench and the Hub load from it."""
 
 import csv
 import json
@@ -19,12 +19,12 @@ from torch import nn
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
-from drelu_timm.digests import sha256_of
 from drelu_timm.errors import InputError
 from drelu_timm.export import export, main, push_exported
 from drelu_timm.files import read_toml
 from drelu_timm.flags import ExportConfig, read
-from drelu_timm.publishing.records import _differing, choose_results, further_evaluations, with_further
+from drelu_timm.hashing import sha256_of
+from drelu_timm.publishing.evaluations import _differing, choose_evaluation, further_evaluations, with_further
 from drelu_timm.publishing.verification import read_evaluated
 from drelu_timm.runs import Run
 
@@ -44,7 +44,7 @@ def results(evaluated):
 
 @pytest.fixture
 def run(evaluated, tmp_path):
-    """A copy of it to spoil."""
+    """Copy of it that a test may change."""
     return copy_of(evaluated, tmp_path / "run")
 
 
@@ -58,7 +58,7 @@ def copy_of(run: Path, to: Path) -> Path:
 
 
 def another_seed(run: Path, seed: int) -> Path:
-    """A copy of a run that says that it has another seed and, as would be, other weights."""
+    """Copy a run, with another seed and other weights."""
     other = copy_of(run, run.with_name(f"seed{seed}"))
     _edit_train(other, seed=seed)
     weights = other / "model" / "model.safetensors"
@@ -71,7 +71,7 @@ def another_seed(run: Path, seed: int) -> Path:
 # What is written
 
 
-def test_the_folder_holds_what_it_should_and_nothing_is_left_beside_it(exported):
+def test_the_folder_is_complete_and_nothing_is_left_next_to_it(exported):
     files = sorted(str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file())
     assert files == [
         "CHECKS.md",
@@ -103,7 +103,7 @@ def test_the_sums_are_those_of_the_weights(exported, evaluated):
     assert lines[0].split()[0] == Run.open(evaluated).model_digest
 
 
-def test_whoever_loads_it_checks_its_config_too(exported, evaluated, tmp_path):
+def test_the_config_is_checked_when_the_model_is_loaded(exported, evaluated, tmp_path):
     config = exported / "hub" / "config.json"
     assert config.read_bytes() == (evaluated / "model" / "config.json").read_bytes()
     for file in ("register.py", "hub/README.md"):
@@ -112,10 +112,10 @@ def test_whoever_loads_it_checks_its_config_too(exported, evaluated, tmp_path):
     (changed / "hub" / "config.json").write_text(config.read_text() + " ")
     code = f"import timm, register; timm.create_model('{NAME}', pretrained=True)"
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=changed, capture_output=True, text=True)
-    assert "config.json holds other settings than were registered" in done.stderr
+    assert "config.json has other settings than registered" in done.stderr
 
 
-def test_the_adversarial_images_are_as_many_as_the_test_set_and_break_what_the_evaluation_says(exported, results):
+def test_the_adversarial_images_have_the_size_of_the_test_set_and_give_the_worst_case(exported, results):
     adversarial = torch.load(exported / "submission" / f"{KEY}_adversarial.pt", weights_only=True)
     test = load_images("digits", None, "test")
     clean = to_float(test.images)
@@ -128,18 +128,18 @@ def test_the_adversarial_images_are_as_many_as_the_test_set_and_break_what_the_e
     assert right.double().mean().item() == pytest.approx(results["worst"])
 
 
-def test_what_only_this_machine_knows_is_not_published(exported, evaluated):
+def test_paths_of_this_machine_are_not_published(exported, evaluated):
     for path in exported.rglob("*"):
         if path.suffix in (".md", ".json", ".toml", ".py", ".log"):
             assert str(evaluated.parent) not in path.read_text(), path
 
 
-def test_the_checks_are_written_down_with_their_results(exported, results):
+def test_the_checks_are_listed_with_their_results(exported, results):
     page = (exported / "CHECKS.md").read_text()
     clean = f"clean accuracy {100 * results['clean']:.2f} %"
     assert f"| `timm.create_model` | its predictions | 60 of 60 as in the evaluation; {clean}" in page
     assert "| forward pass | the same 60 images twice | bit-equal logits: deterministic |" in page
-    assert "| normalisation | the first layer, so that [0, 1] images go in | inside: mean 0, std 1 |" in page
+    assert "| normalization | is the first layer, for images in [0, 1] | mean 0, std 1 |" in page
     assert f"{100 * results['worst']:.2f} %, the worst case {100 * results['worst']:.2f} % |" in page
 
 
@@ -154,13 +154,13 @@ def test_paper_metadata_may_come_from_a_file_and_flags_win(run):
     ]
 
 
-def test_other_seeds_are_told_on_the_card(run):
+def test_other_seeds_are_on_the_card(run):
     others = another_seed(run, 1), another_seed(run, 2)
     folder = export(ExportConfig(run, KEY, seeds=others, **PAPER, benchmark_examples=0))
     card = (folder / "hub" / "README.md").read_text()
-    assert "this model is that of seed 0" in card
+    assert "this model has seed 0." in card
     assert len(re.findall(r"^\| [012] \| 60 \|", card, flags=re.MULTILINE)) == 3
-    assert "over 3 seeds: clean" in card
+    assert "of 3 seeds: clean" in card
     seeds = [f"runs/{KEY}/seed1", f"runs/{KEY}/seed2"]
     assert read_toml(folder / f"scripts/digits/Linf/{KEY}.toml", "recipe")["export"]["seeds"] == seeds
 
@@ -168,7 +168,7 @@ def test_other_seeds_are_told_on_the_card(run):
 # What loads it
 
 
-def test_timm_gives_the_model_with_its_normalisation(exported, evaluated):
+def test_timm_loads_the_model_with_its_normalization(exported, evaluated):
     model = timm.create_model(NAME, pretrained=True, num_classes=10)
     images = torch.rand(4, 1, 8, 8)
     assert isinstance(model, nn.Sequential)
@@ -197,7 +197,7 @@ def test_timm_reads_the_folder_itself(exported):
     assert torch.equal(inner(whole.normalize(images)), whole(images))
 
 
-def test_what_the_card_says_of_loading_runs_as_pasted(exported, request):
+def test_the_code_on_the_card_runs_as_pasted(exported, request):
     blocks = re.findall(r"```python\n(.*?)```", (exported / "hub" / "README.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 3
     try:
@@ -212,7 +212,7 @@ def test_what_the_card_says_of_loading_runs_as_pasted(exported, request):
         assert "logits torch.Size([2, 10])" in done.stdout, done.stderr
 
 
-def test_the_registration_file_is_all_that_robustbenchs_own_command_needs(exported, robustbench):
+def test_robustbenchs_own_command_runs_with_the_registration_file(exported, robustbench):
     command = ["-m", "drelu_timm.robustbench", exported / "register.py", "--model_name", KEY, "--dataset", "digits"]
     command += ["--n_ex", "8", "--eps", "0.1", "--device", "cpu", "--threat_model", "Linf", "--to_disk", ""]
     done = subprocess.run([sys.executable, *map(str, command)], cwd=exported, capture_output=True, text=True)
@@ -290,7 +290,7 @@ def _results(**changes):
     ("spoil", "settings", "message"),
     [
         (lambda run: shutil.rmtree(run), {}, r"run is no run directory"),
-        (lambda run: shutil.rmtree(run / "results"), {}, r"has no evaluation; make one: drelu-timm evaluate .*run"),
+        (lambda run: shutil.rmtree(run / "results"), {}, r"has no evaluation\. Make one: drelu-timm evaluate .*run"),
         (lambda run: (run / "results" / f"{RESULTS}.json").write_text("{"), {}, r"\.json cannot be read as JSON"),
         (_no_worst, {}, r"\.json has no worst\. The file is cut or of another version; create it again\."),
         (
@@ -298,52 +298,72 @@ def _results(**changes):
             {},
             r"standard-Linf-0\.1\.json: verdict has no verdict\. The file is cut or of another version",
         ),
-        (_other_weights, {}, r"\.json was measured on other weights \(sha256 \w{12}\) than .*model holds"),
-        (_results(eps="0.2"), {}, r"no evaluation on digits for Linf, eps 0\.1 in .*-0\.1\.json; evaluate it so"),
+        (_other_weights, {}, r"\.json was measured on other weights \(sha256 \w{12}\) than those in .*model \("),
+        (_results(eps="0.2"), {}, r"no evaluation on digits for Linf, eps 0\.1 in .*-0\.1\.json\. Run that evaluation"),
         (_results(norm="L2"), {"results": RESULTS}, r"no evaluation on digits for Linf, eps 0\.1 in .*/standard-Linf"),
-        (None, {"dataset": "imagenet"}, r"--dataset imagenet: the run was trained on digits; only a folder may stand"),
-        (None, {"eps": "0.2"}, r"no evaluation on digits for Linf, eps 0\.2 in .*-0\.1\.json; evaluate it so, or exp"),
-        (_results(clean=0.99), {}, r"\.csv has another clean accuracy than .*\.json; delete the result and evaluate"),
+        (
+            None,
+            {"dataset": "imagenet"},
+            r"--dataset imagenet is not what the run was trained on \(digits\)\. Only a run on a folder may",
+        ),
+        (
+            None,
+            {"eps": "0.2"},
+            r"no evaluation on digits for Linf, eps 0\.2 in .*-0\.1\.json\. Run that evaluation, or pass",
+        ),
+        (
+            _results(clean=0.99),
+            {},
+            r"\.csv gives another clean accuracy than .*\.json\. Delete the result and evaluate",
+        ),
         (_results(worst=0.01), {}, r"\.json has another worst case than the rows beside it"),
         (_results(verdict="sound"), {}, r"\.json: verdict is 'sound'\. It must be a table of names and values\."),
-        (None, {"benchmark_examples": -3}, r"--benchmark-examples -3 must be 0 or more"),
-        (None, {"output_dir": Path("/proc/x/y")}, r"--output-dir /proc/x/y cannot be made \(.*\); give another one"),
-        (None, {"title": "Two\nlines"}, r"the entry is none that RobustBench could file \(name: 'Two"),
-        (lambda run: (run / "results" / f"{RESULTS}.csv").unlink(), {}, r"the \.csv with a row an example is missing"),
+        (None, {"benchmark_examples": -3}, r"--benchmark-examples -3 is negative\. Use 0 or more"),
+        (None, {"output_dir": Path("/proc/x/y")}, r"--output-dir /proc/x/y cannot be written to \(.*\)\. Use another"),
+        (None, {"title": "Two\nlines"}, r"RobustBench's entry would be invalid \(name: 'Two"),
+        (
+            lambda run: (run / "results" / f"{RESULTS}.csv").unlink(),
+            {},
+            r"The \.csv with a row per example is missing next to",
+        ),
         (_drop_column, {}, r"\.csv has 60 rows, or no column broken_by, for 60 test images: it is cut"),
         (_fewer_rows, {}, r"\.csv has 59 rows, or no column broken_by, for 60 test images: it is cut"),
-        (_other_labels, {}, r"\.csv has other labels than the test images of Digits; .*--data-dir"),
+        (_other_labels, {}, r"\.csv has other labels than the test images of Digits\. .*--data-dir"),
         (_other_adversarial, {}, r"\.adversarial\.safetensors is not there, or not what the evaluation wrote"),
         (
             _other_predictions,
             {},
-            r"\.csv has another clean accuracy than|timm.create_model loads is not .* \(58 of 60 predictions equal, cl",
+            r"\.csv gives another clean accuracy than|create_model loads a .* \(58 of 60 predictions are equal, cl",
         ),
         (
             _results(verdict={"verdict": "masked", "evidence": []}),
             {},
-            r"is masked, so AutoAttack's number does not hold; --as-masked exports .* worst case of \d+\.\d\d %$",
+            r"gradients are masked, so .* overestimate\. --as-masked exports .* worst case of \d+\.\d\d %\.$",
         ),
         (
             _results(verdict={"verdict": "sound", "evidence": []}),
             {"as_masked": True},
-            r"--as-masked: the verdict is (sound|undecided); leave the flag out",
+            r"--as-masked does not match the verdict \((sound|undecided)\)\. Leave it out",
         ),
         (
             _results(accuracy={"pgd": 0.5}),
             {"title": None, "venue": None},
-            r"entry lacks --title, --venue, AutoAttack's accuracy \(drelu-timm evaluate .* --suite standard\); --paper",
+            r"entry lacks --title, --venue, AutoAttack's accuracy \(drelu-timm evaluate .* standard\)\. --paper",
         ),
-        (lambda run: (run / "log.jsonl").write_text('{"epoch'), {}, r"log\.jsonl is no whole log of a training"),
-        (None, {"n_examples": 10_000}, r"--n-examples 10000: the evaluation has 60; evaluate anew"),
+        (lambda run: (run / "log.jsonl").write_text('{"epoch'), {}, r"log\.jsonl is not a complete log of a training"),
+        (None, {"n_examples": 10_000}, r"--n-examples 10000 is more than the evaluation has \(60\)\. Evaluate again"),
         (
             None,
             {"link": "example.org"},
-            r"the entry is none that RobustBench could file \(link: 'example\.org'",
+            r"RobustBench's entry would be invalid \(link: 'example\.org'",
         ),
         (None, {"paper": Path("nowhere.toml")}, r"--paper nowhere\.toml cannot be read as TOML"),
         (None, {"results": "standard-Linf-0.2"}, r"--results 'standard-Linf-0\.2' is unknown; did you mean standard-"),
-        (None, {"key": "Tester2026.1"}, r"--key 'Tester2026\.1' is no RobustBench key; use letters, digits, - and _"),
+        (
+            None,
+            {"key": "Tester2026.1"},
+            r"--key 'Tester2026\.1' is not a RobustBench key\. Use letters, digits, - and _",
+        ),
         (lambda run: (run / "export" / KEY).mkdir(parents=True), {}, r"--output-dir .*export.* exists already"),
     ],
 )
@@ -365,7 +385,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(run, spoil, settings, m
         ("title = 3", r"paper\.toml: title is 3\. It must be text in quotes\."),
     ],
 )
-def test_a_paper_that_is_none_is_refused(run, text, message):
+def test_an_invalid_paper_file_is_refused(run, text, message):
     (run / "paper.toml").write_text(text)
     with pytest.raises(InputError, match=message):
         export(ExportConfig(run, KEY, paper=run / "paper.toml"))
@@ -374,19 +394,25 @@ def test_a_paper_that_is_none_is_refused(run, text, message):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: _edit_train(run, lr=0.1), r"--seeds .*seed1: it differs from .*run not by its seed only \(lr\)"),
-        (lambda run: _edit_train(run, seed=0), r"--seeds .*seed1: its seed, 0, or its weights are there twi"),
+        (
+            lambda run: _edit_train(run, lr=0.1),
+            r"--seeds .*seed1 differs from .*run in more than the seed \(lr\)\. Leave",
+        ),
+        (lambda run: _edit_train(run, seed=0), r"--seeds .*seed1 repeats a seed \(0\) or weights\. Pass"),
         (
             _results(suite="quick"),
             r"seed1/results/standard-.* and .*/run/results/standard-.*\.json differ in suite",
         ),
-        (_results(precision="bf16", n_examples=30), r"differ in n_examples, precision; evaluate both alike"),
+        (_results(precision="bf16", n_examples=30), r"differ in n_examples, precision\. Evaluate both alike"),
         (
             _results(verdict={"verdict": "masked", "evidence": []}),
-            r"seed1: its gradients are masked, those of",
+            r"seed1 has masked gradients, which",
         ),
-        (lambda run: _edit(run / "config.json", init_from={"train": {}}), r"not by its seed only \(init_from\)"),
-        (lambda run: shutil.rmtree(run / "results"), r"seed1 has no evaluation; make one: drelu-timm evaluate .*seed1"),
+        (lambda run: _edit(run / "config.json", init_from={"train": {}}), r"in more than the seed \(init_from\)"),
+        (
+            lambda run: shutil.rmtree(run / "results"),
+            r"seed1 has no evaluation\. Make one: drelu-timm evaluate .*seed1",
+        ),
     ],
 )
 def test_runs_of_other_seeds_that_do_not_match_are_refused(run, spoil, message):
@@ -396,7 +422,7 @@ def test_runs_of_other_seeds_that_do_not_match_are_refused(run, spoil, message):
         export(ExportConfig(run, KEY, **PAPER, seeds=(other,)))
 
 
-def test_seeds_begin_with_other_weights():
+def test_seeds_may_be_initialized_from_other_weights():
     one, other = ({"train": {}, "init_from": {"train": {}}, "init_from_digest": digest} for digest in "ab")
     assert _differing(one, other) == ""
 
@@ -406,11 +432,11 @@ def _edit_train(run, **changes):
     _edit(run / "config.json", train={**config["train"], **changes})
 
 
-def test_a_key_of_robustbench_is_taken_in_whatever_case(run, robustbench):
+def test_a_key_of_robustbench_is_taken_in_any_case(run, robustbench):
     _edit(run / "results" / f"{RESULTS}.json", dataset="cifar10")
     _edit_train(run, dataset="cifar10")
     with pytest.raises(
-        InputError, match="--key 'rice2020overfitting': RobustBench has a model 'Rice2020Overfitting' al"
+        InputError, match="--key 'rice2020overfitting' is RobustBench's model 'Rice2020Overfitting' already"
     ):
         export(ExportConfig(run, "rice2020overfitting", results=RESULTS, **PAPER))
 
@@ -424,33 +450,33 @@ def test_a_masked_model_is_exported_as_such(run):
     assert read_toml(folder / f"scripts/digits/Linf/{KEY}.toml", "recipe")["export"]["as_masked"] is True
 
 
-def test_identical_weights_are_no_other_seed(run):
+def test_identical_weights_are_not_another_seed(run):
     other = another_seed(run, 1)
     shutil.copytree(run / "model", other / "model", dirs_exist_ok=True)
-    with pytest.raises(InputError, match=r"--seeds .*seed1: its seed, 1, or its weights are there twice"):
+    with pytest.raises(InputError, match=r"--seeds .*seed1 repeats a seed \(1\) or weights"):
         export(ExportConfig(run, KEY, **PAPER, seeds=(other,)))
 
 
 def another_evaluation(run, **changes):
-    """Of the same weights and images, by the suite "adaptive"."""
+    """Add an evaluation of the same weights and images by the suite "adaptive"."""
     for suffix in ("json", "csv", "adversarial.safetensors"):
         shutil.copy(run / "results" / f"{RESULTS}.{suffix}", run / "results" / f"adaptive.{suffix}")
     _edit(run / "results" / "adaptive.json", suite="adaptive", **changes)
     return run / "results" / "adaptive.csv"
 
 
-def test_another_evaluation_that_says_masked_is_not_passed_over(run):
+def test_a_masked_verdict_of_another_evaluation_holds(run):
     another_evaluation(run, verdict={"verdict": "masked", "evidence": ["BPDA leaves 0 %."]})
-    with pytest.raises(InputError, match="the verdict on gradient masking is masked, so AutoAttack's number does not"):
+    with pytest.raises(InputError, match="The gradients are masked, so AutoAttack's accuracy is an overestimate"):
         export(ExportConfig(run, KEY, **PAPER, results=RESULTS))
     folder = export(ExportConfig(run, KEY, **PAPER, results=RESULTS, as_masked=True, benchmark_examples=0))
     record = json.loads((folder / f"model_cards/digits/Linf/{KEY}.json").read_text())
-    said = f"So says the suite adaptive on the first {N} test images."
+    said = f"The verdict of the suite adaptive on the first {N} test images."
     assert record["measured"]["results"]["verdict"]["evidence"] == [said, "BPDA leaves 0 %."]
 
 
 def break_one_more(run):
-    """Let `another_evaluation` break the first image that the evaluation left, by noise; its position."""
+    """Let `another_evaluation` fool the model on the first robust image, by noise, and return its position."""
     rows = another_evaluation(run)
     read = _rows(rows)
     fallen = next(row for row in read if row["broken_by"] == "")
@@ -469,10 +495,10 @@ def break_one_more(run):
     return int(fallen["index"])
 
 
-def test_what_another_evaluation_broke_is_broken(run, results):
+def test_images_found_by_another_evaluation_count(run, results):
     fallen = break_one_more(run)
     opened = Run.open(run)
-    chosen = choose_results(opened, ThreatModel.parse("Linf", "0.1"), RESULTS)
+    chosen = choose_evaluation(opened, ThreatModel.parse("Linf", "0.1"), RESULTS)
     further = further_evaluations(opened, chosen)
     assert sorted(file.path.parent.name for file in further) == ["results", "sweeps"]
     joined = with_further(chosen, further)
@@ -483,12 +509,12 @@ def test_what_another_evaluation_broke_is_broken(run, results):
     assert (evaluated.adversarial[position] == 0.25).all()
     assert evaluated.without_image == 0
     (run / "results" / "adaptive.csv").unlink()
-    with pytest.raises(InputError, match=r"beside .*adaptive\.json the \.csv with a row an example is missing"):
+    with pytest.raises(InputError, match=r"The \.csv with a row per example is missing next to .*adaptive\.json"):
         with_further(chosen, further_evaluations(opened, chosen))
 
 
-def test_what_only_a_sweep_broke_has_no_image(run, results):
-    chosen = choose_results(Run.open(run), ThreatModel.parse("Linf", "0.1"), RESULTS)
+def test_images_found_by_a_sweep_only_are_counted(run, results):
+    chosen = choose_evaluation(Run.open(run), ThreatModel.parse("Linf", "0.1"), RESULTS)
     left = next(row["index"] for row in _rows(chosen.path.with_suffix(".csv")) if row["broken_by"] == "")
     (sweep,) = (run / "sweeps").glob("*.csv")
     lines = sweep.read_text().splitlines()
@@ -502,9 +528,9 @@ def test_what_only_a_sweep_broke_has_no_image(run, results):
     folder = export(ExportConfig(run, KEY, **PAPER, benchmark_examples=0))
     entry = json.loads((folder / f"model_info/digits/Linf/{KEY}.json").read_text())
     assert entry["external"] == entry["reported"] == f"{100 * (results['worst'] - 1 / N):.2f}"
-    assert "1 fell in a sweep over eps only, which keeps no images" in (folder / "CHECKS.md").read_text()
+    assert "1 found only in a sweep over eps, which stores no images" in (folder / "CHECKS.md").read_text()
     form = (folder / "submission" / "new-external-evaluation.md").read_text()
-    assert "are clean; so are 1 that fell in a sweep over eps only)" in form
+    assert "are clean; 1 found only in a sweep over eps also clean)" in form
 
 
 def _rows(path):
@@ -516,7 +542,7 @@ def test_a_published_key_is_not_given_to_other_weights(run, tmp_path, monkeypatc
     card = tmp_path / "cards" / "digits" / "Linf" / f"{KEY.upper()}.json"
     card.parent.mkdir(parents=True)
     card.write_text(json.dumps({"measured": {"weights": {"sha256": "0" * 64}}}))
-    monkeypatch.setattr("drelu_timm.zoo.published.INSTALLED", tmp_path / "cards")
+    monkeypatch.setattr("drelu_timm.zoo.robust_models.INSTALLED", tmp_path / "cards")
     with pytest.raises(InputError, match=rf"--key '{KEY}': drelu_timm publishes other weights as {NAME}"):
         export(ExportConfig(run, KEY, **PAPER))
 
@@ -540,7 +566,7 @@ def no_token(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_command_says_where_the_files_are_and_what_a_push_would_do(run, capsys, no_token):
+def test_the_command_prints_the_files_and_what_a_push_would_do(run, capsys, no_token):
     flags = [str(run), "--key", KEY, "--output_dir", str(run / "here"), "--benchmark-examples", "0"]
     flags += [word for name, text in PAPER.items() for word in (f"--{name}", text)]
     main(read("export", flags))
@@ -548,30 +574,34 @@ def test_the_command_says_where_the_files_are_and_what_a_push_would_do(run, caps
     assert f"{run / 'here' / 'model_info' / 'digits' / 'Linf' / KEY}.json" in said
     assert "next: the same command with --push ORG/NAME uploads" in said
     main(read("export", [*flags, "--push", "tester/dense"]))
-    assert "Dry run, as there is no token: 4 files would go to https://" in capsys.readouterr().out
-    for file in ("hub/README.md", "submission/new-model.md"):  # it is not there, so nothing names it
+    assert "Dry run without a token: 4 files would be uploaded to tester/dense in one commit" in capsys.readouterr().out
+    for file in ("hub/README.md", "submission/new-model.md"):  # it was not uploaded, so nothing names it
         assert "tester/dense" not in (run / "here" / file).read_text()
 
 
-def test_a_push_of_what_is_none_is_refused_before_any_work(run, no_token):
-    with pytest.raises(InputError, match=r"--push 'dense' names no repository; give ORG/NAME"):
+def test_an_invalid_push_is_refused_before_any_work(run, no_token):
+    with pytest.raises(InputError, match=r"--push 'dense' is not the name of a repository\. Use ORG/NAME"):
         main(read("export", [str(run), "--key", KEY, "--push", "dense"]))
     (run / "here").mkdir()
-    with pytest.raises(InputError, match=r"--output-dir .*here is no exported folder; give another one or remove it"):
+    with pytest.raises(
+        InputError, match=r"--output-dir .*here is not an exported folder\. Pass another one or remove it"
+    ):
         main(read("export", [str(run), "--key", KEY, "--output-dir", str(run / "here"), "--push", "tester/dense"]))
 
 
-def test_a_folder_that_the_command_would_not_make_now_is_not_pushed(run, no_token):
+def test_a_folder_that_differs_from_the_present_export_is_not_pushed(run, no_token):
     config = ExportConfig(run, KEY, **PAPER, benchmark_examples=0)
     export(config)
     changed = replace(config, title="Another title")
-    with pytest.raises(InputError, match=r"--output-dir .* holds another export .* \(other: name, paper\); remove it"):
+    with pytest.raises(
+        InputError, match=r"--output-dir .* contains a different export .* \(differs in: name, paper\)\. Remove it"
+    ):
         push_exported(changed, "tester/dense")
     further = another_evaluation(run, verdict={"verdict": "masked", "evidence": ["BPDA leaves 0 %."]})
-    with pytest.raises(InputError, match="the verdict on gradient masking is masked"):
+    with pytest.raises(InputError, match="The gradients are masked"):
         push_exported(config, "tester/dense")
     _edit(further.with_suffix(".json"), verdict={"verdict": "sound", "evidence": []})
-    with pytest.raises(InputError, match=r"holds another export .* \(other: results\)"):
+    with pytest.raises(InputError, match=r"contains a different export .* \(differs in: results\)"):
         push_exported(config, "tester/dense")
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
-from drelu_timm.data import npz
+from drelu_timm.data import generated as generated_module
 from drelu_timm.data.generated import ORDER, GeneratedImages
 from drelu_timm.errors import InputError
 
@@ -99,7 +99,7 @@ def test_conversion_that_fails_leaves_nothing(tmp_path, image):
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 20] = bytes(20)
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"a.npz is no whole .npz \(.*\); copy or download it again"):
+    with pytest.raises(InputError, match=r"a.npz is not a complete .npz \(.*\)\. Copy or download it again"):
         opened(path)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -107,7 +107,7 @@ def test_conversion_that_fails_leaves_nothing(tmp_path, image):
 def test_conversion_without_space(tmp_path, monkeypatch):
     path = write(tmp_path / "a.npz", save=np.savez_compressed)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"a.stored.npz of 0.0 GB, for which the disk has no space; make some, or"):
+    with pytest.raises(InputError, match=r"a.stored.npz of 0.0 GB, for which the disk has no space\. Free some, or"):
         opened(path)
 
 
@@ -118,9 +118,9 @@ def test_conversion_that_cannot_be_written(tmp_path, monkeypatch):
         beside.write_text("a part")
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(npz, "_copy_members", copy_members)
+    monkeypatch.setattr(generated_module, "_copy_members", copy_members)
     with pytest.raises(
-        InputError, match=r"which cannot be written \(.*Read-only file system\); save it by numpy.savez"
+        InputError, match=r"which cannot be written \(.*Read-only file system\)\. Save it with numpy.savez"
     ):
         opened(path)
     assert list(tmp_path.iterdir()) == [path]
@@ -128,7 +128,7 @@ def test_conversion_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_compressed_file_of_other_images_is_not_converted(tmp_path):
     path = write(tmp_path / "a.npz", save=np.savez_compressed)
-    with pytest.raises(InputError, match=r"they must be uint8 \[N, 8, 8, 3\], as those of --dataset: resize them"):
+    with pytest.raises(InputError, match=r"They must be uint8 \[N, 8, 8, 3\], as those of --dataset: resize them"):
         opened(path, img_size=8)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -218,18 +218,20 @@ def test_order_is_the_one_that_a_state_names(made):
 
 
 def test_no_files():
-    with pytest.raises(InputError, match=r"--generated names no file; give one or more \.npz files"):
+    with pytest.raises(InputError, match=r"--generated has no value\. Give one or more \.npz files"):
         opened()
 
 
 def test_missing_part(tmp_path):
-    with pytest.raises(InputError, match=r"--generated .*b.npz is no file; give .npz files .* every part of them"):
+    with pytest.raises(InputError, match=r"--generated .*b.npz is not a file\. Give .npz files .* every part of them"):
         opened(write(tmp_path / "a.npz"), tmp_path / "b.npz")
 
 
 def test_no_zip(tmp_path):
     (tmp_path / "a.npz").write_text("nothing")
-    with pytest.raises(InputError, match=r"a.npz is no whole .npz \(File is not a zip file\); copy or download it"):
+    with pytest.raises(
+        InputError, match=r"a.npz is not a complete .npz \(File is not a zip file\)\. Copy or download it"
+    ):
         opened(tmp_path / "a.npz")
 
 
@@ -237,7 +239,7 @@ def test_no_zip(tmp_path):
 def test_cut_short(tmp_path, keep):
     path = write(tmp_path / "a.npz")
     path.write_bytes(path.read_bytes()[keep])
-    with pytest.raises(InputError, match=r"a.npz is no whole .npz \(.*\); copy or download it again"):
+    with pytest.raises(InputError, match=r"a.npz is not a complete .npz \(.*\)\. Copy or download it again"):
         opened(path)
 
 
@@ -253,14 +255,14 @@ def test_shortened_while_it_is_read(tmp_path):
     path = write(tmp_path / "a.npz")
     made = opened(path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(InputError, match=r"a.npz was changed while it was read; restore it and resume"):
+    with pytest.raises(InputError, match=r"a.npz was changed while it was read\. Restore it and resume"):
         made.read(np.arange(20))
 
 
 @pytest.mark.parametrize("missing", ["image", "label"])
 def test_missing_keys(tmp_path, missing):
     with pytest.raises(
-        InputError, match=rf"lacks {missing}.npy \(it holds .*other.npy\); give a .npz with image and label"
+        InputError, match=rf"has no {missing}.npy \(it has .*other.npy\)\. Give a .npz with image and label"
     ):
         opened(write(tmp_path / "a.npz", **{missing: None}, other=np.zeros(3)))
 
@@ -270,7 +272,7 @@ def test_missing_keys(tmp_path, missing):
     [pixels(20, side=5), pixels(20, channels=1), pixels(20).astype(np.float32), pixels(20)[..., 0]],
 )
 def test_images_of_another_kind(tmp_path, image):
-    found = re.escape(f"images of {image.dtype} {list(image.shape)}; they must be uint8 [N, 4, 4, 3], as those of")
+    found = re.escape(f"images of {image.dtype} {list(image.shape)}. They must be uint8 [N, 4, 4, 3], as those of")
     with pytest.raises(InputError, match=found):
         opened(write(tmp_path / "a.npz", image=image))
 
@@ -281,25 +283,27 @@ def test_fortran_order(tmp_path):
 
 
 def test_pickled_objects_are_not_read(tmp_path):
-    with pytest.raises(InputError, match=r"labels of object .*; they must be int64"):
+    with pytest.raises(InputError, match=r"labels of object .*\. They must be int64"):
         opened(write(tmp_path / "a.npz", label=np.array([{}] * 20, dtype=object)))
 
 
 @pytest.mark.parametrize("label", [SORTED.astype(np.float32), np.eye(20, dtype=np.int64)])
 def test_labels_of_another_kind(tmp_path, label):
-    with pytest.raises(InputError, match=rf"labels of {label.dtype} \[20.*\]; they must be int64 \[N\]"):
+    with pytest.raises(InputError, match=rf"labels of {label.dtype} \[20.*\]\. They must be int64 \[N\]"):
         opened(write(tmp_path / "a.npz", label=label))
 
 
 @pytest.mark.parametrize("label", [-1, 3])
 def test_labels_outside_the_classes(tmp_path, label):
     path = write(tmp_path / "a.npz", [label, *SORTED])
-    with pytest.raises(InputError, match=rf"has labels from {min(label, 0)} to {max(label, 2)}; allowed are 0 to 2"):
+    with pytest.raises(
+        InputError, match=rf"has labels from {min(label, 0)} to {max(label, 2)}\. They must be from 0 to 2"
+    ):
         opened(path)
 
 
 def test_as_many_images_as_labels(tmp_path):
-    with pytest.raises(InputError, match=r"has 19 images and 20 labels; there must be as many of one as of the other"):
+    with pytest.raises(InputError, match=r"has 19 images and 20 labels\. The numbers must be equal"):
         opened(write(tmp_path / "a.npz", image=pixels(19)))
 
 
@@ -314,5 +318,5 @@ def test_pixels_scaled_to_one(tmp_path):
 
 
 def test_class_without_an_image(tmp_path):
-    with pytest.raises(InputError, match=r"--generated has no images of 2 of 5 classes \(3, 4\); give every part"):
+    with pytest.raises(InputError, match=r"--generated has no images of 2 of 5 classes \(3, 4\)\. Give every part"):
         opened(write(tmp_path / "a.npz"), num_classes=5)

@@ -12,9 +12,9 @@ import pytest
 
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.files import json_text
-from drelu_timm.publishing.entries import card_record, check_entry, model_info
-from drelu_timm.publishing.measured import from_record
-from drelu_timm.publishing.records import choose_results, further_evaluations, with_further
+from drelu_timm.publishing.card import read_card
+from drelu_timm.publishing.evaluations import choose_evaluation, further_evaluations, with_further
+from drelu_timm.publishing.leaderboard import card_record, check_entry, model_info
 from drelu_timm.report import ReportConfig, report
 from drelu_timm.results.examples import read_adversarial, read_rows
 from drelu_timm.results.result import read_result
@@ -44,7 +44,7 @@ def test_a_report_has_the_same_numbers(tmp_path):
 
 
 def test_an_export_counts_all_evaluations_together(run):
-    chosen = choose_results(run, ThreatModel.parse("Linf", "0.1"), None)
+    chosen = choose_evaluation(run, ThreatModel.parse("Linf", "0.1"), None)
     assert chosen.path.stem == "standard-Linf-0.1"
     results = with_further(chosen, further_evaluations(run, chosen)).published().to_json()
     assert as_json(results) == CARD["measured"]["results"]
@@ -52,7 +52,7 @@ def test_an_export_counts_all_evaluations_together(run):
 
 
 def test_a_card_is_read_and_written_the_same():
-    measured = from_record(CARD, GOLDEN / "card.json")
+    measured = read_card(CARD, GOLDEN / "card.json")
     expected = json.dumps(CARD).replace("Golden2026Digits_Dense.sh", "Golden2026Digits_Dense.toml")  # no shell any more
     assert json.dumps(card_record(measured)) == expected  # in the same order
     check_entry(model_info(measured))

@@ -187,7 +187,7 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("[train]", "[train", r"cannot be read as TOML \(.+\); fix it there"),
+        ("[train]", "[train", r"cannot be read as TOML \(.+\)\. Correct it"),
         ("[train]", "[trian]", "'trian' is unknown; did you mean train"),
         ("seed =", "sed =", r"\[train\] 'sed' is unknown; did you mean seed"),
         ("cap_weight = [", "cap_wieght = [", r"\[\[method\]\] drelu: 'cap_wieght' is unknown; did you mean cap_weight"),

@@ -55,7 +55,7 @@ def test_flat_and_nested_decode_to_the_same(tmp_path):
 
 def test_only_a_folder_named_as_the_split_is_not_a_class(tmp_path):
     write_splits(tmp_path, {"animals/cat/1.png": 10, "animals/dog/1.png": 20})
-    with pytest.raises(InputError, match=r"train has one class \(animals\); give a folder for each of 2 or more"):
+    with pytest.raises(InputError, match=r"train has one class \(animals\). Give one folder for each of at least 2"):
         read(tmp_path)
     assert not holds("folder", tmp_path)
 
@@ -148,8 +148,8 @@ def test_what_pillow_cannot_decode_is_not_taken_for_an_image():
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"1.png": 0}, r"no readable images in folders \(ignored files: 1 outside the class folders\). Put a folder"),
-        ({"cat/1.heic": b""}, r"no readable images in folders \(ignored files: 1 .heic\). Put a folder"),
+        ({"1.png": 0}, r"no readable images in folders \(ignored files: 1 outside the class folders\). Put one folder"),
+        ({"cat/1.heic": b""}, r"no readable images in folders \(ignored files: 1 .heic\). Put one folder"),
         ({"cat/1.png": 0, "dog/1.heic": b""}, r"folders without a readable image \(dog; ignored files: 1 .heic\)"),
     ],
     ids=["no folders", "no images", "a folder without"],
@@ -166,7 +166,7 @@ def test_classes_without_images(tmp_path, files, message, packed):
 
 def test_a_file_in_place_of_a_split(tmp_path):
     write(tmp_path, {"train": b"", "val/cat/1.png": 0})
-    with pytest.raises(InputError, match=r"has no train; it must hold train \(or train.tar\)"):
+    with pytest.raises(InputError, match=r"has no train. It must contain train \(or train.tar\)"):
         read(tmp_path)
 
 
@@ -228,21 +228,21 @@ def test_a_link_to_a_folder_around_it(tmp_path):
 def test_a_link_that_leads_nowhere(tmp_path):
     write_splits(tmp_path, FLAT)
     (tmp_path / "train" / "cat" / "4.png").symlink_to("absent.png")
-    with pytest.raises(InputError, match=r"cat/4.png in .*train is not a whole image \(.*No such file"):
+    with pytest.raises(InputError, match=r"cat/4.png in .*train is not a complete image \(.*No such file"):
         read(tmp_path)
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
-    from drelu_timm.data import trees
+    from drelu_timm.data import image_files
 
-    scandir = trees.os.scandir
+    scandir = image_files.os.scandir
 
     def denied(path):
         if Path(path).name == "dog":
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(trees.os, "scandir", denied)
+    monkeypatch.setattr(image_files.os, "scandir", denied)
     with pytest.raises(InputError, match=r"train cannot be read as a folder \(.*denied: '.*train/dog'\). Make it rea"):
         read(write_splits(tmp_path, FLAT))
 
@@ -302,7 +302,7 @@ def test_tiny_imagenet_ignores_and_counts(tmp_path, capsys):
         (
             {"val/images/val_1.JPEG": None},
             "test",
-            r"lacks 1 of the images that val/val_annotations.txt names \(val",
+            r"lacks 1 of the images that val/val_annotations.txt lists \(val",
         ),
         (
             {"val/val_annotations.txt": b"val_0.JPEG\n"},

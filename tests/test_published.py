@@ -1,4 +1,4 @@
-"""Models whose cards come with the package."""
+"""Models that are published with the package."""
 
 import json
 import os
@@ -13,16 +13,16 @@ import torch
 
 import drelu_timm
 from drelu_timm import InputError, load_folder, normalized, save_folder
-from drelu_timm.digests import sha256_of
-from drelu_timm.zoo import published
-from drelu_timm.zoo.published import register_published
+from drelu_timm.hashing import sha256_of
+from drelu_timm.zoo import robust_models
+from drelu_timm.zoo.robust_models import register_published
 
 KEY = "Tester2026Published_dense"
 NAME = "tester2026published_dense_digits_linf"
 
 
 def publish(cards: Path, saved: Path, key: str = KEY) -> Path:
-    """A model's card, and its weights beside it."""
+    """Write a model's card, with its weights next to it."""
     weights = saved / "model.safetensors"
     measured = {
         "key": key,
@@ -86,17 +86,17 @@ def test_an_installed_copy_finds_its_cards_without_the_network(tmp_path, saved):
     assert done.stdout.splitlines()[-1] == str(logits)
 
 
-def test_a_checkout_finds_its_cards_beside_the_package(cards, saved, tmp_path, monkeypatch):
+def test_a_checkout_finds_its_cards_next_to_the_package(cards, saved, tmp_path, monkeypatch):
     publish(cards, saved, "InCheckout")
-    monkeypatch.setattr(published, "INSTALLED", tmp_path / "none")
-    monkeypatch.setattr(published, "IN_CHECKOUT", cards)
+    monkeypatch.setattr(robust_models, "INSTALLED", tmp_path / "none")
+    monkeypatch.setattr(robust_models, "IN_CHECKOUT", cards)
     register_published()
     assert timm.is_model("incheckout_digits_linf")
 
 
 def test_without_a_folder_nothing_is_registered(cards, monkeypatch):
-    monkeypatch.setattr(published, "INSTALLED", cards)
-    monkeypatch.setattr(published, "IN_CHECKOUT", cards)
+    monkeypatch.setattr(robust_models, "INSTALLED", cards)
+    monkeypatch.setattr(robust_models, "IN_CHECKOUT", cards)
     before = timm.list_models()
     register_published()
     assert timm.list_models() == before
@@ -116,7 +116,7 @@ def test_a_card_that_lacks_something_is_named(cards, saved, lost):
     (content if lost == "measured" else content["measured"]).pop(lost)
     card.write_text(json.dumps(content))
     register_published(cards)
-    with pytest.raises(InputError, match=rf"{KEY}.json is no model's card \(KeyError\('{lost}'\)\)"):
+    with pytest.raises(InputError, match=rf"{KEY}.json is not the card of a model \(KeyError\('{lost}'\)\)"):
         timm.create_model(NAME, pretrained=True)
 
 
@@ -129,7 +129,7 @@ def test_only_a_card_with_its_weights_is_listed_as_pretrained(cards, saved):
     assert timm.models.is_model_pretrained("testerunlisted_digits_linf")
 
 
-def test_a_card_without_weights_says_how_to_get_them(cards, saved):
+def test_the_error_for_missing_weights_names_the_recipe(cards, saved):
     card = publish(cards, saved)
     card.with_suffix(".safetensors").unlink()
     register_published(cards)
@@ -138,19 +138,19 @@ def test_a_card_without_weights_says_how_to_get_them(cards, saved):
         timm.create_model(NAME, pretrained=True)
     assert str(caught.value) == (
         f"{KEY}: its weights do not come with the package ({weights.stat().st_size:,} bytes, sha256 "
-        f"{sha256_of(weights)}); make them by drelu-timm train --config "
-        f"scripts/digits/Linf/{KEY}.toml and drelu-timm export, then register_robust_model('{KEY}', 'digits', 'Linf', "
-        "FOLDER), or give the place of these very ones and their sha256"
+        f"{sha256_of(weights)}). Make them with drelu-timm train --config "
+        f"scripts/digits/Linf/{KEY}.toml and drelu-timm export, then call register_robust_model('{KEY}', 'digits', "
+        "'Linf', FOLDER), or pass the location of these weights with their sha256."
     )
 
 
-def test_other_weights_beside_a_card_are_not_used(cards, saved):
+def test_other_weights_next_to_a_card_are_not_used(cards, saved):
     weights = publish(cards, saved).with_suffix(".safetensors")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     register_published(cards)
-    with pytest.raises(InputError, match=rf"{KEY}.safetensors holds other weights than were registered: sha256"):
+    with pytest.raises(InputError, match=rf"{KEY}.safetensors has other weights than registered \(sha256"):
         timm.create_model(NAME, pretrained=True)
 
 

@@ -252,13 +252,13 @@ def test_tiny_imagenet_from_zip_and_folder(tmp_path):
     ("dataset", "data_dir", "options", "message"),
     [
         ("cifar11", ".", {}, "--dataset 'cifar11' is unknown; did you mean cifar10"),
-        ("mnist", None, {}, "--data-dir is needed for --dataset mnist; give the folder that holds MNIST"),
-        ("folder", ".", {}, "--img-size is needed for --dataset folder; give the side in pixels"),
-        ("digits", None, {"img_size": 0}, "--img-size 0 is no size; give the side in pixels, at least 1"),
-        ("digits", None, {"in_chans": 2}, r"--in-chans 2 is not possible; give 1 \(grey\) or 3 \(RGB\)"),
-        ("digits", None, {"img_size": 10**7}, r"--img-size 10000000 .* 179700000.0 GB .* give a smaller --img-size"),
-        ("folder", "absent", {"img_size": 4}, "--data-dir absent has no test or val; it must hold train"),
-        ("tiny_imagenet", "absent", {}, "--data-dir absent holds no TinyImageNet; give one tiny-imagenet-200.zip"),
+        ("mnist", None, {}, "--data-dir is needed for --dataset mnist. Give the folder that contains MNIST"),
+        ("folder", ".", {}, "--img-size is needed for --dataset folder. Give the side in pixels"),
+        ("digits", None, {"img_size": 0}, "--img-size 0 is not a size. Give the side in pixels, at least 1"),
+        ("digits", None, {"in_chans": 2}, r"--in-chans 2 is not allowed. Use 1 \(gray\) or 3 \(RGB\)"),
+        ("digits", None, {"img_size": 10**7}, r"--img-size 10000000: .* 179700000.0 GB .* Use a smaller --img-size"),
+        ("folder", "absent", {"img_size": 4}, "--data-dir absent has no test or val. It must contain train"),
+        ("tiny_imagenet", "absent", {}, "--data-dir absent has no TinyImageNet. Give one tiny-imagenet-200.zip"),
     ],
 )
 def test_what_cannot_be_asked(dataset, data_dir, options, message):
@@ -278,8 +278,10 @@ def test_split_is_checked():
 def test_no_files_and_no_network(tmp_path, offline, dataset, files):
     with pytest.raises(InputError) as error:
         load_images(dataset, tmp_path, "test")
-    assert f"--data-dir {tmp_path} holds no whole {DATASETS[dataset].title}, and it could not be" in str(error.value)
-    assert f"put {files}" in str(error.value)
+    assert f"--data-dir {tmp_path} does not contain all of {DATASETS[dataset].title}, and it could not be" in str(
+        error.value
+    )
+    assert f"Put {files}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -326,7 +328,9 @@ def test_no_lock_is_made_where_nothing_is_missing(tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_says_so(tmp_path, offline):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"holds no whole MNIST, and it could not be downloaded \(.*Not a directory"):
+    with pytest.raises(
+        InputError, match=r"does not contain all of MNIST, and it could not be downloaded \(.*Not a directory"
+    ):
         load_images("mnist", tmp_path / "file" / "data", "test")
 
 
@@ -339,9 +343,9 @@ def test_mnist_files(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "n_images", "cut", "message"),
     [
-        ([3, 10, 4], 3, 0, "--dataset mnist has labels from 3 to 10; allowed are 0 to 9"),
+        ([3, 10, 4], 3, 0, "--dataset mnist has labels from 3 to 10. They must be from 0 to 9"),
         ([3, 1], 3, 0, "--dataset mnist has 3 images and 2 labels"),
-        ([3, 1, 4], 3, 100, "holds no whole MNIST.*put MNIST/raw/"),
+        ([3, 1, 4], 3, 100, "does not contain all of MNIST.*Put MNIST/raw/"),
     ],
     ids=["label 10", "label missing", "cut short"],
 )
@@ -355,25 +359,27 @@ def test_mnist_files_that_are_wrong(tmp_path, labels, n_images, cut, message):
 
 def test_cifar10_classes_are_checked(tmp_path):
     write_folder(tmp_path / "train", ("cat", "dog"), 1)
-    with pytest.raises(InputError, match=r"train has 2 classes \(cat, dog\); CIFAR-10 has 10: make a folder for each"):
+    with pytest.raises(
+        InputError, match=r"train has 2 classes \(cat, dog\), CIFAR-10 has 10. Make one folder for each"
+    ):
         load_images("cifar10", tmp_path, "train")
 
 
 def test_cifar10_is_not_mixed_from_two_sources(tmp_path):
     write_folder(tmp_path / "train", CIFAR10, 1)
-    with pytest.raises(InputError, match="has no test or val; it must hold train"):
+    with pytest.raises(InputError, match=r"has no test or val\. It must contain train"):
         load_images("cifar10", tmp_path, "test")
 
 
 def test_folder_without_images(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"train has no readable images in folders \(ignored files: none\). Put a"):
+    with pytest.raises(InputError, match=r"train has no readable images in folders \(ignored files: none\). Put one"):
         load_images("folder", tmp_path, "train", img_size=4)
 
 
 def test_folder_with_one_class(tmp_path):
     write_folder(tmp_path / "train", ("a",), 2)
-    with pytest.raises(InputError, match=r"train has one class \(a\); give a folder for each of 2 or more"):
+    with pytest.raises(InputError, match=r"train has one class \(a\). Give one folder for each of at least 2"):
         load_images("folder", tmp_path, "train", img_size=4)
 
 
@@ -381,7 +387,7 @@ def test_image_cut_short(tmp_path):
     write_folder(tmp_path / "train", ("a", "b"), 2, size=(64, 64), format="jpeg")
     path = tmp_path / "train" / "b" / "1.jpeg"
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(InputError, match=r"b/1.jpeg in .*train is not a whole image \((?i:.*truncated.*)\); rep"):
+    with pytest.raises(InputError, match=r"b/1.jpeg in .*train is not a complete image \((?i:.*truncated.*)\)\. Rep"):
         load_images("folder", tmp_path, "train", img_size=4)
 
 
@@ -404,7 +410,7 @@ def test_zip_of_another_layout(tmp_path, missing):
     files = tiny_imagenet_files()
     del files[missing]
     write_zip(tmp_path / "tiny-imagenet-200.zip", files)
-    with pytest.raises(InputError, match=f"is not laid out as TinyImageNet .*{missing}.*; give the official"):
+    with pytest.raises(InputError, match=f"does not have the layout of TinyImageNet .*{missing}.*Give the official"):
         load_images("tiny_imagenet", tmp_path, "test")
 
 
@@ -412,7 +418,7 @@ def test_zip_with_an_image_missing(tmp_path):
     files = tiny_imagenet_files()
     del files["val/images/val_2.JPEG"]
     write_zip(tmp_path / "tiny-imagenet-200.zip", files)
-    with pytest.raises(InputError, match=r"lacks 1 of the images that val/val_annotations.txt names \(.*val_2.JPEG\)"):
+    with pytest.raises(InputError, match=r"lacks 1 of the images that val/val_annotations.txt lists \(.*val_2.JPEG\)"):
         load_images("tiny_imagenet", tmp_path, "test")
 
 
@@ -426,7 +432,7 @@ def test_tiny_imagenet_without_training_images(tmp_path):
 def test_two_zips(tmp_path):
     for name in ("tiny-imagenet-200.zip", "tiny-imagenet-200-part.zip"):
         write_zip(tmp_path / name, tiny_imagenet_files())
-    with pytest.raises(InputError, match=r"several zips \(tiny-imagenet-200-part.zip, .*\); give one"):
+    with pytest.raises(InputError, match=r"several zips \(tiny-imagenet-200-part.zip, .*\). Give one"):
         load_images("tiny_imagenet", tmp_path, "test")
 
 
@@ -510,13 +516,13 @@ def test_hold_out_goes_by_seed():
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.5, float("nan")])
 def test_hold_out_fraction(fraction):
-    with pytest.raises(InputError, match=rf"held-out fraction {fraction} is not possible; give a number above 0"):
+    with pytest.raises(InputError, match=rf"held-out fraction {fraction} is not allowed\. Use a number above 0"):
         hold_out(numbered(100), fraction, seed=0)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.9])
 def test_hold_out_that_leaves_nothing(fraction):
-    with pytest.raises(InputError, match="of 5 images in 5 classes leaves one part empty; give a fraction nearer"):
+    with pytest.raises(InputError, match=r"of 5 images in 5 classes leaves one part empty\. Use a fraction closer"):
         hold_out(numbered(5), fraction, seed=0)
 
 

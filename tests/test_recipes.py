@@ -1,4 +1,4 @@
-"""Recipes of published models: they repeat trainings, evaluations and exports, and no text breaks out of them."""
+"""Recipes of published models repeat trainings, evaluations and exports, and quote every text."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
 from drelu_timm.export import ExportConfig
 from drelu_timm.files import read_toml
-from drelu_timm.publishing.measured import Paper, Seed, from_record
+from drelu_timm.publishing.card import Paper, Seed, read_card
 from drelu_timm.publishing.recipes import recipe
 from drelu_timm.training.config import TrainConfig, resolve, saved
 from drelu_timm.training.trainings import read_trainings
@@ -27,7 +27,7 @@ def measured(evaluated):
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """Writes a recipe, and reads its tables and the configs of its commands."""
+    """Function that writes a recipe and reads its tables and the configs of its commands."""
     monkeypatch.chdir(tmp_path)
 
     def written(measured):
@@ -40,7 +40,7 @@ def read(tmp_path, monkeypatch):
 
 
 def commands_of(path: Path) -> tuple[list[list[TrainConfig]], list[EvaluateConfig], ExportConfig]:
-    """The trainings, the evaluations and the export that the commands in a recipe's comment give."""
+    """Return the configs of the commands in a recipe's comment."""
     lines = [line[2:] for line in path.read_text().splitlines() if re.match(r"# (drelu-timm|accelerate) ", line)]
     words = [shlex.split(line) for line in lines]
     flags = {
@@ -56,7 +56,7 @@ def commands_of(path: Path) -> tuple[list[list[TrainConfig]], list[EvaluateConfi
 
 
 def as_saved(config: TrainConfig, tmp_path: Path) -> dict:
-    """What the config.json of a training would hold, as a card shows it."""
+    """Return the config.json of a training as it is in a card."""
     resolved = saved(resolve(replace(config, output_dir=tmp_path / "not there")))
     return {name: value for name, value in resolved.items() if name not in ("data_dir", "init_from")}
 
@@ -94,7 +94,7 @@ def test_other_seeds_are_trained_and_evaluated_by_the_recipe(measured, read):
 HOSTILE = 'a "title"\n\'; touch /tmp/x; \u2028 \x7f \\ """ # ünï'
 
 
-def test_no_text_of_a_run_breaks_out_of_its_recipe(measured, read):
+def test_texts_of_a_run_stay_data_in_its_recipe(measured, read):
     hostile = trained(replace(measured, paper=Paper(HOSTILE, HOSTILE, "https://example.org", "N/A")), eps="0.3")
     hostile = having(hostile, dataset_title=HOSTILE, hardware=HOSTILE, transfer_from=HOSTILE)
     content, trainings, evaluations, export = read(hostile)
@@ -105,7 +105,7 @@ def test_no_text_of_a_run_breaks_out_of_its_recipe(measured, read):
 
 
 @pytest.mark.parametrize("seed", ["0; touch /tmp/x", "$(id)"])
-def test_a_seed_that_is_a_text_is_refused_by_train_and_quoted_in_commands(measured, seed, tmp_path):
+def test_a_seed_that_is_text_is_refused_by_train_and_quoted_in_commands(measured, seed, tmp_path):
     text = recipe(trained(measured, seed=seed))
     assert f"# drelu-timm evaluate {shlex.quote(f'runs/{KEY}/seed{seed}')} " in text
     (tmp_path / "r.toml").write_text(text)
@@ -114,15 +114,15 @@ def test_a_seed_that_is_a_text_is_refused_by_train_and_quoted_in_commands(measur
 
 
 def test_the_recipe_repeats_the_evaluation(measured, read):
-    told = {"eps": "0.2", "norm": "L2", "precision": "bfloat16", "seed": 3, "transfer_from": "resnet18"}
+    settings = {"eps": "0.2", "norm": "L2", "precision": "bfloat16", "seed": 3, "transfer_from": "resnet18"}
     training = {**measured.training, "weights": "last"}
-    content, _, [first, *_], export = read(replace(having(measured, **told), training=training))
-    assert first == EvaluateConfig(f"runs/{KEY}/seed0/last", "standard", n_examples=60, **told)
-    assert content["evaluate"][0] == {"run": first.run, "suite": "standard", "n_examples": 60, **told}
+    content, _, [first, *_], export = read(replace(having(measured, **settings), training=training))
+    assert first == EvaluateConfig(f"runs/{KEY}/seed0/last", "standard", n_examples=60, **settings)
+    assert content["evaluate"][0] == {"run": first.run, "suite": "standard", "n_examples": 60, **settings}
     assert (export.eps, export.run) == ("0.2", Path(first.run))
 
 
-def test_a_folder_that_stands_for_a_board_is_named_in_the_recipe(measured, read):
+def test_a_folder_exported_as_imagenet_is_named_in_the_recipe(measured, read):
     folder = having(trained(measured, dataset="folder"), dataset="imagenet")
     assert read(folder)[-1].dataset == "imagenet"
     assert read(measured)[-1].dataset is None
@@ -131,14 +131,14 @@ def test_a_folder_that_stands_for_a_board_is_named_in_the_recipe(measured, read)
 @pytest.mark.parametrize(
     "back", [{"optimizer": "adam", "schedule": "constant", "ema_decay": 0.0, "weight_decay": 0.0}, {"step_size": 0.01}]
 )
-def test_a_preset_that_flags_went_back_from_is_repeated(measured, read, back, tmp_path):
+def test_a_preset_with_overriding_flags_is_repeated(measured, read, back, tmp_path):
     given = {"model": "dense_drelu", "dataset": "cifar10", "generated": (Path("a.npz"),), "output_dir": tmp_path / "no"}
     config = resolve(TrainConfig.from_preset("wang2023", **given, **back))
     _, [[again]], _, _ = read(trained(measured, **saved(config)))
     assert as_saved(again, tmp_path) == as_saved(config, tmp_path)
 
 
-def test_a_preset_that_was_undone_by_no_value_is_left_out_of_the_recipe(measured, read, tmp_path):
+def test_a_preset_with_a_value_overridden_by_none_is_left_out(measured, read, tmp_path):
     config = resolve(TrainConfig.from_preset("paper-drelu", model="dense_drelu", dataset="digits", patience=None))
     _, [[again]], _, _ = read(trained(measured, **saved(config)))
     assert as_saved(again, tmp_path) == as_saved(replace(config, preset=None), tmp_path)
@@ -147,7 +147,7 @@ def test_a_preset_that_was_undone_by_no_value_is_left_out_of_the_recipe(measured
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_a_published_recipe_gives_the_trainings_of_its_card(path, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    measured = from_record(json.loads(path.read_text()), path)
+    measured = read_card(json.loads(path.read_text()), path)
     [trainings, *others], evaluations, export = commands_of(Path(measured.recipe))
     assert [as_saved(config, tmp_path) for config in trainings] == [one["train"] for one in measured.trainings[::-1]]
     assert [config.seed for (*_, config) in others] == [one.seed for one in measured.seeds if one.seed != 0]

@@ -1,10 +1,10 @@
-"""Trained models under RobustBench's names, from each place that they may lie in."""
+"""Trained models under RobustBench's names, from each kind of source."""
 
 import json
 import shutil
 import sys
 from pathlib import Path
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 import pytest
 import safetensors.torch
@@ -14,7 +14,8 @@ from hub_server import connect, hub_fixture, sha  # noqa: F401
 
 import drelu_timm
 from drelu_timm import InputError, load_folder, normalized, register_robust_model, save_folder
-from drelu_timm.digests import sha256_of
+from drelu_timm.hashing import sha256_of
+from drelu_timm.zoo import robust_models
 
 KEY = "Tester2026Sources_dense-8"
 NAME = "tester2026sources_dense_8_digits_linf"
@@ -25,7 +26,7 @@ OTHER = "0" * 64
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with an untrained net."""
+    """Folder with an untrained model."""
     folder = tmp_path_factory.mktemp("saved") / "hub"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -36,15 +37,18 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of it to spoil."""
+    """Copy of it that a test may change."""
     return Path(shutil.copytree(saved, tmp_path / "hub"))
 
 
 @pytest.fixture
 def uploaded(hub, saved, monkeypatch):
-    """The stand-in for the Hub, which is a web server as well, with the model; it speaks no TLS."""
+    """Stand-in for the Hub with the model; it is also a web server, without TLS."""
     hub.make(REPO, **{name: (saved / name).read_bytes() for name in FILES})
-    monkeypatch.setattr(torch.hub, "urlopen", lambda asked: urlopen(Request(asked.full_url.replace("https", "http"))))
+    opened = robust_models._open
+    monkeypatch.setattr(
+        robust_models, "_open", lambda url, timeout: opened(url.replace("https", "http", 1), timeout=timeout)
+    )
     return hub
 
 
@@ -56,6 +60,10 @@ def digest(folder: Path, file: str = "model.safetensors") -> str:
     return sha256_of(folder / file)
 
 
+def digests(folder: Path) -> dict[str, str]:
+    return {"sha256": digest(folder), "config_sha256": digest(folder, "config.json")}
+
+
 def register(source, **settings) -> str:
     return register_robust_model(KEY, "digits", "Linf", source, **settings)
 
@@ -65,7 +73,7 @@ def logits(model) -> torch.Tensor:
 
 
 def same(folder: Path, **settings) -> bool:
-    """Whether the registered model is the folder's."""
+    """Return whether the registered model is that of the folder."""
     return torch.equal(logits(timm.create_model(NAME, pretrained=True, **settings)), logits(expected(folder)))
 
 
@@ -73,7 +81,7 @@ def expected(folder: Path):
     return normalized(load_folder(folder)).eval()
 
 
-# Every place
+# Sources
 
 
 def test_a_folder(saved):
@@ -84,8 +92,8 @@ def test_a_folder(saved):
     assert not model.training
 
 
-def test_a_web_address_is_fetched_once_when_the_model_is_created(uploaded, saved, tmp_path):
-    register(web(uploaded) + "/", sha256=digest(saved))
+def test_a_web_address_is_downloaded_once_when_the_model_is_created(uploaded, saved, tmp_path):
+    register(web(uploaded) + "/", **digests(saved))
     assert uploaded.requests == []
     assert same(saved)
     assert same(saved)
@@ -94,26 +102,25 @@ def test_a_web_address_is_fetched_once_when_the_model_is_created(uploaded, saved
     assert sorted(path.name for path in cache.iterdir()) == sorted(FILES)
 
 
-def test_a_digest_of_the_config_as_well_pins_the_whole_model(uploaded, saved):
-    digests = {"sha256": digest(saved), "config_sha256": digest(saved, "config.json")}
+def test_both_digests_pin_the_whole_model(uploaded, saved):
     for source in (saved, web(uploaded), f"hf-hub:{REPO}"):
-        register(source, **digests)
+        register(source, **digests(saved))
         assert same(saved)
 
 
-def test_timms_cache_dir_is_where_files_are_fetched_to(uploaded, saved, tmp_path):
+def test_files_are_downloaded_to_timms_cache_dir(uploaded, saved, tmp_path):
     for source, file in ((web(uploaded), "drelu_timm/*/config.json"), (f"hf-hub:{REPO}", "models--*/refs/main")):
-        register(source, sha256=digest(saved))
+        register(source, **digests(saved))
         assert same(saved, cache_dir=tmp_path / "here")
         assert len(list((tmp_path / "here").glob(file))) == 1
 
 
-def test_the_hub_gives_the_newest_commit_or_the_named_one(uploaded, saved):
+def test_the_hub_serves_the_newest_or_the_named_commit(uploaded, saved):
     uploaded.repos[REPO].append({"config.json": b"{}", "model.safetensors": b""})
-    register(f"hf-hub:{REPO}@{sha(REPO, 0)}", sha256=digest(saved))
+    register(f"hf-hub:{REPO}@{sha(REPO, 0)}", **digests(saved))
     assert same(saved)
-    register(f"hf-hub:{REPO}")
-    with pytest.raises(InputError, match=r"config.json is not the config of a model"):
+    register(f"hf-hub:{REPO}", **digests(saved))
+    with pytest.raises(InputError, match=r"config.json has other settings than registered"):
         timm.create_model(NAME, pretrained=True)
 
 
@@ -121,7 +128,7 @@ def test_a_name_moves_to_its_newest_source(uploaded, saved, tmp_path):
     save_folder(timm.create_model("dense_drelu", num_classes=3, in_chans=1, img_size=8), tmp_path / "other")
     register(tmp_path / "other")
     assert timm.create_model(NAME, pretrained=True).model.num_classes == 3
-    register(f"hf-hub:{REPO}")
+    register(f"hf-hub:{REPO}", **digests(saved))
     assert same(saved)
 
 
@@ -129,7 +136,7 @@ def test_a_name_moves_to_its_newest_source(uploaded, saved, tmp_path):
 
 
 def checkpoint(path: Path, model) -> Path:
-    """A file of a registered model's whole state dict, other than that of its source."""
+    """Write a state dict of the whole model whose values differ from those of its source."""
     state = {name: tensor + 0.5 for name, tensor in model.state_dict().items()}
     assert {"normalize.mean", "normalize.std"} < set(state)
     safetensors.torch.save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
@@ -155,6 +162,36 @@ def test_robustbench_reads_a_custom_checkpoint(robustbench, saved, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+# Downloads
+
+
+@pytest.mark.parametrize("target", ["http://host/config.json", "ftp://host/config.json", "//host:1/x"])
+def test_a_redirect_to_anything_but_https_is_refused(uploaded, saved, tmp_path, target):
+    uploaded.redirects["GET", "resolve"] = target
+    register(web(uploaded), **digests(saved))
+    with pytest.raises(
+        InputError, match=rf"^{web(uploaded)}/config.json cannot be downloaded \(.*(https|HTTP Error)"
+    ) as caught:
+        timm.create_model(NAME, pretrained=True)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "torch_home").rglob("*") if path.is_file()]
+
+
+def test_a_redirect_to_https_is_followed():
+    request = Request("https://host/config.json")
+    handler = robust_models._HttpsOnly()
+    redirected = handler.redirect_request(request, None, 302, "Found", {}, "https://elsewhere/config.json")
+    assert redirected is not None and redirected.full_url == "https://elsewhere/config.json"
+
+
+def test_a_download_that_is_too_large_is_not_kept(uploaded, saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(robust_models._LARGEST, "config.json", 10)
+    register(web(uploaded), **digests(saved))
+    with pytest.raises(InputError, match=r"config.json is larger than 10 bytes"):
+        timm.create_model(NAME, pretrained=True)
+    assert not [path for path in (tmp_path / "torch_home").rglob("*") if path.is_file()]
+
+
 # What is refused
 
 
@@ -164,16 +201,22 @@ def test_robustbench_reads_a_custom_checkpoint(robustbench, saved, tmp_path):
         (
             "nowhere",
             {},
-            r"^nowhere holds no exported model \(no config.json\); give a folder made by .*hf-hub:ORG/NAME$",
+            r"^nowhere does not contain an exported model \(no config.json\). Use a folder .*hf-hub:ORG/NAME\.$",
         ),
-        ("ftp://host/x", {}, r"holds no exported model"),
-        ("https://host/x", {}, r"^https://host/x: weights from the web need their sha256; export wrote it"),
-        ("https://host/x?a=b", {"sha256": OTHER}, r"give the address of a folder, without \? and #"),
-        ("http://host/x", {"sha256": OTHER}, r"^http://host/x: what comes over http may be anybody's; give its https"),
-        ("hf-hub:tester", {}, r"^hf-hub:tester names no repository; give ORG/NAME"),
-        ("hf-hub:lab/x/y@main", {}, r"^hf-hub:lab/x/y@main names no repository"),
-        ("hf-hub:lab/x", {"sha256": "abc"}, r"^sha256 'abc' is no SHA-256; give 64 digits"),
-        ("hf-hub:lab/x", {"config_sha256": "abc"}, r"^config_sha256 'abc' is no SHA-256; give 64 digits"),
+        ("ftp://host/x", {}, r"does not contain an exported model"),
+        ("https://host/x", {}, r"^https://host/x: a download needs sha256 and config_sha256\. See register"),
+        ("https://host/x", {"sha256": OTHER}, r"^https://host/x: a download needs config_sha256\."),
+        ("hf-hub:lab/x", {"config_sha256": OTHER}, r"^hf-hub:lab/x: a download needs sha256\."),
+        ("https://host/x?a=b", {"sha256": OTHER}, r"^https://host/x\?a=b has a \? or #. Use the address of a folder"),
+        (
+            "http://host/x",
+            {"sha256": OTHER},
+            r"^http://host/x: files sent over http can be replaced on the way. Use the https",
+        ),
+        ("hf-hub:tester", {}, r"^hf-hub:tester is not the name of a repository. Use ORG/NAME"),
+        ("hf-hub:lab/x/y@main", {}, r"^hf-hub:lab/x/y@main is not the name of a repository"),
+        ("hf-hub:lab/x", {"sha256": "abc"}, r"^sha256 'abc' is not a SHA-256. Use the 64 digits"),
+        ("hf-hub:lab/x", {"config_sha256": "abc"}, r"^config_sha256 'abc' is not a SHA-256. Use the 64 digits"),
     ],
 )
 def test_a_bad_source_is_refused_at_once(source, settings, message):
@@ -184,98 +227,97 @@ def test_a_bad_source_is_refused_at_once(source, settings, message):
 
 def test_other_weights_are_never_used(uploaded, folder, tmp_path):
     found = digest(folder)
-    text = (
-        rf"model.safetensors holds other weights than were registered: sha256 {OTHER} expected, {found} found; delete"
-    )
+    text = rf"model.safetensors has other weights than registered \(sha256 {found}, not {OTHER}\)\. Delete"
+    wrong = {**digests(folder), "sha256": OTHER}
     for source in (folder, f"hf-hub:{REPO}"):
-        register(source, sha256=OTHER)
+        register(source, **wrong)
         with pytest.raises(InputError, match=text) as caught:
             timm.create_model(NAME, pretrained=True)
         assert "\n" not in str(caught.value)
-    register(web(uploaded), sha256=OTHER)
-    text = rf"^{web(uploaded)}/model.safetensors holds other weights .*not kept \(.*{OTHER}.*{found}.*\); ask"
+    register(web(uploaded), **wrong)
+    text = rf"^{web(uploaded)}/model.safetensors has other weights than .* \(sha256 {found}, not {OTHER}\)\. Ask"
     with pytest.raises(InputError, match=text):
         timm.create_model(NAME, pretrained=True)
     assert [path.name for path in (tmp_path / "torch_home").rglob("*") if path.is_file()] == ["config.json"]
 
 
 def test_a_later_config_does_not_change_the_model(uploaded, folder, tmp_path):
-    register(web(uploaded), sha256=digest(folder))
-    assert same(folder)  # and the config is in the cache
-    digests = {"sha256": digest(folder), "config_sha256": digest(folder, "config.json")}
+    registered = digests(folder)
+    register(f"hf-hub:{REPO}", **registered)
+    assert same(folder)
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["mean"] = [0.5]
     (folder / "config.json").write_text(json.dumps(config))
     uploaded.repos[REPO].append({name: (folder / name).read_bytes() for name in FILES})
     found = digest(folder, "config.json")
     for source in (folder, f"hf-hub:{REPO}"):
-        register(source, **digests)
-        with pytest.raises(InputError, match=rf"config.json holds other settings than were reg.*, {found} found"):
+        register(source, **registered)
+        with pytest.raises(InputError, match=rf"config.json has other settings than reg.* \(sha256 {found}"):
             timm.create_model(NAME, pretrained=True)
-    register(web(uploaded), **digests)
-    with pytest.raises(InputError, match=rf"^{web(uploaded)}/config.json holds other settings .*not kept .*{found}"):
+    register(web(uploaded), **registered)
+    with pytest.raises(InputError, match=rf"^{web(uploaded)}/config.json has other settings .*sha256 {found}"):
         timm.create_model(NAME, pretrained=True)
-    assert len(list((tmp_path / "torch_home").rglob("config.json"))) == 1
+    assert not list((tmp_path / "torch_home").rglob("config.json"))
 
 
 def test_weights_that_changed_in_the_cache_are_not_used(uploaded, saved, tmp_path):
-    register(web(uploaded), sha256=digest(saved))
+    register(web(uploaded), **digests(saved))
     assert same(saved)
     (file,) = (tmp_path / "torch_home").rglob("model.safetensors")
     file.write_bytes(b"changed")
-    with pytest.raises(InputError, match=r"model.safetensors holds other weights .*delete it and fetch it again"):
+    with pytest.raises(InputError, match=r"model.safetensors has other weights .*Delete it and download it again"):
         timm.create_model(NAME, pretrained=True)
     file.unlink()
     assert same(saved)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_file_that_is_not_given_out_is_named(uploaded, saved, status):
+def test_a_file_that_cannot_be_downloaded_is_named(uploaded, saved, status):
     uploaded.failures |= {("GET", "resolve"): status, ("HEAD", "resolve"): status}
-    register(web(uploaded), sha256=digest(saved))
-    with pytest.raises(InputError, match=rf"^{web(uploaded)}/config.json cannot be fetched \(HTTP Error {status}"):
+    register(web(uploaded), **digests(saved))
+    with pytest.raises(InputError, match=rf"^{web(uploaded)}/config.json cannot be downloaded \(HTTP Error {status}"):
         timm.create_model(NAME, pretrained=True)
-    register(f"hf-hub:{REPO}@v1")
+    register(f"hf-hub:{REPO}@v1", **digests(saved))
     with pytest.raises(
-        InputError, match=rf"^hf-hub:{REPO}@v1: config.json cannot be fetched \(.*; check the name"
+        InputError, match=rf"^hf-hub:{REPO}@v1: config.json cannot be downloaded \(.*\). Check the name"
     ) as caught:
         timm.create_model(NAME, pretrained=True)
     assert "\n" not in str(caught.value)
 
 
-def test_no_network_is_said(hub, monkeypatch):
+def test_a_missing_network_is_named(hub, monkeypatch):
     nobody = "https://127.0.0.1:9"
-    register(f"{nobody}/x", sha256=OTHER)
-    with pytest.raises(InputError, match=rf"^{nobody}/x/config.json cannot be fetched .*check the address and the net"):
+    register(f"{nobody}/x", sha256=OTHER, config_sha256=OTHER)
+    with pytest.raises(InputError, match=rf"^{nobody}/x/config.json cannot be downloaded .*Check the address and"):
         timm.create_model(NAME, pretrained=True)
-    register(f"hf-hub:{REPO}")
+    register(f"hf-hub:{REPO}", sha256=OTHER, config_sha256=OTHER)
     connect(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(InputError, match=rf"^hf-hub:{REPO}: config.json cannot be .* reached: .*\)\. Check the net"):
         timm.create_model(NAME, pretrained=True)
 
 
-def test_without_the_hubs_library_it_is_named(monkeypatch):
+def test_a_missing_huggingface_hub_is_named(monkeypatch):
     monkeypatch.delattr(drelu_timm.zoo, "hub", raising=False)
     monkeypatch.delitem(sys.modules, "drelu_timm.zoo.hub", raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
-        InputError, match=r"huggingface_hub cannot be used \(.*\); pip install --upgrade huggingface_hub"
+        InputError, match=r"huggingface_hub cannot be imported \(.*\)\. pip install --upgrade huggingface_hub"
     ):
         register(f"hf-hub:{REPO}")
 
 
-def test_a_page_in_the_configs_place_does_not_stay_in_the_cache(uploaded, saved):
-    register(web(uploaded), sha256=digest(saved))
+def test_an_html_page_instead_of_the_config_does_not_stay_in_the_cache(uploaded, saved):
+    register(web(uploaded), **digests(saved))
     files = uploaded.repos[REPO][0]
     config, files["config.json"] = files["config.json"], b"<html>down for maintenance</html>"
-    with pytest.raises(InputError, match=r"config.json cannot be read"):
+    with pytest.raises(InputError, match=r"config.json has other settings than registered"):
         timm.create_model(NAME, pretrained=True)
     files["config.json"] = config
     assert same(saved)
 
 
 class Harmful:
-    """A pickle of it makes a file where it is loaded."""
+    """Object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -317,14 +359,14 @@ def test_a_config_from_elsewhere_is_checked(folder, changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_would_change_a_trained_model_is_refused(saved):
+def test_arguments_that_would_change_a_trained_model_are_refused(saved):
     register(saved)
-    with pytest.raises(InputError, match=r"num_classes=7: .* has 10 classes; leave it out"):
+    with pytest.raises(InputError, match=r"num_classes=7: .* has 10 classes. Leave it out"):
         timm.create_model(NAME, pretrained=True, num_classes=7)
-    with pytest.raises(InputError, match=r"in_chans=3: .* takes 1 channels; leave it out"):
+    with pytest.raises(InputError, match=r"in_chans=3: .* takes 1 channels. Leave it out"):
         timm.create_model(NAME, pretrained=True, in_chans=3)
     assert same(saved, num_classes=10, in_chans=1)
-    with pytest.raises(InputError, match=rf"is a trained model: timm.create_model\('{NAME}', pretrained=True\)"):
+    with pytest.raises(InputError, match=rf"is a trained model. Use timm.create_model\('{NAME}', pretrained=True\)"):
         timm.create_model(NAME)
     with pytest.raises(TypeError, match="drop_rate"):
         timm.create_model(NAME, pretrained=True, drop_rate=0.5)
@@ -332,13 +374,13 @@ def test_what_would_change_a_trained_model_is_refused(saved):
 
 def test_names_are_robustbenchs(saved):
     assert register_robust_model("Tester-2026", "digits", "Linf", saved) == "tester_2026_digits_linf"
-    with pytest.raises(InputError, match=r"--key 'Tester\.1' is no RobustBench key; use letters"):
+    with pytest.raises(InputError, match=r"--key 'Tester\.1' is not a RobustBench key. Use letters"):
         register_robust_model("Tester.1", "digits", "Linf", saved)
 
 
-def test_a_name_of_timm_is_not_taken_away(saved):
+def test_a_name_of_timm_is_not_replaced(saved):
     timm.models.register_model(taken_digits_linf)
-    with pytest.raises(InputError, match="--key: timm has a model 'taken_digits_linf' already; choose another key"):
+    with pytest.raises(InputError, match=r"--key: timm has a model 'taken_digits_linf' already\. Choose another key"):
         register_robust_model("Taken", "digits", "Linf", saved)
 
 

@@ -1,3 +1,5 @@
+"""RobustBench after `adapt`: its benchmark, its datasets, and errors that name the cause."""
+
 import importlib.metadata
 import subprocess
 import sys
@@ -27,14 +29,14 @@ def robustbench():
 
 @pytest.fixture
 def fresh():
-    """`adapt` looks again at what is installed, before and after."""
+    """Clear the cache of `adapt` before and after, so that it looks at what is installed."""
     adapt.cache_clear()
     yield
     adapt.cache_clear()
 
 
 class Linear(nn.Module):
-    """A linear classifier of CIFAR-shaped images: what an Linf attack can do to it is known exactly."""
+    """Linear classifier of CIFAR-shaped images, whose robust accuracy under Linf is known exactly."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +48,7 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def robust_radius(self, images, labels):
-        """[N]: the Linf distance to the nearest other class, as far as the image stays inside [0, 1]."""
+        """Return the Linf distance to the nearest other class, [N], for images that stay inside [0, 1]."""
         weight, logits = self.layer.weight, self(images)
         margins = logits.gather(1, labels[:, None]) - logits
         slopes = (weight[labels][:, None] - weight[None]).abs().sum(2)
@@ -55,7 +57,7 @@ class Linear(nn.Module):
 
 @pytest.fixture
 def linear_task(robustbench, monkeypatch):
-    """The net and seven CIFAR-shaped images, in RobustBench's place for CIFAR-10: two robust, four not, one wrong."""
+    """Model and seven images instead of RobustBench's CIFAR-10: two robust, four not, one misclassified."""
     model = Linear().eval()
     images = 0.1 + 0.8 * torch.rand(2000, 3, 32, 32)
     labels = model(images).argmax(1)
@@ -69,7 +71,7 @@ def linear_task(robustbench, monkeypatch):
     return model, images, labels
 
 
-def test_nothing_is_imported_before_it_is_asked_for():
+def test_robustbench_is_imported_by_adapt_only():
     code = "import sys, drelu_timm.robustbench; print([m for m in ('robustbench', 'autoattack') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
@@ -89,7 +91,7 @@ def test_benchmark_runs_to_the_end_and_finds_the_exact_robust_accuracy(robustben
 
 
 def test_our_standard_suite_is_their_benchmark(robustbench, capsys):
-    """RobustBench's own benchmark against `evaluate_model`, on a net that is trained, with seeds of their own."""
+    """RobustBench's own benchmark against `evaluate_model`, on a trained model; the seeds differ."""
     from drelu_timm.data.images import to_float
     from drelu_timm.data.readers import load_images
     from drelu_timm.evaluation.evaluation import evaluate_model
@@ -112,7 +114,7 @@ def test_our_standard_suite_is_their_benchmark(robustbench, capsys):
     ours = evaluate_model(model, test.images, test.labels, eps=eps, suite="standard")
 
     assert ours.clean == pytest.approx(clean)
-    assert 0.2 < robust < 0.8, "the test has nothing to tell apart"
+    assert 0.2 < robust < 0.8, "the model is too weak or too robust to compare"
     assert abs(ours.accuracy["autoattack"] - robust) <= 2 / count
 
 
@@ -135,14 +137,14 @@ def test_autoattack_takes_the_arguments_of_autoattack_and_finds_what_pyautoattac
     assert capsys.readouterr().out == ""
 
 
-def test_a_state_that_could_never_be_read_again_is_refused_before_the_attack(robustbench, linear_task, tmp_path):
+def test_a_state_path_is_refused_before_the_attack(robustbench, linear_task, tmp_path):
     model, _, _ = linear_task
     with pytest.raises(InputError, match=r"state_path='.*aa\.json'.* cannot resume .* Leave it out"):
         robustbench.benchmark(model, 7, "cifar10", "Linf", eps=EPS, aa_state_path=tmp_path / "aa.json")
     assert not (tmp_path / "aa.json").exists()
 
 
-def test_datasets_that_robustbench_does_not_know_are_further_values_of_its_enumeration(robustbench):
+def test_our_datasets_are_added_to_robustbenchs_enumeration(robustbench):
     from robustbench.model_zoo.enums import BenchmarkDataset
 
     assert BenchmarkDataset("digits") is BenchmarkDataset("digits")
@@ -154,7 +156,7 @@ def test_datasets_that_robustbench_does_not_know_are_further_values_of_its_enume
         BenchmarkDataset("cifar1O")
 
 
-def test_benchmark_finds_the_images_of_such_a_dataset(robustbench):
+def test_benchmark_finds_the_images_of_our_datasets(robustbench):
     from robustbench.model_zoo.enums import BenchmarkDataset
 
     from drelu_timm.data.readers import load_images
@@ -165,7 +167,7 @@ def test_benchmark_finds_the_images_of_such_a_dataset(robustbench):
     assert torch.equal(labels, test.labels[:50])
 
 
-def test_the_images_for_a_registered_model_are_those_for_its_architecture(robustbench, tmp_path):
+def test_images_are_preprocessed_for_a_registered_model(robustbench, tmp_path):
     save_folder(timm.create_model("resnet10t", num_classes=3), tmp_path / "hub")
     (tmp_path / "hub" / "model.safetensors").unlink()  # they are not needed
     register_robust_model("Tester2026Preprocessing", "imagenet", "Linf", tmp_path / "hub")
@@ -192,7 +194,7 @@ def test_the_real_autoattack_is_preferred(robustbench, monkeypatch, tmp_path, fr
     assert AutoAttack.real
 
 
-def test_the_stale_copy_out_of_torchattacks_is_named(monkeypatch, tmp_path, fresh):
+def test_the_stale_copy_from_torchattacks_is_named(monkeypatch, tmp_path, fresh):
     stale = b"def load_model(): ..."
     install(tmp_path, "torchattacks", files={"robustbench/utils.py": stale})
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -204,7 +206,7 @@ def test_the_stale_copy_out_of_torchattacks_is_named(monkeypatch, tmp_path, fres
         adapt()
 
 
-def test_torchattacks_beside_the_real_robustbench_is_no_error(robustbench, monkeypatch, tmp_path, fresh):
+def test_torchattacks_next_to_the_real_robustbench_is_accepted(robustbench, monkeypatch, tmp_path, fresh):
     install(tmp_path, "torchattacks", files={"robustbench/utils.py": b"def load_model(): ..."})
     (tmp_path / "robustbench" / "utils.py").write_text("# the real one, installed afterwards")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -228,7 +230,7 @@ def test_missing_pkg_resources_names_the_version_of_setuptools(monkeypatch, tmp_
         adapt()
 
 
-def test_a_robustbench_that_does_not_import_says_so(monkeypatch, tmp_path, fresh):
+def test_an_import_error_of_robustbench_is_reported(monkeypatch, tmp_path, fresh):
     install(tmp_path, "robustbench")
     install(tmp_path, "torchattacks")
     (tmp_path / "pkg_resources.py").touch()

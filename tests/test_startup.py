@@ -110,7 +110,7 @@ ORDERS = (
     "import drelu_timm.models.architectures, timm",
     "import drelu_timm.models.variants, timm",
     "import drelu_timm.models.registry, timm",
-    "import drelu_timm.zoo.published, timm",
+    "import drelu_timm.zoo.robust_models, timm",
 )
 FORKS = """
 import os, sys, torch, torchvision  # for all

@@ -24,10 +24,9 @@ from safetensors.torch import save_file
 from synthetic_runs import point, write_result, write_run, write_sweep
 
 from drelu_timm import __main__
-from drelu_timm import sweep as sweeping
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation.config import EvaluateConfig
-from drelu_timm.files import locked
+from drelu_timm.files import held, locked
 from drelu_timm.flags import SweepConfig, read
 from drelu_timm.launch import Launch, Preempted
 from drelu_timm.sweep import main, sweep
@@ -230,9 +229,25 @@ def test_every_cell_is_told_to_stop():
 
 
 def test_two_sweeps_in_one_folder(tmp_path, grid):
-    with sweeping._lock(tmp_path / "x"), pytest.raises(InputError, match="is in use by another sweep") as caught:
-        sweep(SweepConfig(str(grid), output_dir=tmp_path / "x"))
-    assert "\n" not in str(caught.value) and f"fuser {tmp_path / 'x' / '.lock'}" in str(caught.value)
+    def hold(ready) -> None:
+        with held(tmp_path / "x" / ".lock", "x"):
+            ready.set()
+            signal.pause()
+
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    other = fork.Process(target=hold, args=(ready,))
+    other.start()
+    try:
+        ready.wait()
+        with pytest.raises(
+            InputError, match=rf"x is in use by process {other.pid} on .+\. Wait until it ends"
+        ) as caught:
+            sweep(SweepConfig(str(grid), output_dir=tmp_path / "x"))
+        assert "\n" not in str(caught.value)
+    finally:
+        other.kill()
+        other.join()
 
 
 def test_a_cell_that_a_killed_sweep_has_left_is_not_begun_twice(tmp_path, grid, monkeypatch):
@@ -372,7 +387,7 @@ def test_a_cell_that_began_with_other_weights_than_its_start_has_now_is_not_done
     assert cell.is_done()
     file = tmp_path / "natural" / "model" / "model.safetensors"
     save_file({name: value + 1 for name, value in weights(tmp_path / "natural").items()}, file)
-    with pytest.raises(InputError, match=f"{tmp_path}/at: --init-from {tmp_path}/natural has other weights") as error:
+    with pytest.raises(InputError, match=f"{tmp_path}/at: the weights of --init-from {tmp_path}/natural have") as error:
         cell.is_done()
     assert "\n" not in str(error.value)
     file.unlink()
@@ -535,7 +550,7 @@ def test_slurm_jobs_that_have_not_ended_are_not_begun_here(tmp_path, grid, monke
     monkeypatch.setattr(submitit, "SlurmJob", lambda folder, job_id: SimpleNamespace(done=lambda: job_id == "124"))
     with pytest.raises(InputError, match=r"has SLURM jobs that have not ended, .*\(natural\)\. .*jobs.json"):
         sweep(SweepConfig(str(grid), output_dir=tmp_path / "x"))
-    assert {path.name for path in (tmp_path / "x").iterdir()} == {"jobs", ".lock"}
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"jobs"}
 
 
 def test_a_machine_without_slurm(tmp_path, grid, monkeypatch):

@@ -235,7 +235,7 @@ BAD = [
     ({"model": "dense", "activation": "relu"}, "--activation, --width can only be used with *_drelu models"),
     ({"optimizer": "adamm"}, "--optimizer 'adamm' is not an optimizer of timm"),
     ({"batch_size": 512}, "512"),
-    ({"init_from": Path("nowhere")}, "nowhere is no run directory"),
+    ({"init_from": Path("nowhere")}, "nowhere is not a run directory"),
     ({"dataset": "folder", "data_dir": Path("nowhere"), "img_size": 8}, "nowhere"),
     ({"model": "inception_v3_drelu"}, "cannot run on 8x8 images"),
 ]

@@ -61,7 +61,7 @@ def test_another_norm_than_the_files_needs_its_own_eps(read):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[train", r"--config \S+r\.toml cannot be read as TOML \(.+\); fix it there"),
+        ("[train", r"--config \S+r\.toml cannot be read as TOML \(.+\)\. Correct it"),
         ("", r"r\.toml needs a table \[train\], or several \[\[train\]\]"),
         ("train = []", r"r\.toml needs a table \[train\]"),
         ("train = [1]", r"r\.toml: \[\[train\]\] 1: is 1\. It must be a table of names and values\."),

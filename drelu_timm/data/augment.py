@@ -1,4 +1,4 @@
-"""Augmentation of training images, by random bits that the caller draws: nothing here has a state of its own."""
+"""Augmentation of training images as functions of random bits that the caller draws."""
 
 import random
 import re
@@ -18,23 +18,23 @@ from torch import Tensor
 from ..errors import InputError, one_line
 from ..randomness import uniform
 
-BITS = 6  # random uint64 an image: crop (2), flip, Cutout (2), RandAugment
-# timm passes over what it does not know.
+BITS = 6  # random uint64 per image: crop (2), flip, Cutout (2), RandAugment
+# Checked here, because timm ignores what it does not know.
 _CONFIG = re.compile(r"rand(-([mn]\d+|mmax\d+|inc\d|(p|mstd)\d+(\.\d+)?|t(weights|3a|3aw)))*")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images, in the order RandAugment, crop, flip, Cutout, CutMix.
+    """Settings of the augmentation, which is applied in the order RandAugment, crop, flip, Cutout, CutMix.
 
     Attributes:
-        crop_padding: Width of the zeros around an image, out of which it is cropped again at random, in pixels.
+        crop_padding: Zero padding of the random crop, in pixels; 0 for no crop.
         flip: Whether each image is mirrored with probability 1/2.
-        cutout: Side of a square that is set to zero, around a random pixel of each image, in pixels; 0 for none.
+        cutout: Side of the square around a random pixel of each image that is set to zero, in pixels; 0 for none.
             DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017,
             https://arxiv.org/abs/1708.04552.
-        cutmix: Probability that a batch is mixed: each image gets a box of another one, and its label that share of
-            the other's. Yun et al., "CutMix", ICCV 2019, https://arxiv.org/abs/1905.04899, with alpha = 1.
+        cutmix: Probability that a batch is mixed: a box of each image, and the same share of its label, come from
+            another image. Yun et al., "CutMix", ICCV 2019, https://arxiv.org/abs/1905.04899, with alpha = 1.
         rand_augment: timm's name of a RandAugment, such as "rand-m9-n2-mstd0.5"; empty for none. Cubuk et al.,
             "RandAugment", NeurIPS 2020, https://arxiv.org/abs/1909.13719.
 
@@ -50,20 +50,20 @@ class Augmentation:
 
     def __post_init__(self):
         if self.cutout < 0:
-            raise InputError(f"--cutout {self.cutout} is not possible; give the side in pixels, 0 for none")
+            raise InputError(f"--cutout {self.cutout} is negative. Use the side in pixels, or 0 for none.")
         if not 0 <= self.cutmix <= 1:
-            raise InputError(f"--cutmix {self.cutmix} is not possible; give a probability, 0 for none to 1")
+            raise InputError(f"--cutmix {self.cutmix} is not a probability. Use a number from 0 (none) to 1.")
         if self.rand_augment:
             _check_rand_augment(self.rand_augment)
 
 
 def augment(images: Tensor, augmentation: Augmentation, bits: np.ndarray) -> Tensor:
-    """Augment every image for itself: all but CutMix.
+    """Apply all augmentations except CutMix, to each image independently.
 
     Args:
         images: uint8 [B, C, H, W].
-        augmentation: What is done.
-        bits: uint64 [`BITS`, B], random.
+        augmentation: Settings.
+        bits: Random uint64 [`BITS`, B].
 
     Returns:
         uint8 [B, C, H, W].
@@ -82,12 +82,12 @@ def augment(images: Tensor, augmentation: Augmentation, bits: np.ndarray) -> Ten
 
 
 def _below(count: int, bits: np.ndarray, images: Tensor) -> Tensor:
-    """Random integers 0 to ``count - 1``, int64 where the images are."""
+    """Return random integers from 0 to ``count - 1``, int64, on the device of the images."""
     return torch.from_numpy((bits % np.uint64(count)).astype(np.int64)).to(images.device)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, *, padding: int) -> Tensor:
-    """Pad images with zeros, and crop each to its old size at its own place.
+    """Pad images with zeros and crop each to its previous size, at its own position.
 
     Args:
         images: [B, C, H, W] of any type.
@@ -100,7 +100,7 @@ def crop(images: Tensor, top: Tensor, left: Tensor, *, padding: int) -> Tensor:
     """
     count, channels, height, width = images.shape
     padded = F.pad(images, [padding] * 4)
-    # Row by row, as windows of one flat array: on a CPU many times as fast as to index by top and left.
+    # Rows are windows of one flat array: on a CPU this is many times faster than indexing by top and left.
     planes = torch.arange(count * channels, device=images.device).view(count, channels, 1)
     rows = planes * padded.shape[2] + top.view(-1, 1, 1) + torch.arange(height, device=images.device)
     starts = rows * padded.shape[3] + left.view(-1, 1, 1)
@@ -108,11 +108,11 @@ def crop(images: Tensor, top: Tensor, left: Tensor, *, padding: int) -> Tensor:
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror some images, left to right.
+    """Mirror some of the images horizontally.
 
     Args:
         images: [B, C, H, W] of any type.
-        mirrored: int64 [B], 1 for those that are, 0 for the others.
+        mirrored: int64 [B], 1 for an image that is mirrored, else 0.
 
     Returns:
         [B, C, H, W].
@@ -122,7 +122,7 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor, *, side: int) -> Tensor:
-    """Set a square around a pixel of each image to zero; what of it lies outside the image is lost.
+    """Set a square around a pixel of each image to zero; the square may extend beyond the image.
 
     Args:
         images: [B, C, H, W] of any type.
@@ -138,9 +138,9 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, *, side: int) -> Tensor:
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
-def _stretch(centre: Tensor, length: int, size: int) -> Tensor:
-    """Which of ``range(size)`` lie in a stretch around each centre: bool [B, size]."""
-    steps = torch.arange(size, device=centre.device) - (centre[:, None] - length // 2)
+def _stretch(center: Tensor, length: int, size: int) -> Tensor:
+    """Return which of ``range(size)`` are in an interval around each center, bool [B, size]."""
+    steps = torch.arange(size, device=center.device) - (center[:, None] - length // 2)
     return (steps >= 0) & (steps < length)
 
 
@@ -148,35 +148,35 @@ Box = tuple[slice, slice]  # rows and columns
 
 
 def cutmix_box(bits: np.ndarray, height: int, width: int, *, probability: float) -> Box:
-    """Draw the box of a batch, cut off at the border; with 1 - ``probability`` an empty one.
+    """Draw the box of a batch, cut off at the border of the images; with 1 - ``probability`` it is empty.
 
     Args:
-        bits: uint64 [4], random.
-        height: Of the images, in pixels.
-        width: Of the images, in pixels.
-        probability: Of a box, 0 to 1.
+        bits: Random uint64 [4].
+        height: Height of the images, in pixels.
+        width: Width of the images, in pixels.
+        probability: Probability of a box, 0 to 1.
     """
     drawn, area, row, column = uniform(bits)
     if drawn >= probability:
         return slice(0, 0), slice(0, 0)
 
-    def stretch(centre: float, size: int) -> slice:
+    def stretch(center: float, size: int) -> slice:
         length = int(size * area**0.5)
-        start = int(centre * size) - length // 2
+        start = int(center * size) - length // 2
         return slice(max(start, 0), min(start + length, size))
 
     return stretch(row, height), stretch(column, width)
 
 
 def cutmix(images: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Put the box of other images into images, and as much of their labels as the box has of the area.
+    """Replace the box in images by that of other images, and the same share of the labels.
 
     Args:
         images: [B, C, H, W] of any type.
-        labels: float32 [B, K], each row a distribution.
+        labels: float32 [B, K]; rows are distributions.
         others: As ``images``.
         other_labels: As ``labels``.
-        box: The rows and columns that come from the others.
+        box: Rows and columns that come from the others.
 
     Returns:
         Images and labels of the same shapes.
@@ -187,11 +187,11 @@ def cutmix(images: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor,
 
 
 def rand_augment(images: Tensor, config: str, seeds: np.ndarray) -> Tensor:
-    """timm's RandAugment, each image by its own seed, filled up with grey.
+    """Apply timm's RandAugment to each image with its own seed; empty areas become gray.
 
     Args:
-        images: uint8 [B, C, H, W], grey or RGB.
-        config: timm's name of it, such as "rand-m9-n2-mstd0.5".
+        images: uint8 [B, C, H, W], gray or RGB.
+        config: timm's name of the RandAugment, such as "rand-m9-n2-mstd0.5".
         seeds: uint64 [B].
 
     Returns:
@@ -204,15 +204,15 @@ def rand_augment(images: Tensor, config: str, seeds: np.ndarray) -> Tensor:
     with _global_generators_kept():
         for image, result, seed in zip(pixels, augmented, seeds.tolist(), strict=True):
             random.seed(seed)
-            np.random.seed(seed >> 32)  # noqa: NPY002  (timm draws from both, and takes no generator)
-            picture = transform(Image.fromarray(image[:, :, 0] if in_chans == 1 else image))
-            result[:] = np.asarray(picture).reshape(height, width, in_chans)
+            np.random.seed(seed >> 32)  # noqa: NPY002  (timm draws from both and accepts no generator)
+            transformed = transform(Image.fromarray(image[:, :, 0] if in_chans == 1 else image))
+            result[:] = np.asarray(transformed).reshape(height, width, in_chans)
     return torch.from_numpy(np.ascontiguousarray(augmented.transpose(0, 3, 1, 2))).to(images.device)
 
 
 @contextmanager
 def _global_generators_kept() -> Iterator[None]:
-    """Afterwards `random` and `np.random` go on as if nothing had been drawn."""
+    """Restore the states of `random` and `np.random` at the end."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield
@@ -222,10 +222,10 @@ def _global_generators_kept() -> Iterator[None]:
 
 
 def _rand_augment(config: str, *, in_chans: int, img_size: int) -> RandAugment:
-    """timm's transform for images of this size, without its errors."""
-    grey = 128 if in_chans == 1 else (128, 128, 128)
-    # As timm's own transforms: shifts in pixels go up to 45 % of the side.
-    transform = rand_augment_transform(config, {"img_mean": grey, "translate_const": int(0.45 * img_size)})
+    """Return timm's transform for images of this size, with its Posterize fixed."""
+    gray = 128 if in_chans == 1 else (128, 128, 128)
+    # As in timm's own transforms, images are shifted by up to 45 % of their side.
+    transform = rand_augment_transform(config, {"img_mean": gray, "translate_const": int(0.45 * img_size)})
     for operation in transform.ops:
         if operation.name.startswith("Posterize"):
             operation.level_fn = partial(_posterize_bits, operation.level_fn)
@@ -233,21 +233,17 @@ def _rand_augment(config: str, *, in_chans: int, img_size: int) -> RandAugment:
 
 
 def _check_rand_augment(config: str) -> None:
-    """Try a RandAugment.
-
-    Raises:
-        InputError: A name that timm does not know, or with which it fails.
-    """
+    """Refuse a RandAugment that timm does not know or cannot apply."""
     try:
         if not _CONFIG.fullmatch(config):
-            raise ValueError("its form is rand-mM-nN-pP-mstdS-mmaxM-incI-tT, in any order")
+            raise ValueError("the form is rand-mM-nN-pP-mstdS-mmaxM-incI-tT, in any order")
         rand_augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), config, np.zeros(1, dtype=np.uint64))
     except ValueError as error:
         raise InputError(
-            f"--rand-augment {config!r} is no RandAugment of timm ({one_line(error)}); give such as rand-m9-n2-mstd0.5"
+            f"--rand-augment {config!r} is not a RandAugment of timm ({one_line(error)}). Example: rand-m9-n2-mstd0.5."
         ) from error
 
 
 def _posterize_bits(level_fn: Callable[..., tuple[int]], *arguments: Any) -> tuple[int]:
-    """At least 1: at one end of its scale timm asks for 0 bits, which new versions of Pillow refuse."""
+    """Return at least 1 bit: at one end of its scale timm uses 0 bits, which new versions of Pillow refuse."""
     return (max(1, *level_fn(*arguments)),)

@@ -1,4 +1,4 @@
-"""Training batches, of real and of generated images, each a function of (seed, epoch, step) alone."""
+"""Training batches of real and generated images, each a function of (seed, epoch, step) only."""
 
 import signal
 from collections.abc import Iterable
@@ -16,29 +16,29 @@ from .augment import BITS, Augmentation, augment, cutmix, cutmix_box
 from .generated import GeneratedImages
 from .images import Images, to_float
 
-# The last key of what is drawn once a batch, beside the bits of its images.
+# Last part of the keys for numbers that are drawn once per batch, in addition to the bits of its images.
 _BOX, _PARTNERS = 1, 2
 
 
 class TrainingBatches:
-    """Shuffled and augmented batches, each a function of (seed, epoch, step) alone.
+    """Shuffled and augmented batches, each a function of (seed, epoch, step) only.
 
-    So any number of processes and workers sees the same batches, each process its own part of them, and a resumed
-    training goes on with the batch that it would have had.
+    Therefore all numbers of processes and workers give the same batches, of which each process sees its own part, and
+    a resumed training continues with the same batches as one that was not stopped.
 
-    Real images come pass by pass, each in another order; those that do not fill a last batch are left out of a pass,
-    other ones in every pass. Generated images come as `GeneratedImages.drawn` says. An epoch has as many batches as the
-    real images fill, mixed or not: "the overall size of the training dataset remains constant" (section 8 of the paper,
-    which follows Wang et al., "Better Diffusion Models Further Improve Adversarial Training", ICML 2023,
-    https://arxiv.org/abs/2302.04638).
+    Every pass over the real images has another order; the images that do not fill its last batch are left out, other
+    ones in every pass. `GeneratedImages.drawn` is the order of generated images. An epoch has as many batches as the
+    real images fill, with or without generated ones: "the overall size of the training dataset remains constant"
+    (section 8 of the paper, which follows Wang et al., "Better Diffusion Models Further Improve Adversarial Training",
+    ICML 2023, https://arxiv.org/abs/2302.04638).
 
     Args:
-        images: The real training set, on any device; batches are made there. Workers need it on the CPU.
-        batch_size: Images in a batch, of all processes together.
+        images: Real training set. Batches are made on its device; workers need it on the CPU.
+        batch_size: Images per batch, over all processes.
         seed: Integer >= 0.
-        augmentation: What is done to the images.
-        generated: What is mixed in.
-        generated_fraction: Share of every batch that is generated, rounded to whole images; at least 0, below 1.
+        augmentation: Augmentation of the images.
+        generated: Generated images to mix in.
+        generated_fraction: Share of generated images in every batch, rounded to whole images; at least 0, below 1.
 
     Attributes:
         steps_per_epoch: Number of batches in an epoch.
@@ -59,7 +59,7 @@ class TrainingBatches:
     ):
         if not 1 <= batch_size <= len(images):
             raise InputError(
-                f"--batch-size {batch_size} is not possible with {len(images)} training images; give 1 to {len(images)}"
+                f"--batch-size {batch_size} is not possible with {len(images)} training images. Use 1 to {len(images)}."
             )
         self.images = images
         self.batch_size = batch_size
@@ -68,19 +68,21 @@ class TrainingBatches:
         self.generated = generated
         self.steps_per_epoch = len(images) // batch_size
         self._n_generated = _n_generated(generated, generated_fraction, batch_size)
-        # Evenly among the real ones, so that every process, whose BatchNorm sees its own part only, has its share.
+        # Spread evenly, so that the part of every process, which its BatchNorm sees, has the same share.
         before = np.arange(batch_size + 1) * self._n_generated // batch_size
         self._is_generated = np.diff(before) == 1
-        self._rank = np.where(self._is_generated, before[:-1], np.arange(batch_size) - before[:-1])  # among its kind
+        self._rank = np.where(
+            self._is_generated, before[:-1], np.arange(batch_size) - before[:-1]
+        )  # among images of its kind
         self._pass, self._order = 0, permutation(len(images), seed, 0)
 
     def batch(self, epoch: int, step: int, process_index: int = 0, num_processes: int = 1) -> tuple[Tensor, Tensor]:
-        """A process's part of a batch.
+        """Return a process's part of a batch.
 
         Args:
             epoch: From 0.
             step: From 0 to ``steps_per_epoch - 1``.
-            process_index: From 0 to ``num_processes - 1``; the parts lie in the batch in this order.
+            process_index: From 0 to ``num_processes - 1``; parts are in this order in the batch.
             num_processes: Must divide the batch size.
 
         Returns:
@@ -99,7 +101,7 @@ class TrainingBatches:
         return to_float(images), labels
 
     def indices(self, epoch: int, step: int) -> dict[str, list[int]]:
-        """Which images a batch is made of, for reports: their places in the real set and among the generated."""
+        """Return the images of a batch, by their indices in the real set and among the generated images."""
         real, generated = self._drawn(epoch, step, np.arange(self.batch_size))
         return {"real": real.tolist(), "generated": generated.tolist()}
 
@@ -113,23 +115,23 @@ class TrainingBatches:
         workers: int = 0,
         pin_memory: bool = False,
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """A process's parts of the batches of an epoch, from ``first_step`` on; see `batch`.
+        """Return a process's parts of the batches of an epoch, starting at ``first_step``; see `batch`.
 
         Args:
             epoch: From 0.
             first_step: From 0.
             process_index: From 0 to ``num_processes - 1``.
             num_processes: Must divide the batch size.
-            workers: Processes that make batches ahead; 0 for none.
-            pin_memory: Whether batches lie in page-locked memory, for copies to a GPU.
+            workers: Processes that prepare batches; 0 for none.
+            pin_memory: Whether batches are in page-locked memory, for copies to a GPU.
 
         Raises:
             InputError: A batch size that the number of processes does not divide.
         """
-        self._check_share(num_processes)  # here, as workers wrap what they raise
-        self.indices(epoch, first_step)  # shuffles for the pass, which every forked worker would do again
+        self._check_share(num_processes)  # here, because workers wrap exceptions
+        self.indices(epoch, first_step)  # shuffles for the pass, which otherwise every forked worker repeats
         return DataLoader(
-            # A step is made into its batch by what otherwise joins samples: nothing is left to sample.
+            # A "sample" is the number of a step, which `collate_fn` turns into a batch.
             range(first_step, self.steps_per_epoch),  # pyright: ignore[reportArgumentType]
             batch_size=None,
             collate_fn=partial(  # pyright: ignore[reportArgumentType]
@@ -138,18 +140,18 @@ class TrainingBatches:
             num_workers=workers,
             pin_memory=pin_memory,
             worker_init_fn=_outlive_sigterm,
-            generator=torch.Generator(),  # or every epoch would draw from the global one
+            generator=torch.Generator(),  # otherwise every epoch draws from the global one
         )
 
     def _check_share(self, num_processes: int) -> None:
         if self.batch_size % num_processes:
             raise InputError(
-                f"--batch-size {self.batch_size} (of all processes together) cannot be shared by {num_processes} "
-                f"processes; give a multiple of {num_processes}"
+                f"--batch-size {self.batch_size} (over all processes) cannot be shared by {num_processes} processes. "
+                f"Use a multiple of {num_processes}."
             )
 
     def _mixed(self, epoch: int, step: int, places: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Images at places of a batch, uint8, and their soft labels; partners come from the whole batch."""
+        """Return mixed images at places of a batch, uint8, and their soft labels; partners are from the whole batch."""
         height, width = self.images.images.shape[2:]
         bits = random_bits(4, self.seed, epoch, step, _BOX)
         box = cutmix_box(bits, height, width, probability=self.augmentation.cutmix)
@@ -162,9 +164,9 @@ class TrainingBatches:
         return cutmix(*pairs, box=box)
 
     def _augmented(self, epoch: int, step: int, places: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Images at places of a batch, uint8, and their labels.
+        """Return augmented images at places of a batch, uint8, and their labels.
 
-        Bits are drawn on the CPU for the whole batch, so that neither the device nor the places matter.
+        Bits are drawn on the CPU for the whole batch, so that they depend neither on the device nor on the places.
         """
         images, labels = self._read(epoch, step, places)
         bits = random_bits(BITS * self.batch_size, self.seed, epoch, step).reshape(BITS, -1)
@@ -173,7 +175,7 @@ class TrainingBatches:
     def _read(self, epoch: int, step: int, places: np.ndarray) -> tuple[Tensor, Tensor]:
         index, generated_index = self._drawn(epoch, step, places)
         device = self.images.labels.device
-        # `index_select` copies whole images; by `[...]` uint8 goes pixel by pixel.
+        # `index_select` copies whole images, `[...]` copies uint8 pixel by pixel.
         real = torch.from_numpy(index).to(device)
         images, labels = (each.index_select(0, real) for each in (self.images.images, self.images.labels))
         if self.generated is None:
@@ -186,7 +188,7 @@ class TrainingBatches:
         return images.index_select(0, order), labels.index_select(0, order)
 
     def _drawn(self, epoch: int, step: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which real and which generated images lie at places of a batch."""
+        """Return the indices of the real and of the generated images at places of a batch."""
         batch = epoch * self.steps_per_epoch + step
         is_generated, rank = self._is_generated[places], self._rank[places]
         real = self._real(batch * (self.batch_size - self._n_generated) + rank[~is_generated])
@@ -195,7 +197,7 @@ class TrainingBatches:
         return real, self.generated.drawn(batch * self._n_generated + rank[is_generated], self.seed)
 
     def _real(self, positions: np.ndarray) -> np.ndarray:
-        """Real images at positions of the endless sequence of passes."""
+        """Return the indices of the real images at positions of the endless sequence of passes."""
         number, place = np.divmod(positions, self.steps_per_epoch * self.batch_size)
         index = np.empty_like(positions)
         for each in np.unique(number):
@@ -203,42 +205,38 @@ class TrainingBatches:
         return index
 
     def _pass_order(self, number: int) -> np.ndarray:
-        """The order of a pass; the last one is kept, since making it can take longer than a batch."""
+        """Return the order of a pass. The last one is kept, because it can take longer than a batch."""
         if number != self._pass:
             self._pass, self._order = number, permutation(len(self.images), self.seed, number)
         return self._order
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """Leave SIGTERM, which often comes to all processes of a group, to the training process; it ends its workers."""
+    """Ignore SIGTERM, which is often sent to all processes of a group; the training process ends its workers."""
     del worker
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _n_generated(generated: GeneratedImages | None, fraction: float, batch_size: int) -> int:
-    """Generated images in a batch.
-
-    Raises:
-        InputError: A fraction that is not allowed, that has no files, or for which there are too few images.
-    """
+    """Return the number of generated images in a batch; fractions that are not possible are refused."""
     if not 0 <= fraction < 1:
-        raise InputError(f"--generated-fraction {fraction} is not possible; give a number of at least 0 and below 1")
+        raise InputError(f"--generated-fraction {fraction} is not allowed. Use a number of at least 0 and below 1.")
     if (generated is not None) != (fraction > 0):
-        lacks = "--generated, .npz files" if fraction else "--generated-fraction, such as 0.7"
-        has = f"--generated-fraction {fraction}" if fraction else "--generated"
-        raise InputError(f"{has} needs {lacks}; give both or none")
+        missing = "--generated, .npz files" if fraction else "--generated-fraction, such as 0.7"
+        given = f"--generated-fraction {fraction}" if fraction else "--generated"
+        raise InputError(f"{given} needs {missing}. Give both or none.")
     count = round(batch_size * fraction)
     if generated is None:
         return 0
     if not 0 < count < batch_size:
         kind = "real" if count else "generated"
         raise InputError(
-            f"--generated-fraction {fraction} of --batch-size {batch_size} leaves no {kind} image in a batch; "
-            "give a fraction nearer to 0.5 or a larger batch"
+            f"--generated-fraction {fraction} of --batch-size {batch_size} leaves no {kind} image in a batch. "
+            "Use a fraction closer to 0.5 or a larger batch."
         )
     if count > len(generated):
         raise InputError(
-            f"--generated-fraction {fraction} of --batch-size {batch_size} needs {count} generated images a batch, and "
-            f"--generated has {len(generated)}; give more files or a smaller fraction"
+            f"--generated-fraction {fraction} of --batch-size {batch_size} needs {count} generated images per batch, "
+            f"and --generated has {len(generated)}. Give more files or use a smaller fraction."
         )
     return count

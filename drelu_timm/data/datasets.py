@@ -1,4 +1,4 @@
-"""The datasets, and what is known of each before it is read."""
+"""The datasets: what is known about each one before it is read."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a dataset before it is read; None where only reading tells.
+    """A dataset; fields that only reading determines are None.
 
     Attributes:
-        name: What ``--dataset`` takes.
-        title: What tables call it.
+        name: Value of ``--dataset``.
+        title: Name in tables.
         num_classes: Number of classes.
         in_chans: Channels of an image: 1 or 3.
         img_size: Height and width of an image, in pixels.
-        mean: What a model subtracts from every channel, in [0, 1] units.
-        std: What it then divides by.
+        mean: Mean that a model subtracts from every channel, in [0, 1] units.
+        std: Standard deviation by which it then divides.
         norm: Default norm of the threat model.
-        eps: Default radius of the threat model, as it is written.
+        eps: Default radius of the threat model, as text.
         crop_padding: Zero padding of the random crop in training, in pixels; 0 for no crop.
         flip: Whether training mirrors images at random.
-        held_out: Default share of the training set that choices are made on.
+        held_out: Default share of the training set that is held out.
     """
 
     name: str
@@ -39,24 +39,24 @@ class Dataset:
     held_out: float = 0.1
 
     def side(self, img_size: int | None) -> int:
-        """The side of an image in pixels that was asked for, the dataset's own where none was.
+        """Return the side of an image in pixels: ``img_size``, or the dataset's own if that is None.
 
         Raises:
-            InputError: Neither is known, or it is no size.
+            InputError: Neither is known, or ``img_size`` is below 1.
         """
         side = self.img_size if img_size is None else img_size
         if side is None:
-            raise InputError(f"--img-size is needed for --dataset {self.name}; give the side in pixels, such as 64")
+            raise InputError(f"--img-size is needed for --dataset {self.name}. Give the side in pixels, such as 64.")
         if side < 1:
-            raise InputError(f"--img-size {side} is no size; give the side in pixels, at least 1")
+            raise InputError(f"--img-size {side} is not a size. Give the side in pixels, at least 1.")
         return side
 
 
-# Digits and MNIST go in as they are, in [0, 1]: the paper speaks of no normalisation, and it matters. With MNIST's mean
-# and standard deviation the same natural training of `dense` leaves 14 % at Linf 0.1 where without them it leaves 2 %.
+# Digits and MNIST are not normalized: the paper mentions no normalization, and it matters. With MNIST's mean and
+# standard deviation the same natural training of `dense` has 14 % robust accuracy at Linf 0.1, without them 2 %.
 _UNCHANGED = ((0.0,), (1.0,))
-# Over all pixels of the training set, as commonly published; measuring the JPEG copy of CIFAR-10 comes within 0.002 of
-# them, and so does a fifth of TinyImageNet's training set.
+# Over all pixels of the training set, as commonly published. For the JPEG copy of CIFAR-10, and for a fifth of
+# TinyImageNet's training set, measured values are within 0.002 of these.
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 _TINY_IMAGENET = ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
@@ -71,7 +71,7 @@ DATASETS: dict[str, Dataset] = {
         Dataset("cifar100", "CIFAR-100", 100, 3, 32, *_CIFAR100, crop_padding=4, flip=True),
         # The paper: "We partitioned the training set using an 80/20 ratio for validation".
         Dataset("tiny_imagenet", "TinyImageNet", 200, 3, 64, *_TINY_IMAGENET, crop_padding=8, flip=True, held_out=0.2),
-        # Taken for photographs.
+        # Settings for photographs.
         Dataset("folder", "Image folder", None, 3, None, None, None, crop_padding=8, flip=True),
     )
 }

@@ -1,13 +1,19 @@
-"""Image files: found in a tree with a folder per class, and decoded into one uint8 tensor."""
+"""Image files: found in a folder, tar or zip with one folder per class, and decoded into one uint8 tensor."""
 
 import io
+import os
 import posixpath
 import re
+import tarfile
+import threading
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +24,118 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError, one_line
-from .trees import Tree
 
 _MODES = {1: "L", 3: "RGB"}
-_CHUNK = 256  # images a task: enough that the tasks' own cost does not show
+_CHUNK = 256  # images per task of a thread, so many that the overhead of a task does not matter
+
+
+class Tree(NamedTuple):
+    """Files and folders in a folder, tar or zip. Archives are read in place.
+
+    Attributes:
+        path: The folder or archive, or a folder in an archive.
+        names: Relative paths with "/" between the parts, each once; the path of a folder ends with "/".
+        read: Returns the bytes of a file, given its name; threads may call it.
+    """
+
+    path: Path
+    names: list[str]
+    read: Callable[[str], bytes]
+
+
+@contextmanager
+def open_tree(path: Path) -> Iterator[Tree]:
+    """Open a folder, a tar (by its suffix) or a zip. Links are followed; names are sorted, except those of a zip.
+
+    Raises:
+        InputError: The path cannot be read: permission denied, an archive that is cut short or of another format, a
+            folder that contains a link to itself, or a tar with a link to a file that it does not contain.
+    """
+    with ExitStack() as stack:
+        kind = "folder" if path.is_dir() else "tar" if path.suffix.lower() == ".tar" else "zip"
+        try:
+            tree = _OPENED[kind](path, stack)
+        # RuntimeError: links in a tar that lead to each other.
+        except (OSError, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"--data-dir: {path} cannot be read as a {kind} ({one_line(error)}). Make it readable or replace it."
+            ) from error
+        yield tree
+
+
+def below(tree: Tree, folder: str) -> Tree:
+    """Return the part of a tree that is in one of its folders; ``folder`` is "" or ends with "/"."""
+    names = [name.removeprefix(folder) for name in tree.names if name.startswith(folder) and name != folder]
+    return Tree(tree.path / folder, names, lambda name: tree.read(folder + name))
+
+
+def _folder(path: Path, _stack: ExitStack) -> Tree:
+    return Tree(path, sorted(_names_below(path, ())), lambda name: (path / name).read_bytes())
+
+
+def _names_below(path: Path, parents: tuple[Path, ...]) -> Iterator[str]:
+    real = path.resolve()
+    if real in parents:  # os.walk would list the same files until the system gives up, 40 times in all
+        raise InputError(f"--data-dir: {path} is a link to a folder that contains it. Remove the link.")
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield f"{entry.name}/"
+                yield from (f"{entry.name}/{name}" for name in _names_below(Path(entry.path), (*parents, real)))
+            else:
+                yield entry.name
+
+
+def _tar(path: Path, stack: ExitStack) -> Tree:
+    # Not `tarfile.open`, which accepts compressed tars: reading a file of such a tar unpacks everything before it.
+    tar = stack.enter_context(tarfile.TarFile(path))
+    members = {}  # by name: as when a tar is unpacked, the last of several members of one name counts
+    for member in tar:
+        # Absolute paths and "./" are how the tar was made, and not folders in it.
+        name = posixpath.normpath("/" + member.name).lstrip("/") + "/" * member.isdir()
+        if member.isreg() or member.isdir() or _leads_to_a_file(tar, member, path):
+            members[name] = member
+    members.pop("/", None)
+    # tarfile takes a tar that is cut short between two files, or in a header, for one that ends there.
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end mark after {len(members):,} files and folders")
+    lock = threading.Lock()  # the files of a tar share one position
+
+    def read(name: str) -> bytes:
+        with lock, tar.extractfile(members[name]) as file:  # pyright: ignore[reportOptionalContextManager]
+            return file.read()
+
+    return Tree(path, sorted(members), read)
+
+
+def _leads_to_a_file(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bool:
+    """Return whether a member is a link to a file, False for what is not a link, such as a device."""
+    if not (member.issym() or member.islnk()):
+        return False
+    try:
+        leads = tar.extractfile(member) is not None
+    except KeyError:
+        leads = False
+    if not leads:
+        raise InputError(
+            f"--data-dir: {member.name} in {path} is a link to {member.linkname}, which is not a file in the tar. "
+            "Pack it again with tar --dereference."
+        )
+    return True
+
+
+def _zip(path: Path, stack: ExitStack) -> Tree:
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    return Tree(path, list(dict.fromkeys(archive.namelist())), archive.read)
+
+
+_OPENED = {"folder": _folder, "tar": _tar, "zip": _zip}
 
 
 class Size(NamedTuple):
-    """The size that images are decoded to: ``in_chans`` 1 (grey) or 3 (RGB), ``img_size`` pixels a side."""
+    """Size that images are decoded to: ``in_chans`` 1 (gray) or 3 (RGB), ``img_size`` pixels per side."""
 
     in_chans: int
     img_size: int
@@ -33,13 +143,13 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files with a label each.
+    """Image files with one label each.
 
     Attributes:
-        tree: The folder, tar or zip that holds them.
+        tree: Folder, tar or zip that contains them.
         names: [N], in the tree.
         labels: [N], below ``len(classes)``.
-        classes: Name of every class.
+        classes: Names of the classes.
         ignored: Number of the other files in the tree, by the reason why they are not read.
     """
 
@@ -57,7 +167,7 @@ class ImageFiles:
         return found + (f", {number:,} {files} ignored ({listed(self.ignored)})" if number else "")
 
     def open(self, index: int) -> Image.Image:
-        """Decode an image with 8 bits per channel, turned upright as its EXIF orientation says.
+        """Decode an image with 8 bits per channel, rotated as its EXIF orientation says.
 
         Of several frames or pages the first is decoded.
 
@@ -69,9 +179,9 @@ class ImageFiles:
             image = Image.open(io.BytesIO(self.tree.read(self.names[index])))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-        # Pillow, tarfile and zipfile raise some ten unrelated classes at a broken file.
+        # Pillow, tarfile and zipfile raise some ten unrelated classes for a broken file.
         except Exception as error:
-            raise InputError(f"{what} is not a whole image ({one_line(error)}); replace it") from error
+            raise InputError(f"{what} is not a complete image ({one_line(error)}). Replace it.") from error
         if image.mode in _EIGHT_BIT:
             # Pillow converts LAB to RGB only.
             return image.convert("RGB") if image.mode == "LAB" else image
@@ -89,13 +199,13 @@ def listed(counts: Counter[str]) -> str:
     return ", ".join(f"{n:,} {what}" for what, n in counts.most_common(5)) + (", ..." if len(counts) > 5 else "")
 
 
-# Alpha is dropped by the conversion to RGB or grey, which keeps the colours under transparent pixels, as timm and
-# torchvision do. All but these are either 16-bit grey or refused: `Image.convert` would clip them at 255.
+# The conversion to RGB or gray drops alpha and keeps the colors under transparent pixels, as in timm and torchvision.
+# All other modes are 16-bit gray or refused, because `Image.convert` would clip them at 255.
 _EIGHT_BIT = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"))
 
 
 def _maximum(image: Any) -> int | None:
-    """Return the value of white in a 16-bit grey image; None where its mode and format do not determine it."""
+    """Return the value of white in a 16-bit gray image; None if its mode and format do not determine it."""
     if image.format == "TIFF" and image.mode.startswith("I;16"):
         if image.tag_v2.get(262) == 0:  # PhotometricInterpretation: white is 0, which Pillow inverts in 8 bits only
             return None
@@ -107,21 +217,19 @@ def _maximum(image: Any) -> int | None:
 
 
 def natural(name: str) -> tuple[Any, str]:
-    """Key of timm's natural order, in which 2 comes before 10; names that differ in case only keep one order, too."""
+    """Return the key of timm's natural order, in which 2 comes before 10; it also orders names that differ in case."""
     # timm's `natural_key` takes "²" for a number, which int() refuses.
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
 @cache
 def formats() -> dict[str, str]:
-    """Pillow's format of every file extension that it decodes, such as ``".jpg": "JPEG"``; all lower case."""
+    """Return Pillow's format of every file extension that it decodes, such as ``".jpg": "JPEG"``, in lower case."""
     Image.init()
     known = Image.registered_extensions().items()
-    # Those that Pillow only identifies would stop everything where a video or an array lies next to the images.
-    return {suffix: name for suffix, name in known if name in Image.OPEN and name not in _IDENTIFIED_ONLY}
-
-
-_IDENTIFIED_ONLY = ("BUFR", "GRIB", "HDF5", "MPEG")
+    # Pillow identifies these without decoding them; a video or an array next to the images would stop everything.
+    identified_only = ("BUFR", "GRIB", "HDF5", "MPEG")
+    return {suffix: name for suffix, name in known if name in Image.OPEN and name not in identified_only}
 
 
 def why_ignored(name: str) -> str | None:
@@ -133,11 +241,11 @@ def why_ignored(name: str) -> str | None:
 
 
 def images_by_class(tree: Tree) -> ImageFiles:
-    """Find the images of a tree, labelled by the top folder that holds them, as by torchvision's `ImageFolder`.
+    """Find the images of a tree. Their label is the top folder that contains them, as in torchvision's `ImageFolder`.
 
-    Images are in the order of ``tree.names``, classes in timm's natural order. Read are the extensions that Pillow
-    decodes. Files and folders that are hidden (their name starts with "." or is ``__MACOSX``), other files, and images
-    in no folder are ignored and counted.
+    Images are in the order of ``tree.names``, classes in timm's natural order. All extensions that Pillow decodes are
+    read. Hidden files and folders (their name starts with "." or is ``__MACOSX``), other files, and images outside of
+    folders are ignored and counted.
 
     Raises:
         InputError: No images in folders, or a folder without one.
@@ -157,15 +265,15 @@ def images_by_class(tree: Tree) -> ImageFiles:
             names.append(name)
         else:
             ignored[why or "outside the class folders"] += 1
+    others = f"ignored files: {listed(ignored) or 'none'}"
     if not names:
         raise InputError(
-            f"--data-dir: {tree.path} has no readable images in folders (ignored files: {listed(ignored) or 'none'}). "
-            "Put a folder of images per class there."
+            f"--data-dir: {tree.path} has no readable images in folders ({others}). Put one folder per class there."
         )
     if empty := sorted((name for name, count in found.items() if not count), key=natural):
         raise InputError(
-            f"--data-dir: {tree.path} has folders without a readable image ({', '.join(empty[:5])}; "
-            f"ignored files: {listed(ignored) or 'none'}). Remove these folders or put images there."
+            f"--data-dir: {tree.path} has folders without a readable image ({', '.join(empty[:5])}; {others}). "
+            "Remove these folders or put images there."
         )
     classes = tuple(sorted(found, key=natural))
     label_of = {name: label for label, name in enumerate(classes)}
@@ -173,20 +281,25 @@ def images_by_class(tree: Tree) -> ImageFiles:
 
 
 def decode(open_image: Callable[[int], Image.Image], places: np.ndarray, size: Size, *, threads: int = 1) -> Tensor:
-    """Decode image i into row ``places[i]`` of a uint8 tensor [N, C, H, W], with a progress bar after two seconds.
+    """Decode image i into row ``places[i]`` of a uint8 tensor [N, C, H, W]. After two seconds a progress bar appears.
 
     Args:
-        open_image: Gives image i; called once an image, from several threads where ``threads`` says so.
+        open_image: Returns image i; called once per image, from ``threads`` threads.
         places: [N], a permutation.
-        size: What images are converted, cropped to a centred square, and resized to.
-        threads: More than one pays for large images only: Pillow decodes and resizes without the interpreter lock,
-            but below 64 pixels a side that saves less than handing the lock over costs.
+        size: Size to which images are converted, center-cropped and resized.
+        threads: More than one is faster for large images only. Pillow releases the interpreter lock to decode and
+            resize, but below 64 pixels per side passing the lock on costs more than that saves.
 
     Raises:
-        InputError: More images than the available memory can hold.
+        InputError: The images do not fit into the available memory.
     """
     count, (in_chans, img_size) = len(places), size
-    _check_memory(count, size)
+    needed, available = count * in_chans * img_size**2, psutil.virtual_memory().available
+    if needed > available:
+        raise InputError(
+            f"--img-size {img_size}: {count} images take {needed / 1e9:.1f} GB in every process, and "
+            f"{available / 1e9:.1f} GB of memory are available. Use a smaller --img-size or fewer images."
+        )
     decoded = np.empty((count, in_chans, img_size, img_size), dtype=np.uint8)
 
     def decode_chunk(start: int) -> int:
@@ -203,16 +316,7 @@ def decode(open_image: Callable[[int], Image.Image], places: np.ndarray, size: S
 
 
 def _fitted(image: Image.Image, size: Size) -> Image.Image:
-    """The image in the mode and size asked for, cropped to a centred square first where it is none."""
+    """Convert an image to a mode and size; an image that is not square is cropped to its central square."""
     side = (size.img_size, size.img_size)
     image = image.convert(_MODES[size.in_chans])
     return image if image.size == side else ImageOps.fit(image, side, Image.Resampling.BICUBIC)
-
-
-def _check_memory(count: int, size: Size) -> None:
-    needed, available = count * size.in_chans * size.img_size**2, psutil.virtual_memory().available
-    if needed > available:
-        raise InputError(
-            f"--img-size {size.img_size} makes {count} images take {needed / 1e9:.1f} GB in every process, and "
-            f"{available / 1e9:.1f} GB of memory are available; give a smaller --img-size or fewer images"
-        )

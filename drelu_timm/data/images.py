@@ -1,4 +1,4 @@
-"""A decoded set of images in memory, as uint8 tensors, and the part of it that choices are made on."""
+"""Decoded images in memory as uint8 tensors, and the split into training and held-out images."""
 
 from dataclasses import dataclass, replace
 
@@ -12,13 +12,13 @@ from ..randomness import permutation
 
 @dataclass(frozen=True)
 class Images:
-    """A decoded set of images, always in the same order, of which the first n are a fair sample for any n.
+    """Decoded images with labels. Their order is fixed, and the first n are a fair sample for every n.
 
     Attributes:
         images: uint8 [N, C, H, W].
-        labels: int64 [N], below the number of classes.
-        classes: Name of every class.
-        title: What tables call the set.
+        labels: int64 [N], from 0 to the number of classes - 1.
+        classes: Names of the classes.
+        title: Name of the dataset in tables.
     """
 
     images: Tensor
@@ -33,11 +33,11 @@ class Images:
         return replace(self, images=self.images[index], labels=self.labels[index])
 
     def to(self, device: torch.device | str) -> "Images":
-        """The same set on another device."""
+        """Return a copy on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of every channel, in [0, 1] units."""
+        """Return mean and standard deviation of every channel, in [0, 1] units."""
         counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in self.images.unbind(1)])
         shares = counts.double() / counts.sum(1, keepdim=True)
         values = torch.arange(256, dtype=torch.float64, device=shares.device) / 255
@@ -47,24 +47,24 @@ class Images:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Turn uint8 images into float32 in [0, 1]; the shape stays."""
-    return images.float().div_(255)  # in place on the new floats: a sixth of the time of making others
+    """Convert uint8 images to float32 in [0, 1], of the same shape."""
+    return images.float().div_(255)  # in place: a sixth of the time of allocating a second float tensor
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Images as float32 in [0, 1], from floats in [0, 1] or from uint8; the shape stays."""
+    """Convert images to float32 in [0, 1], of the same shape, from floats in [0, 1] or uint8."""
     return images.float() if images.is_floating_point() else to_float(images)
 
 
 def hold_out(images: Images, fraction: float, *, seed: int) -> tuple[Images, Images]:
-    """Split a training set into what is trained on and what choices are made on.
+    """Split a training set into a part for training and a held-out part for choices such as the best epoch.
 
-    Of a class with n images round(fraction * n) are held out, drawn at random; both parts keep the order.
+    Of n images of a class, round(fraction * n) random ones are held out. Both parts keep the order.
 
     Args:
-        images: The training set.
+        images: Training set.
         fraction: Share that is held out, above 0 and below 1.
-        seed: Integer >= 0; the same seed gives the same split.
+        seed: Integer >= 0 that determines the split.
 
     Returns:
         The training part and the held-out part.
@@ -73,7 +73,7 @@ def hold_out(images: Images, fraction: float, *, seed: int) -> tuple[Images, Ima
         InputError: A fraction outside (0, 1), or one that leaves a part empty.
     """
     if not 0 < fraction < 1:
-        raise InputError(f"held-out fraction {fraction} is not possible; give a number above 0 and below 1")
+        raise InputError(f"held-out fraction {fraction} is not allowed. Use a number above 0 and below 1.")
     labels = images.labels.cpu().numpy()
     order = permutation(len(labels), seed)
     order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
@@ -84,6 +84,6 @@ def hold_out(images: Images, fraction: float, *, seed: int) -> tuple[Images, Ima
     if held.all() or not held.any():
         raise InputError(
             f"held-out fraction {fraction} of {len(labels)} images in {np.count_nonzero(counts)} classes leaves one "
-            "part empty; give a fraction nearer to 0.5, or more images"
+            "part empty. Use a fraction closer to 0.5, or more images."
         )
     return images[torch.from_numpy(~held)], images[torch.from_numpy(held)]

@@ -20,8 +20,8 @@ from ..attacks.adaptive import Transfer, substitutable_layers
 from ..attacks.attack import Attack
 from ..attacks.suites import Suite, find_suite, single_attacks
 from ..attacks.threat_model import ThreatModel, parse_threat_models
-from ..digests import digest
 from ..errors import DReLUWarning, InputError
+from ..hashing import digest
 from ..results.examples import Adversarial, Broken, Rows, share
 from ..results.result import CarliniWagner, EpsResult, Verdict
 from .checkpoint import Checkpoint

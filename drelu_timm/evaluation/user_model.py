@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..data.images import Images, as_float
-from ..digests import digest, model_digest
 from ..errors import InputError, one_line
+from ..hashing import digest, model_digest
 from ..models.inference import channels_last, device_of, frozen
 from .checks import channels_hint, check_labels
 from .functions import FunctionModel

@@ -1,1 +1,1 @@
-"""What `drelu-timm export` is made of: RobustBench's entry and issues, the model card, recipes, checks."""
+"""Parts of `drelu-timm export`: RobustBench's entry and forms, the model card, the recipe, the checks."""

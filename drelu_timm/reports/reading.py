@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..attacks.threat_model import radius_written
-from ..digests import sha256_of
 from ..errors import InputError, one_line
+from ..hashing import sha256_of
 from ..models.weights import CONFIG, WEIGHTS
 from ..results.combined import Combined
 from ..results.examples import read_survivors

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..attacks.threat_model import radius_of
-from ..digests import sha256_of
 from ..errors import InputError, one_line
 from ..files import atomic_file
+from ..hashing import sha256_of
 from .result import ROUNDING, EpsResult, Result
 
 ADVERSARIAL = ".adversarial.safetensors"  # the suffix of the file with the images, in place of the result's .json

@@ -21,9 +21,9 @@ from ..data.batches import TrainingBatches
 from ..data.datasets import DATASETS
 from ..data.generated import ORDER, GeneratedImages
 from ..data.images import Images, hold_out, to_float
-from ..digests import digest
 from ..errors import InputError
 from ..files import write_json
+from ..hashing import digest
 from ..launch import Preempted, noticed_sigterm
 from ..models.caps import cap_statistics, unit_shares
 from .config import TrainConfig
