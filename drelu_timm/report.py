@@ -1,153 +1,211 @@
-"""`drelu-timm report`: tables, statistics and figures of evaluated runs, from their result files only.
+"""`drelu-timm report`: tables, statistics and figures of evaluated runs, made from their result files only.
 
     drelu-timm report runs/paper-mnist
     drelu-timm report runs/paper-mnist runs/more --against-paper --output-dir report
 
-    report.html     all of it on one page that needs no network: look here first
+    report.html     everything on one page that needs no network: start here
     report.md       the same as Markdown
-    tables/         every table as .md, .tex (needs the package booktabs) and .csv (numbers, unrounded)
+    tables/         every table as .md, .tex (needs the package booktabs) and .csv (numbers, not rounded)
     figures/        every figure as .png
     numbers.json    every accuracy with the files that it comes from
 
-The same result files give the same files here, byte for byte.
+The same result files give the same report, byte for byte.
 """
 
+import base64
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .errors import InputError
-from .files import write_json, write_text
+from .errors import InputError, one_line
+from .files import atomic_folder, held, remove_leftovers, write_json, write_text
 from .flags import ReportConfig
-from .reports.averages import HELD_OUT, WHITE_BOX, Average, Lines, lines_of
-from .reports.comparisons import papers_statistics, statistics
-from .reports.folder import replaced
-from .reports.formats import Section, csv, latex, markdown, markdown_table, write_page
-from .reports.paper import SOURCE, net_name
-from .reports.reading import Outcomes, read_outcomes
-from .reports.sections import attacks, figures, opening, origin, over_eps, trainings
-from .reports.tables import NONE, Table, against_paper, all_rows, paper_table, seed_count, square_tables
+from .formatting import escape_html, escape_latex, escape_markdown
+from .reports.evaluated_runs import EvaluatedRuns, read_evaluated_runs
+from .reports.methods import HELD_OUT, WHITE_BOX, GroupMethods, Method, methods_of
+from .reports.paper import SOURCE, model_name
+from .reports.sections import (
+    Section,
+    attacks,
+    figures,
+    missing_as_lines,
+    opening,
+    origin,
+    over_eps,
+    papers_statistics,
+    statistics,
+    trainings,
+)
+from .reports.tables import NONE, Table, against_paper, all_rows, at_most, paper_table, seed_count, square_tables
+
+_TEMPLATE = Path(__file__).with_name("reports") / "page.html"
+_NUMBERS = "numbers.json"
+_FILES = ("report.html", "report.md", _NUMBERS)
+_FOLDERS = ("tables", "figures")
 
 
 def main(config: ReportConfig) -> int:
     """Write the report and print where it is.
 
     Returns:
-        1 where a file was broken and left out, else 0.
+        1 if a file was broken and left out, else 0.
     """
-    outcomes = report(config)
+    runs = report(config)
     folder = _output_dir(config)
-    print(f"report in {folder}: look at {folder / 'report.html'} first")
-    return 1 if outcomes.broken else 0
+    print(f"report in {folder}: open {folder / 'report.html'}")
+    return 1 if runs.broken else 0
 
 
-def report(config: ReportConfig) -> Outcomes:
+def report(config: ReportConfig) -> EvaluatedRuns:
     """Write the report that a config asks for, and print its main rows.
 
     Returns:
-        What it was made from.
+        The runs that it was made from.
 
     Raises:
-        InputError: Folders without an evaluation that could be read, or an output directory that cannot be used.
+        InputError: Folders without an evaluation that can be read, or an output folder that cannot be used.
     """
     if not config.runs:
-        raise InputError("RUNS is missing; give run directories, or folders that hold them")
+        raise InputError("RUNS is missing. Give run directories, or folders that contain them.")
     output_dir = _output_dir(config)
-    outcomes = read_outcomes(config.runs)
-    if not outcomes.found:
-        raise InputError(" | ".join(["nothing to report", *outcomes.broken, *outcomes.notes]))
-    groups = [lines_of(group, of_group) for group, of_group in outcomes.groups().items()]
-    with replaced(output_dir) as folder:
-        _write(config, folder, groups, outcomes)
-    _show(groups, outcomes)
-    return outcomes
+    _check_output_dir(output_dir)
+    runs = read_evaluated_runs(config.runs)
+    if not runs.found:
+        raise InputError(" | ".join(["Nothing to report", *runs.broken, *runs.notes]))
+    groups = [methods_of(group, of_group) for group, of_group in runs.groups().items()]
+    with _replaced(output_dir) as folder:
+        _write(config, folder, groups, runs)
+    _print(groups, runs)
+    return runs
+
+
+# The output folder
 
 
 def _output_dir(config: ReportConfig) -> Path:
-    return config.output_dir or config.runs[0] / "report"
+    return (config.output_dir or config.runs[0] / "report").resolve()
+
+
+def _check_output_dir(output_dir: Path) -> None:
+    """Refuse a folder that has other files but no report.
+
+    Raises:
+        InputError: The folder cannot be used.
+    """
+    if not output_dir.name:
+        raise InputError(f"--output-dir {output_dir} is the root folder. Use another.")
+    try:
+        empty = not output_dir.exists() or not any(output_dir.iterdir())
+        if not empty and not all((output_dir / name).is_file() for name in _FILES):
+            raise InputError(f"--output-dir {output_dir} has other files and no report. Use another.")
+    except OSError as error:
+        raise InputError(f"--output-dir {output_dir} cannot be written to ({one_line(error)}). Use another.") from error
+
+
+@contextmanager
+def _replaced(output_dir: Path) -> Iterator[Path]:
+    """Yield a new folder whose files replace those of an earlier report at the end; an error changes nothing.
+
+    Other files in the folder are kept, except in its folders tables and figures.
+
+    Raises:
+        InputError: The folder cannot be written to, or another process writes to it.
+    """
+    flag, new = f"--output-dir {output_dir}", output_dir.with_name(f".{output_dir.name}.new")
+    with held(output_dir.with_name(f".{output_dir.name}.lock"), flag):
+        try:
+            remove_leftovers(new.parent, new.name)
+            shutil.rmtree(new, ignore_errors=True)
+            with atomic_folder(new) as folder:
+                yield folder
+            if not output_dir.exists() or not any(output_dir.iterdir()):
+                new.replace(output_dir)
+                return
+            for name in _FOLDERS:
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+            for path in new.iterdir():
+                path.replace(output_dir / path.name)
+            new.rmdir()
+        except OSError as error:
+            raise InputError(f"{flag} cannot be written to ({one_line(error)}). Use another.") from error
 
 
 # What is written
 
 
-def _write(config: ReportConfig, folder: Path, groups: Sequence[Lines], outcomes: Outcomes) -> None:
-    main_tables = [paper_table(lines) for lines in groups]
-    main_tables += square_tables(groups)
-    beside = [against_paper(lines) for lines in groups] if config.against_paper else []
-    full = [all_rows(lines) for lines in groups]
-    tables = [*main_tables, *(table for table in beside if table), *full]
+def _write(config: ReportConfig, folder: Path, groups: Sequence[GroupMethods], runs: EvaluatedRuns) -> None:
+    compared = [table for methods in groups if config.against_paper and (table := against_paper(methods))]
+    main_tables = [*map(paper_table, groups), *square_tables(groups)]
+    tables = [*main_tables, *compared, *map(all_rows, groups)]
     for table in tables:
         _write_table(folder / "tables", table)
 
-    sections = [opening(outcomes, groups), *(_section(table) for table in tables)]
+    sections = [opening(runs, groups), *(Section(table.title, table.caption, table.cells) for table in tables)]
     if config.against_paper:
-        sections.append(Section("The paper", f"{SOURCE}." if any(beside) else "It has none of these numbers."))
-    for lines in groups:
-        sections += statistics(lines, folder / "figures", outcomes)
-        sections += figures(lines, folder / "figures", outcomes)
+        sections.append(Section("The paper", f"{SOURCE}." if compared else "It has none of these numbers."))
+    for methods in groups:
+        sections += statistics(methods, folder / "figures", runs)
+        sections += figures(methods, folder / "figures", runs)
     sections += over_eps(groups, folder / "figures")
     sections += papers_statistics(groups) if config.against_paper else []
     names = [f"tables/{table.name} (.md, .tex, .csv)" for table in tables]
-    sections += [
-        trainings(groups),
-        attacks(groups),
-        *origin(_relative(outcomes, config.runs), groups, ["numbers.json", *names]),
-    ]
+    sections += [trainings(groups), attacks(groups)]
+    sections = missing_as_lines(sections) + origin(_relative(runs, config.runs), groups, [_NUMBERS, *names])
 
-    title = f"Accuracy under attack: {'; '.join(str(lines.group) for lines in groups)}"
+    title = f"Accuracy under attack: {'; '.join(str(methods.group) for methods in groups)}"
     write_text(folder / "report.md", markdown(sections, folder, title=title))
     write_page(folder / "report.html", sections, title=title)
     base = _base(config.runs)
-    write_json(folder / "numbers.json", [record for lines in groups for record in _records(lines, base)])
+    write_json(folder / _NUMBERS, [record for methods in groups for record in _records(methods, base)])
 
 
 def _write_table(folder: Path, table: Table) -> None:
-    text = f"# {table.title}\n\n{markdown_table(table.cells)}\n\n{table.caption}\n"
-    for suffix, content in ((".md", text), (".tex", latex(table)), (".csv", csv(table))):
+    section = markdown([Section(table.title, table.caption, table.cells)], folder, title=table.title)
+    for suffix, content in ((".md", section), (".tex", latex(table)), (".csv", csv(table))):
         write_text(folder / f"{table.name}{suffix}", content)
 
 
-def _section(table: Table) -> Section:
-    return Section(table.title, table.caption, table.cells)
-
-
-def _relative(outcomes: Outcomes, runs: Sequence[Path]) -> Outcomes:
-    """The outcomes with paths in their texts as in numbers.json: a report says the same wherever it is made."""
+def _relative(runs: EvaluatedRuns, paths: Sequence[Path]) -> EvaluatedRuns:
+    """Return the runs with the paths in their texts as in numbers.json, so that a report is the same everywhere."""
 
     def relative(text: str) -> str:
-        for run in runs:
-            path = os.path.relpath(run.resolve(), _base(runs))
+        for given in paths:
+            path = os.path.relpath(given.resolve(), _base(paths))
             inside = "" if path == os.curdir else f"{path}/"
-            found = rf"(?<![\w./-]){re.escape(str(run))}(/|(?![\w.-]))"
+            found = rf"(?<![\w./-]){re.escape(str(given))}(/|(?![\w.-]))"
             text = re.sub(found, lambda match, path=path, inside=inside: inside if match[1] else path, text)
         return text
 
-    return replace(outcomes, broken=[*map(relative, outcomes.broken)], notes=[*map(relative, outcomes.notes)])
+    return replace(runs, broken=[*map(relative, runs.broken)], notes=[*map(relative, runs.notes)])
 
 
-def _base(runs: Sequence[Path]) -> Path:
-    """What paths in a report are relative to: RUNS, if that is one folder, else the folder that holds all of them."""
-    return Path(os.path.commonpath([run.resolve() for run in runs]))
+def _base(paths: Sequence[Path]) -> Path:
+    """Return what paths in a report are relative to: RUNS if that is one folder, else their common folder."""
+    return Path(os.path.commonpath([path.resolve() for path in paths]))
 
 
-def _records(lines: Lines, base: Path) -> Iterator[dict[str, Any]]:
-    """Every accuracy of a group, with the files that it comes from."""
-    for one in lines.all:
-        measured = sorted({attack for outcome in one.outcomes for attack in outcome.at.accuracy})
+def _records(methods: GroupMethods, base: Path) -> Iterator[dict[str, Any]]:
+    """Yield every accuracy of a group, with the files that it comes from."""
+    for method in methods.all:
+        measured = sorted({attack for run in method.runs for attack in run.combined.accuracy})
         for column in (HELD_OUT, "clean", *measured, "worst"):
-            if mean := one.mean(column):
+            if mean := method.mean(column):
                 yield {
-                    "group": str(lines.group),
-                    "net": one.first.net,
-                    "training": one.training,
+                    "group": str(methods.group),
+                    "net": method.architecture,
+                    "training": method.training,
                     "column": column,
                     "mean": mean.mean,
                     "std": mean.std,
@@ -157,42 +215,116 @@ def _records(lines: Lines, base: Path) -> Iterator[dict[str, Any]]:
                 }
 
 
+# Formats: each escapes every text where it is written
+
+
+def write_page(path: Path, sections: Sequence[Section], *, title: str) -> None:
+    """Write sections as an HTML page with a table of contents, atomically.
+
+    Args:
+        path: HTML file.
+        sections: In their order on the page.
+        title: Title of the page.
+
+    Raises:
+        InputError: A picture cannot be read.
+    """
+    environment = Environment(finalize=escape_html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    write_text(path, template.render(title=title, sections=sections, rows=_rows, picture=_picture_base64))
+
+
+def _rows(table: pd.DataFrame) -> Iterator[list[str]]:
+    for row in table.itertuples(index=False, name=None):
+        yield ["" if pd.isna(cell) else str(cell) for cell in row]
+
+
+def _picture_base64(picture: Path) -> str:
+    try:
+        return base64.b64encode(picture.read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"{picture} cannot be read ({error.strerror}). Make the report again.") from error
+
+
+def markdown(sections: Iterable[Section], folder: Path, *, title: str) -> str:
+    """Return sections as Markdown.
+
+    Args:
+        sections: Sections, with pictures inside ``folder``; a section of the same title as the page has no heading.
+        folder: Folder of the Markdown file.
+        title: Title of the page.
+    """
+    parts = [f"# {escape_markdown(title)}"]
+    for section in sections:
+        parts += [f"## {escape_markdown(section.title)}"] if section.title != title else []
+        parts += map(escape_markdown, section.paragraphs)
+        parts += [markdown_table(section.table)] if section.table is not None else []
+        if section.picture is not None:
+            parts.append(f"![{escape_markdown(section.title)}]({section.picture.relative_to(folder).as_posix()})")
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(cells: pd.DataFrame) -> str:
+    """Return a pipe table."""
+    rows = [[escape_markdown(cell) for cell in row] for row in (cells.columns, *_rows(cells))]
+    rows.insert(1, ["---"] * len(cells.columns))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def latex(table: Table) -> str:
+    r"""Return a table of the package booktabs for ``\input``; the preamble needs ``\usepackage{booktabs}``."""
+    cells = table.cells.map(escape_latex).rename(columns=escape_latex)
+    return cells.to_latex(
+        index=False,
+        escape=False,
+        caption=escape_latex(f"{table.title}. {table.caption}"),
+        label=f"tab:{table.name}",
+        position="htbp",
+    )
+
+
+def csv(table: Table) -> str:
+    """Return the numbers of a table, not rounded."""
+    return table.values.to_csv(index=False, lineterminator="\n")
+
+
 # What is printed
 
 
-def _show(groups: Sequence[Lines], outcomes: Outcomes) -> None:
+def _print(groups: Sequence[GroupMethods], runs: EvaluatedRuns) -> None:
     """Print the main rows with their worst case and verdict, then notes and broken files."""
     console = Console()
-    for lines in groups:
-        console.print(f"{lines.group}: accuracy in %, mean over seeds", style="italic", highlight=False, markup=False)
-        console.print(_main_rows(lines))
-    if any(one.masked for lines in groups for one in lines.shown):
-        console.print("Of masked rows the white-box accuracy is not robustness; the worst case is what is left.")
-    for title, texts in (("note", outcomes.notes), ("broken, left out", outcomes.broken)):
+    for methods in groups:
+        title = f"{methods.group}: accuracy in %, mean over seeds"
+        console.print(title, style="italic", highlight=False, markup=False)
+        console.print(_main_rows(methods))
+    if any(method.worst_verdict == "masked" for methods in groups for method in methods.shown):
+        console.print("The white-box accuracy of a masked row is not robustness; its worst case is an upper bound.")
+    for title, texts in (("note", runs.notes), ("broken, left out", runs.broken)):
         for text in texts:
             console.print(f"{title}: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _main_rows(lines: Lines) -> RichTable:
+def _main_rows(methods: GroupMethods) -> RichTable:
     columns = {"clean": "clean", "white-box": WHITE_BOX, "AutoAttack": "autoattack", "worst": "worst"}
     table = RichTable(box=SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("net", "trained"):
+    for heading in ("model", "training"):
         table.add_column(heading, overflow="fold")
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True, style="bold" if heading == "worst" else None)
-    table.add_column("masking", overflow="fold")
+    table.add_column("verdict", overflow="fold")
     table.add_column("seeds", no_wrap=True)
-    for one in lines.shown:
-        accuracies = [_shown(one, column) for column in columns.values()]
-        seeds = seed_count(len(one.seeds), len(lines.seeds))
-        cells = (net_name(one.first.net), one.training, *accuracies, one.verdict, seeds)
-        table.add_row(*map(Text, cells))  # as text, no bracket is markup
+    for method in methods.shown:
+        accuracies = [_accuracy(method, column) for column in columns.values()]
+        seeds = seed_count(len(method.seeds), len(methods.seeds))
+        cells = (model_name(method.architecture), method.training, *accuracies, method.verdict, seeds)
+        table.add_row(*map(Text, cells))  # as text, since brackets would be markup
     return table
 
 
-def _shown(one: Average, column: str) -> str:
-    mean = one.mean(column)
+def _accuracy(method: Method, column: str) -> str:
+    mean = method.mean(column)
     if mean is None:
         return NONE
-    fewer = "" if mean.n_seeds == len(one.seeds) else f" [n = {mean.n_seeds}]"
-    return f"{'≤ ' if mean.at_most else ''}{mean.mean:.2f}{fewer}"
+    sign = at_most(mean.at_most, method.verdict) if column == "worst" else ""
+    return f"{sign}{mean.mean:.2f}" + ("" if mean.n_seeds == len(method.seeds) else f" [n = {mean.n_seeds}]")

@@ -1,20 +1,20 @@
-"""Mixed batches of a file of generated images: mapped where it is stored, or first loaded into memory by `numpy.load`.
+"""Benchmark mixed batches of a file of generated images: memory-mapped, or loaded into memory by `numpy.load`.
 
     python scripts/benchmark_data.py                     # 1,000,000 images: writes 3 GB into a temporary folder
     python scripts/benchmark_data.py --images 50000      # in seconds
 
-Rows, each measured in processes of its own, in turns, by the median of the rounds:
+Rows, each measured in separate processes, in turns, by the median of the rounds:
 
-    in the page cache   `drelu_timm.data.generated`, the file read before, by this training or another one
-    on disk             the same, the file dropped from the page cache before
+    in the page cache   `drelu_timm.data.generated`, the file was read before, by this training or another one
+    on disk             the same, after the file was dropped from the page cache
     in memory           the arrays in memory; the first batch waits for `numpy.load` from the page cache
 
 Columns: seconds from opening the file to the first batch; images/s of whole batches of 512, 70 % of them generated,
 cropped, flipped and turned into float32; images/s of bare reads of as many generated images; and growth of anonymous
 memory from before the file was opened: resident memory without the pages of files, which belong to the page cache that
-all processes share and which the kernel takes back where memory is short (Linux). All on one thread, as in a worker;
-images/s by CPU time, with that of system calls and page faults, which other programs disturb less than the clock; those
-from the disk by the clock.
+all processes share and which the kernel reclaims when memory is short (Linux). Everything runs on one thread, as in
+a worker. Images/s are by CPU time, including system calls and page faults, which other programs disturb less than
+wall-clock time; those from the disk are by wall-clock time.
 """
 
 import argparse
@@ -46,11 +46,11 @@ ROWS = ("in the page cache", "on disk", "in memory")
 COLUMNS = ("first batch (s)", "batches (images/s)", "bare reads (images/s)", "anonymous memory (MB)")
 CLASSES, SIDE = 10, 32
 BATCH_SIZE, FRACTION = 512, 0.7
-SECONDS = 5.0  # of each measurement of speed
+SECONDS = 5.0  # length of each measurement of speed
 
 
 class LoadedImages(GeneratedImages):
-    """The same images in the same order, from arrays in memory."""
+    """Reader of the same images in the same order from arrays in memory."""
 
     @classmethod
     def open(cls, paths: Sequence[Path], **options: Any) -> "LoadedImages":
@@ -60,7 +60,7 @@ class LoadedImages(GeneratedImages):
         return made
 
     def read(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        if not hasattr(self, "arrays"):  # the digest, which comes first
+        if not hasattr(self, "arrays"):  # the digest is computed first
             return super().read(index)
         images, labels = self.arrays
         chosen = np.ascontiguousarray(images[index].transpose(0, 3, 1, 2))
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def write(path: Path, count: int) -> None:
-    """A file of random images, sorted by class, as `numpy.savez` writes one, but without holding it in memory."""
+    """Write a file of random images, sorted by class, as `numpy.savez` does but without holding it in memory."""
     generator = np.random.default_rng(0)
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE, 3)}
     with zipfile.ZipFile(path, "w") as archive:
@@ -106,13 +106,13 @@ def write(path: Path, count: int) -> None:
 
 
 def measured_apart(row: str, path: Path) -> dict[str, float]:
-    """`measure` in a fresh process."""
+    """Run `measure` in a new process."""
     command = [sys.executable, __file__, "--measure", row, str(path)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def measure(row: str, path: Path) -> dict[str, float]:
-    """The figures of one row."""
+    """Return the numbers of one row."""
     torch.set_num_threads(1)
     pixels = torch.randint(0, 256, (50_000, 3, SIDE, SIDE), dtype=torch.uint8)
     real = Images(pixels, torch.arange(50_000) % CLASSES, tuple("0123456789"), "Random")
@@ -140,7 +140,7 @@ def measure(row: str, path: Path) -> dict[str, float]:
 
 
 def anonymous_memory() -> int:
-    """Bytes of memory of this process that are not pages of files."""
+    """Return the memory of this process in bytes, without pages of files."""
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared
 
@@ -157,7 +157,7 @@ def prepare(path: Path, *, cached: bool) -> None:
 
 
 def speed(make: Callable[[int], Any], images: int, clock: Callable[[], float]) -> float:
-    """Return the images per second, by a clock, of a function that makes ``images`` of them per call."""
+    """Return the images per second, by a clock, of a function that makes ``images`` images per call."""
     start, step = clock(), 0
     while (seconds := clock() - start) < SECONDS:
         make(step)
@@ -166,7 +166,7 @@ def speed(make: Callable[[int], Any], images: int, clock: Callable[[], float]) -
 
 
 def table(figures: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: the medians of every row."""
+    """Return a Markdown table of the medians of every row."""
     lines = [["", *COLUMNS], ["---", *("---:" for _ in COLUMNS)]]
     for row, rounds in figures.items():
         first, *others = (median(each[column] for each in rounds) for column in COLUMNS)

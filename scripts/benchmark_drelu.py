@@ -1,4 +1,4 @@
-"""What a D-ReLU costs beside a ReLU6, forward and backward: prints a Markdown table.
+"""Benchmark a D-ReLU against a ReLU6, forward and backward: prints a Markdown table.
 
     python scripts/benchmark_drelu.py
     OMP_NUM_THREADS=1 python scripts/benchmark_drelu.py --rounds 30
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from drelu_timm import DReLU
 from drelu_timm.runs import environment
 
-IMAGES = (4, 3, 96, 96)  # of a step of resnet50
+IMAGES = (4, 3, 96, 96)  # batch of resnet50
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row.
+    """One row of the table.
 
     Attributes:
         name: What is measured.
@@ -61,7 +61,7 @@ CASES = [
 
 
 def seconds(module: nn.Module, x: Tensor, gradient: Tensor, calls: int) -> float:
-    """Time of one forward and backward pass, the mean of ``calls``."""
+    """Return the mean time of one forward and backward pass over ``calls`` calls."""
     synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
     synchronize()
     start = time.perf_counter()
@@ -74,7 +74,7 @@ def seconds(module: nn.Module, x: Tensor, gradient: Tensor, calls: int) -> float
 
 
 def kept_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for its backward pass beside the parameters, each storage once."""
+    """Return the bytes that a forward pass keeps for its backward pass in addition to the parameters."""
     kept = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -87,13 +87,13 @@ def kept_bytes(module: nn.Module, x: Tensor) -> int:
 
 
 def row(case: Case, rounds: int, device: torch.device) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     modules = [case.make(activation).to(device) for activation in ("relu6", "drelu")]
     x = (3 * torch.randn(case.shape, device=device)).contiguous(memory_format=case.memory_format).requires_grad_()
     gradient = torch.randn_like(modules[0](x))
     times: list[list[float]] = [[], []]
     for module in modules:
-        seconds(module, x, gradient, case.calls)  # warm
+        seconds(module, x, gradient, case.calls)  # warm-up
     for _ in range(rounds):
         for module, measured in zip(modules, times, strict=True):
             measured.append(seconds(module, x, gradient, case.calls))
@@ -103,7 +103,7 @@ def row(case: Case, rounds: int, device: torch.device) -> str:
 
 
 def main(rounds: int = 15) -> None:
-    """Measure and print.
+    """Measure and print the table.
 
     Args:
         rounds: Measurements of each.

@@ -1,24 +1,24 @@
-"""AutoAttack standard by drelu_timm and by pyautoattack's own driver, on the same net and images: seconds, verdicts.
+"""Benchmark AutoAttack standard in drelu_timm and in pyautoattack's own driver, on the same model and images.
 
     python scripts/benchmark_evaluation.py RUN --n-examples 256
-    python scripts/benchmark_evaluation.py RUN --rows original standard      # only these, the others later
+    python scripts/benchmark_evaluation.py RUN --rows original standard      # only these rows
 
-RUN is what `drelu-timm evaluate` takes; the row "processes" needs a run directory. A small CNN takes a minute:
+RUN is the argument of `drelu-timm evaluate`; the row "processes" needs a run directory. A small CNN takes a minute:
 
     drelu-timm train --model shallow_cnn_drelu --activation relu --dataset cifar10 --data-dir DATA --objective at \
         --steps 1 --epochs 3 --n-train 10000 --output-dir runs/small
 
-Rows, each on all the threads there are (OMP_NUM_THREADS says how many):
+Rows, each on all threads (set OMP_NUM_THREADS to change their number):
 
-    original        pyautoattack.AutoAttack.run_standard_evaluation, what the others are compared with
-    original again  the same with another seed: by how many examples two runs of the original differ
+    original        pyautoattack.AutoAttack.run_standard_evaluation, the reference for the others
+    original again  the same with another seed: two runs of the original differ by a few examples
     standard        the four attacks of the suite "standard", driven by drelu_timm in float32
     bfloat16        the same, searching in bfloat16 and judging in float32
-    quick           the suite "quick" as a whole, with what it measures for the verdict
+    quick           the complete suite "quick", with the probes for the verdict
     processes       `drelu-timm evaluate` by one process of one thread, then by two
 
-Each row is appended to a file of JSON lines as soon as it is there, and not measured again: a benchmark that was
-stopped goes on with the rows that it lacks.
+Each row is appended to a file of JSON lines once it is measured, and is not measured again: a benchmark that was
+stopped resumes with the missing rows.
 """
 
 import csv
@@ -61,39 +61,39 @@ ALL: tuple[Row, ...] = ("original", "original again", "standard", "bfloat16", "q
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Measure how much faster than AutoAttack's own driver the evaluation is, and whether it says the same."""
+    """Measure the speed of the evaluation relative to AutoAttack's own driver, and whether they agree."""
 
     run: tyro.conf.Positional[str]
     """Run directory, or the name of a timm or RobustBench model."""
     rows: tuple[Row, ...] = ALL
-    """What to measure, in this order."""
+    """Rows to measure, in this order."""
     norm: str = "Linf"
     """Linf or L2."""
     eps: str = "8/255"
     """Radius in units of a [0, 1] pixel."""
     n_examples: int = 256
-    """Use the first so many test images, at most."""
+    """Maximum number of test images, from the first."""
     batch_size: int = 128
-    """Images a pass, the same for all rows."""
+    """Images per pass, the same for all rows."""
     seed: int = 0
-    """Keys all randomness; the original's second run takes the next one."""
+    """Seed of all randomness; the second run of the original uses the next one."""
     dataset: str | None = None
     """Dataset whose test set is attacked; by default the run's."""
     data_dir: Path | None = None
-    """Where the dataset lies; by default where it lay for the run."""
+    """Folder of the dataset; by default that of the run."""
     output: Path = Path("benchmark_evaluation.jsonl")
-    """The file that the rows go to."""
+    """File for the rows."""
 
 
 @dataclass(frozen=True)
 class Subjects:
-    """What every row attacks.
+    """Model and images that every row attacks.
 
     Attributes:
         model: In eval mode.
         images: Float [N, C, H, W] in [0, 1], on the model's device.
         labels: [N].
-        threat_model: The balls.
+        threat_model: Norm and eps.
     """
 
     model: nn.Module
@@ -103,11 +103,11 @@ class Subjects:
 
 
 def load(config: BenchmarkConfig) -> Subjects:
-    """The model on the fastest device, and the images."""
+    """Load the model, on the fastest device, and the images."""
     subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
     dataset = config.dataset or subject.defaults.get("dataset")
     if dataset not in DATASETS:
-        raise InputError(f"--dataset {dataset!r} is no dataset; allowed: {', '.join(DATASETS)}")
+        raise InputError(f"--dataset {dataset!r} is not a dataset. Allowed: {', '.join(DATASETS)}")
     data_dir = config.data_dir or subject.defaults.get("data_dir")
     images = load_images(dataset, data_dir, "test", img_size=subject.img_size, in_chans=subject.in_chans)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +117,7 @@ def load(config: BenchmarkConfig) -> Subjects:
 
 
 def original(config: BenchmarkConfig, subjects: Subjects, seed: int) -> dict[str, Any]:
-    """pyautoattack's driver, and the seconds of each of its attacks."""
+    """Measure pyautoattack's driver, and the seconds of each of its attacks."""
     model, images, labels, ball = subjects.model, subjects.images, subjects.labels, subjects.threat_model
     attack = AutoAttack(model, norm=ball.norm, eps=ball.eps, seed=seed, device=images.device)
     seconds: dict[str, float] = {}
@@ -132,7 +132,7 @@ def original(config: BenchmarkConfig, subjects: Subjects, seed: int) -> dict[str
 
 
 def timed(seconds: dict[str, float], name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call gives; its seconds are added to those of its name."""
+    """Return the result of a call, and add its seconds to those of its name."""
     started = time.monotonic()
     result = call(*arguments)
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
@@ -140,7 +140,7 @@ def timed(seconds: dict[str, float], name: str, call: Callable[..., Any], *argum
 
 
 def standard(config: BenchmarkConfig, subjects: Subjects, search_dtype: torch.dtype) -> dict[str, Any]:
-    """The same four attacks by our driver."""
+    """Measure the same four attacks in our driver."""
     model, images, labels = subjects.model, subjects.images, subjects.labels
     seconds: dict[str, float] = {}
     started = time.monotonic()
@@ -157,7 +157,7 @@ def standard(config: BenchmarkConfig, subjects: Subjects, search_dtype: torch.dt
 
 
 def quick(config: BenchmarkConfig, subjects: Subjects) -> dict[str, Any]:
-    """The suite for work in progress, verdict included."""
+    """Measure the suite quick, with its verdict."""
     evaluation = evaluate_model(
         subjects.model,
         subjects.images,
@@ -176,13 +176,13 @@ def quick(config: BenchmarkConfig, subjects: Subjects) -> dict[str, Any]:
 
 
 def processes(config: BenchmarkConfig) -> dict[str, Any]:
-    """One process of one thread, then two, on copies of the run that hold no results."""
+    """Measure one process of one thread, then two, on copies of the run without results."""
     alone, together = (launch(config, count) for count in (1, 2))
     return together | {"seconds_alone": alone["seconds"]}
 
 
 def launch(config: BenchmarkConfig, count: int) -> dict[str, Any]:
-    """`drelu-timm evaluate` by so many processes; its own seconds, so without the start of Python."""
+    """Run `drelu-timm evaluate` in several processes and return its seconds, without the start of Python."""
     command = ["torchrun", "--standalone", "--nproc_per_node", str(count)]
     flags = {
         "--suite": "autoattack",
@@ -208,27 +208,27 @@ def launch(config: BenchmarkConfig, count: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def right(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
-    """Which images [N, C, H, W] the model puts into their class [N]; on the CPU."""
+    """Return on which images [N, C, H, W] the model predicts the label [N], on the CPU."""
     batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
     return torch.cat([model(batch).argmax(dim=1) == batch_labels for batch, batch_labels in batches]).cpu()
 
 
 def measured(config: BenchmarkConfig) -> dict[str, dict[str, Any]]:
-    """The rows that are in the file for this config, by name."""
+    """Return the rows in the file for this config, by name."""
     lines = config.output.read_text().splitlines() if config.output.exists() else []
     records = [json.loads(line) for line in lines]
     return {record["row"]: record for record in records if record["config"] == identity(config)}
 
 
 def identity(config: BenchmarkConfig) -> dict[str, Any]:
-    """What rows have to share to be compared."""
+    """Return what rows must have in common to be compared."""
     return {name: str(value) for name, value in asdict(config).items() if name not in ("rows", "output")} | {
         "threads": str(torch.get_num_threads())
     }
 
 
 def show(records: dict[str, dict[str, Any]]) -> None:
-    """The table of all rows, with the examples on which they differ from the original, and where the time goes."""
+    """Return a table of all rows, with the examples on which they differ from the original, and the time per attack."""
     console = Console()
     reference = records.get("original")
     table = Table("row", "seconds", "times as fast", "robust", "differing")
@@ -250,7 +250,7 @@ def show(records: dict[str, dict[str, Any]]) -> None:
 
 
 def main(config: BenchmarkConfig) -> None:
-    """Measure the rows that are not in the file yet, and print all that are."""
+    """Measure the rows that are not in the file yet, and print all rows."""
     if "processes" in config.rows and not (Path(config.run) / "config.json").is_file():
         raise InputError(
             f"RUN {config.run!r} is no run directory, which the row processes needs; leave it out of --rows"

@@ -1,20 +1,20 @@
-"""Images a second and peak memory of a training step: drelu_timm against two plain loops, side by side.
+"""Benchmark images per second and peak memory of a training step: drelu_timm against two plain loops.
 
     python scripts/benchmark_training.py                                      # on the CPU: minutes
     python scripts/benchmark_training.py --dtypes bfloat16 --compile --batch-size 512 --rounds 20
 
-Loops, all with the same model, batch, inner attack and optimiser; the plain ones in float32 and eager, in eval mode
-for the attack, as are most public ones:
+All loops have the same model, batch, inner attack and optimizer. The plain ones are in float32, eager, and in eval mode
+for the attack, like most public ones:
 
     backward         the inner attack calls loss.backward(), so each of its steps also computes all weight gradients
-                     (the way of AdverTorch and its descendants)
-    input gradient   it takes torch.autograd.grad of the images, and the weights stay trainable (the way of TRADES
-                     and torchattacks)
+                     (as in AdverTorch)
+    input gradient   it uses torch.autograd.grad of the images, and the weights stay trainable (as in TRADES and
+                     torchattacks)
     drelu_timm       ours, once for each of --dtypes: frozen weights, channels_last, autocast
 
-The loops take turns in one process, a step each, for so many rounds, and the median counts: what disturbs the machine
-disturbs all. Memory is the peak of two steps in a fresh process: of the device where it is a GPU, else of the
-process's resident memory (Linux), in both cases beyond what was held before the model was made.
+The loops take turns in one process, one step each, and the median over the rounds counts, so a disturbance of the
+machine affects all loops. Memory is the peak of two steps in a new process, of the GPU or else of the process's
+resident memory (Linux), minus the memory before the model was made.
 """
 
 import multiprocessing
@@ -45,23 +45,23 @@ Attack = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor], int], Tensor]
 
 EPS, STEP_SIZE, BETA = 8 / 255, 2 / 255, 6.0
 IMAGE_SIZE, NUM_CLASSES = 32, 10
-MEMORY_STEPS = 2  # the state of the optimiser is there in the second
+MEMORY_STEPS = 2  # the optimizer has its state in the second step
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Measure how much faster than plain loops a training step is, and what memory it takes."""
+    """Measure the speed of a training step relative to plain loops, and its memory."""
 
     model: str = "resnet18_drelu"
-    """A `_drelu` variant; it gets ReLU in its body and a stem for 32x32 images."""
+    """A `_drelu` variant, with ReLU in its body and a stem for 32x32 images."""
     objectives: tuple[Name, ...] = get_args(Name)
-    """What to train with."""
+    """Training objectives."""
     dtypes: tuple[Dtype, ...] = get_args(Dtype)
-    """Ours in which precision; the plain loops run in float32."""
+    """Precisions of our loop; the plain loops run in float32."""
     compile: bool = False
-    """Ours with torch.compile."""
+    """Use torch.compile in our loop."""
     batch_size: int = 64
-    """Images a step."""
+    """Images per step."""
     steps: int = 10
     """Steps of the inner attack."""
     rounds: int = 7
@@ -72,11 +72,11 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class Loop:
-    """One way to train.
+    """One loop.
 
     Attributes:
         name: As in the table.
-        make: (config, objective) to a step on a model, a batch and an optimiser of its own.
+        make: (config, objective) to a step on a model, a batch and an optimizer.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Loop:
 
 
 def batch(config: BenchmarkConfig) -> tuple[nn.Module, Tensor, Tensor, torch.optim.Optimizer]:
-    """The model, images [B, 3, 32, 32] in [0, 1], labels [B] and the optimiser: equal for every loop."""
+    """Return the model, images [B, 3, 32, 32] in [0, 1], labels [B] and optimizer, equal for every loop."""
     torch.manual_seed(0)
     arguments = {"activation": "relu", "small_images": True, "num_classes": NUM_CLASSES}
     model = normalized(timm.create_model(config.model, **arguments)).to(config.device)
@@ -94,7 +94,7 @@ def batch(config: BenchmarkConfig) -> tuple[nn.Module, Tensor, Tensor, torch.opt
 
 
 def plain(config: BenchmarkConfig, objective: Name, attack: Attack) -> Step:
-    """A step as public code has it, with an inner attack of either kind."""
+    """Return a step as in public code, with an inner attack of either kind."""
     model, images, labels, optimizer = batch(config)
 
     def loss_of_natural() -> Tensor:
@@ -120,7 +120,7 @@ def plain(config: BenchmarkConfig, objective: Name, attack: Attack) -> Step:
 
     def step() -> None:
         loss = loss_of()
-        optimizer.zero_grad()  # only now: the attack may have left weight gradients
+        optimizer.zero_grad()  # after the attack, which may leave weight gradients
         loss.backward()
         optimizer.step()
 
@@ -153,7 +153,7 @@ def attack_by_input_gradient(model: nn.Module, images: Tensor, loss: Callable[[T
 
 
 def ours(config: BenchmarkConfig, objective: Name, dtype: Dtype) -> Step:
-    """A step with what drelu_timm trains with."""
+    """Return a training step of drelu_timm."""
     model, images, labels, optimizer = batch(config)
     model = model.to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -178,7 +178,7 @@ def ours(config: BenchmarkConfig, objective: Name, dtype: Dtype) -> Step:
 
 
 def loops(config: BenchmarkConfig) -> list[Loop]:
-    """The two plain loops, then ours in each precision."""
+    """Return the two plain loops, then ours in each precision."""
     ways = [
         Loop("backward", lambda config, objective: plain(config, objective, attack_by_backward)),
         Loop("input gradient", lambda config, objective: plain(config, objective, attack_by_input_gradient)),
@@ -190,9 +190,9 @@ def loops(config: BenchmarkConfig) -> list[Loop]:
 
 
 def seconds_a_step(config: BenchmarkConfig, objective: Name) -> list[list[float]]:
-    """The times of every loop, one a round."""
+    """Return the times of every loop, one per round."""
     steps = [loop.make(config, objective) for loop in loops(config)]
-    for step in steps:  # allocates, tunes, compiles
+    for step in steps:  # the first step allocates, tunes and compiles
         timed(step, config.device)
     rounds = [[timed(step, config.device) for step in steps] for _ in range(config.rounds)]
     return [list(times) for times in zip(*rounds, strict=True)]
@@ -212,7 +212,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_memory(config: BenchmarkConfig, objective: Name, index: int) -> float:
-    """MiB that a loop takes at its peak, asked of a process that has done nothing else."""
+    """Return the peak memory of a loop in MiB, measured in a new process."""
     before = held(config.device)
     step = loops(config)[index].make(config, objective)
     for _ in range(MEMORY_STEPS):
@@ -221,10 +221,10 @@ def peak_memory(config: BenchmarkConfig, objective: Name, index: int) -> float:
 
 
 def held(device: str) -> int:
-    """Peak so far, in bytes."""
+    """Return the peak memory in bytes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage: its peak is handed down from the parent process.
+    # Not getrusage, whose peak is inherited from the parent process.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
@@ -235,7 +235,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def check(config: BenchmarkConfig) -> None:
-    """Refuse what cannot be measured.
+    """Check that the config can be measured.
 
     Raises:
         InputError: A model, a device or a number that is not possible.
@@ -252,7 +252,7 @@ def check(config: BenchmarkConfig) -> None:
 
 
 def main(config: BenchmarkConfig) -> None:
-    """Measure, and print a table in Markdown."""
+    """Measure, and print a Markdown table."""
     check(config)
     here = environment()
     print(f"{here['hardware']}, {torch.get_num_threads()} threads; {config.device}; {here['versions']}")

@@ -1,10 +1,10 @@
-"""How fast the caps come down: with the paper's learning rate for everything, and with one of their own.
+"""Show how fast the caps shrink, with the paper's learning rate for all weights and with a separate one for the caps.
 
-Prints a row a run (its end state, and what the evaluation says of it) and draws the mean cap against the step:
+Prints one row per run (its final state and its evaluation) and draws the mean cap over the steps:
 
     python scripts/cap_curves.py runs/caps/paper runs/caps/own-rate
 
-The runs that scripts/README.md shows are those of scripts/caps.sh.
+scripts/caps.sh makes the runs that scripts/README.md shows.
 """
 
 import json
@@ -34,11 +34,11 @@ COLUMNS = (
 
 
 def main(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], picture: Path = Path("model_cards/caps.png")) -> None:
-    """Print a table of runs on the caps, and draw their curves.
+    """Print a table of the caps of several runs, and draw their curves.
 
     Args:
-        runs: Run directories, trained and evaluated.
-        picture: Where the curves go.
+        runs: Trained and evaluated run directories.
+        picture: File for the curves.
     """
     curves = {str(path): _curve(Run.open(path)) for path in runs}
     print(f"| run | {' | '.join(COLUMNS)} |")
@@ -79,7 +79,7 @@ def _draw(curves: dict[str, list[dict[str, Any]]], picture: Path) -> None:
         steps, caps = zip(*((entry["steps"], entry["caps"]["mean"]) for entry in curve), strict=True)
         label = f"{Path(path).name}: caps from {train['cap'] or Options.cap:g}, at learning rate {train['cap_lr']:g}"
         axes.plot(steps, caps, style, markersize=4, markevery=max(1, len(steps) // 20), label=label)
-    axes.set(xscale="log", yscale="log", xlabel="steps of the optimiser", ylabel="mean cap after each epoch")
+    axes.set(xscale="log", yscale="log", xlabel="optimizer steps", ylabel="mean cap after each epoch")
     figure.legend(loc="outside upper left", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_file(picture) as beside:

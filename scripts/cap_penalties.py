@@ -1,10 +1,9 @@
-"""What the paper's penalty on the caps does, and what a scale-free one does, with three ways of training.
+"""Compare the paper's penalty on the caps with a scale-free one, for three training objectives.
 
     python scripts/cap_penalties.py --data-dir data --output-dir runs/cap-penalties
 
-trains the dense net on MNIST (first 20,000 images, 10 epochs, 5 steps of the inner attack, Linf 0.1) once a row,
-evaluates it (quick suite, first 1,000 test images), and prints a Markdown table. What is there
-already is not done again.
+trains the dense model on MNIST (first 20,000 images, 10 epochs, 5 steps of the inner attack, Linf 0.1) once per row,
+evaluates it (quick suite, first 1,000 test images), and prints a Markdown table. Finished runs are not repeated.
 """
 
 import json
@@ -47,9 +46,9 @@ def main(data_dir: Path = Path("data"), output_dir: Path = Path("runs/cap-penalt
     """Train, evaluate and print a table.
 
     Args:
-        data_dir: Folder that holds MNIST, or that it is downloaded to.
-        output_dir: A run directory a row is written here.
-        seed: Of training and attacks.
+        data_dir: Folder of MNIST; it is downloaded if missing.
+        output_dir: Folder for one run directory per row.
+        seed: Seed of training and attacks.
     """
     rows = [f"| trained | penalty | weight | {' | '.join(COLUMNS)} |"]
     rows.append(f"| --- | --- | ---: |{' ---: |' * (len(COLUMNS) - 1)} --- |")

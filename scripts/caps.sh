@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The caps' curves of scripts/README.md (model_cards/caps.png): MNIST, the dense net, balancer 0.1, natural training.
+# Make the curves of the caps in scripts/README.md (model_cards/caps.png): MNIST, the dense model, natural training, cap
+# weight 0.1.
 #
-#   scripts/caps.sh [folder that holds MNIST, or that it is downloaded to]
+#   scripts/caps.sh [folder of MNIST; downloaded if missing]
 #
-# One run each, seed 0. The first is the paper's recipe, 113,670 steps: half an hour on one core; the others 2,105 steps,
-# half a minute each.
+# One run each, seed 0. The first is the paper's recipe, 113,670 steps (half an hour on one core). The others have 2,105
+# steps (half a minute each).
 set -euo pipefail
 data=${1:-data}
 

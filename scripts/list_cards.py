@@ -1,4 +1,4 @@
-"""The published models as a table: `python scripts/list_cards.py`, from model_cards/."""
+"""Print a table of the published models from model_cards/: `python scripts/list_cards.py`."""
 
 from pathlib import Path
 from statistics import mean
@@ -13,7 +13,7 @@ RULE = "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |"
 
 
 def table() -> str:
-    """Markdown; a heading for every board, a row a card, by the mean of their worst cases."""
+    """Return a Markdown table per threat model, one row per card, sorted by the mean worst case."""
     boards: dict[str, list[Card]] = {}
     for path in sorted(CARDS.glob("*/*/*.json")):
         measured = read_card(read_json(path), path)
@@ -26,7 +26,7 @@ def table() -> str:
 
 def _row(card: Card) -> str:
     train, point = card.config["train"], card.point
-    activation = train["activation"] or ("drelu" if train["model"].endswith("_drelu") else "as it is")
+    activation = train["activation"] or ("drelu" if train["model"].endswith("_drelu") else "unchanged")
     where = " everywhere" if train["placement"] == "all" else ""
     cells = [
         f"[{card.key}](model_cards/{card.place.as_posix()}.md)",
@@ -46,7 +46,7 @@ def _worst(card: Card) -> list[float]:
 
 
 def _spread(card: Card) -> str:
-    """The mean with its standard deviation (n - 1), and of how many."""
+    """Return the mean with its standard deviation (n - 1) and the number of seeds."""
     worst = _worst(card)
     return f"{spread(worst, digits=1)} (n = {len(worst)})" if len(worst) > 1 else "-"
 

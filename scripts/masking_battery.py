@@ -1,9 +1,9 @@
-"""Nets of whose trick the verdict knows nothing, and honest ones: is each called what it is?
+"""Test the verdict on models that hide their gradients in ways it does not know, and on honest models.
 
     python scripts/masking_battery.py             # the table
-    python scripts/masking_battery.py --seeds 3   # three trainings and attacks of each
+    python scripts/masking_battery.py --seeds 3   # three trainings and attacks of each model
 
-Every net is trained on scikit-learn's digits (8x8, 1,400 images) in a second or so and judged on the other 397.
+Every model is trained on 1,400 images of scikit-learn's digits (8x8) in about a second and judged on the other 397.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TEMPERATURE = 100.0  # of defensive distillation
 
 @dataclass(frozen=True)
 class Digits:
-    """Images [N, 1, 8, 8] in [0, 1] and labels [N], to train on and to judge on."""
+    """Images [N, 1, 8, 8] in [0, 1] and labels [N], for training and for evaluation."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -42,7 +42,7 @@ class Digits:
 
     @classmethod
     def load(cls) -> "Digits":
-        """1,400 images to train on and 397 to judge on; the same every time."""
+        """Load 1,400 images for training and 397 for evaluation, always the same."""
         pixels, classes = load_digits(return_X_y=True)
         order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
         images = (torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16)[order]
@@ -50,11 +50,11 @@ class Digits:
         return cls(images[:1400], labels[:1400], images[1400:], labels[1400:])
 
 
-# The tricks. None but DReLU is known to the attacks of this project.
+# Layers that hide gradients. The attacks of this project know only DReLU.
 
 
 class Capped(nn.Module):
-    """A unit with a learnable cap, as somebody might write it who has never heard of D-ReLU."""
+    """Activation with learnable caps, written independently of D-ReLU."""
 
     def __init__(self, units: int):
         super().__init__()
@@ -65,7 +65,7 @@ class Capped(nn.Module):
 
 
 class WinnersTakeAll(nn.Module):
-    """The ``winners`` largest units of a layer pass, the others are 0 (k-WTA, Xiao et al. 2020)."""
+    """Activation that passes the ``winners`` largest units of a layer (k-WTA, Xiao et al. 2020)."""
 
     def __init__(self, winners: int):
         super().__init__()
@@ -76,7 +76,7 @@ class WinnersTakeAll(nn.Module):
 
 
 class Steps(nn.Module):
-    """Rounds to multiples of ``width``; in training the gradient goes straight through."""
+    """Rounding to multiples of ``width``, with a straight-through gradient in training."""
 
     def __init__(self, width: float):
         super().__init__()
@@ -88,9 +88,9 @@ class Steps(nn.Module):
 
 
 class JPEG(nn.Module):
-    """Writes and reads each image as a JPEG file; there is no gradient.
+    """JPEG compression of each image, without a gradient.
 
-    The images stand side by side in one file. They are as large as JPEG's blocks, which are coded each by itself.
+    All images are next to each other in one file. They have the size of JPEG's blocks, which are coded independently.
     """
 
     def __init__(self, quality: int):
@@ -106,7 +106,7 @@ class JPEG(nn.Module):
 
 
 class Thermometer(nn.Module):
-    """Each pixel as ``levels`` channels, one for each threshold that it exceeds (Buckman et al. 2018)."""
+    """Encoding of each pixel as ``levels`` channels, one per threshold that it exceeds (Buckman et al. 2018)."""
 
     def __init__(self, levels: int):
         super().__init__()
@@ -118,7 +118,7 @@ class Thermometer(nn.Module):
 
 
 class Noise(nn.Module):
-    """Adds fresh normal noise at every call, in training and after."""
+    """Addition of new normal noise in every call, in training and evaluation."""
 
     def __init__(self, deviation: float):
         super().__init__()
@@ -129,7 +129,7 @@ class Noise(nn.Module):
 
 
 class Times(nn.Module):
-    """A constant factor."""
+    """Multiplication by a constant."""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -140,13 +140,13 @@ class Times(nn.Module):
 
 
 def dense(*, before: nn.Module | None = None, inputs: int = 64, hidden=nn.ReLU, last=nn.ReLU) -> nn.Sequential:
-    """Inputs-128-128-64-10 with a layer of one's choice before it, and after its hidden layers."""
+    """Return a dense model, inputs-128-128-64-10, with a given first layer and given activations."""
     layers = [nn.Flatten(), nn.Linear(inputs, 128), hidden(), nn.Linear(128, 128), hidden(), nn.Linear(128, 64), last()]
     return nn.Sequential(*([before] if before else []), *layers, nn.Linear(64, 10))
 
 
 def convolutional() -> nn.Sequential:
-    """Two convolutions and a linear layer."""
+    """Return a model of two convolutions and a linear layer."""
     layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, 10))
 
@@ -155,17 +155,17 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # model, images, labels ->
 
 
 def natural(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy."""
+    """Return the cross-entropy."""
     return F.cross_entropy(model(images), labels)
 
 
 def adversarial(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of adversarial images (Madry et al. 2018)."""
+    """Return the cross-entropy on adversarial images (Madry et al. 2018)."""
     return F.cross_entropy(model(_attacked(model, images, cross_entropy(labels))), labels)
 
 
 def trades(model: nn.Module, images: Tensor, labels: Tensor, *, beta: float = 6.0) -> Tensor:
-    """Cross-entropy plus the divergence that an adversary reaches (Zhang et al. 2019)."""
+    """Return the cross-entropy plus the divergence on adversarial images (Zhang et al. 2019)."""
     with torch.no_grad():
         clean = model(images).softmax(1)
     attacked = model(_attacked(model, images, lambda logits: _divergence(logits, clean)))
@@ -184,12 +184,12 @@ def _attacked(model: nn.Module, images: Tensor, loss: Callable[[Tensor], Tensor]
 
 
 def at_temperature(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the logits divided by a temperature that nobody divides by afterwards; labels [B] or [B, K]."""
+    """Return the cross-entropy of logits divided by a temperature, in training only; labels are [B] or [B, K]."""
     return F.cross_entropy(model(images) / TEMPERATURE, labels)
 
 
 def trained(digits: Digits, model: nn.Module, *, loss: Loss, epochs: int, cap_weight: float = 0.1) -> nn.Module:
-    """The model after some epochs of Adam, in eval mode; its caps have a learning rate and a penalty of their own."""
+    """Train a model with Adam and return it in eval mode; caps have a separate learning rate and a penalty."""
     caps = [p for layer in model.modules() if isinstance(layer, DReLU | Capped) for p in layer.parameters()]
     rest = [p for p in model.parameters() if not any(p is cap for cap in caps)]
     optimizer = torch.optim.Adam([{"params": rest, "lr": 1e-3}, {"params": caps, "lr": 0.1}])
@@ -206,7 +206,7 @@ def trained(digits: Digits, model: nn.Module, *, loss: Loss, epochs: int, cap_we
 
 @dataclass(frozen=True)
 class Net:
-    """A net of the battery, and which verdicts on it are right."""
+    """Model of the battery, and the verdicts on it that are correct."""
 
     name: str
     expected: tuple[str, ...]
@@ -223,22 +223,22 @@ def _net(
 
 
 def drelu() -> nn.Sequential:
-    """A dense net whose last activation is a D-ReLU."""
+    """Return a dense model whose last activation is a D-ReLU."""
     return dense(last=partial(DReLU, 64, cap=10.0))
 
 
 def own_caps() -> nn.Sequential:
-    """The same with `Capped`."""
+    """Return a dense model whose last activation is `Capped`."""
     return dense(last=partial(Capped, 64))
 
 
 def winners_take_all() -> nn.Sequential:
-    """A dense net in which a fifth of every layer's units passes."""
+    """Return a dense model in which a fifth of the units of every layer pass."""
     return dense(hidden=partial(WinnersTakeAll, 24), last=partial(WinnersTakeAll, 12))
 
 
 def distilled(digits: Digits) -> nn.Module:
-    """Defensive distillation (Papernot et al. 2016): a net trained on another's answers, both at a high temperature."""
+    """Train a model on the outputs of another, both at a high temperature (Papernot et al. 2016)."""
     teacher = trained(digits, dense(), loss=at_temperature, epochs=30)
 
     def from_teacher(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -250,46 +250,46 @@ def distilled(digits: Digits) -> nn.Module:
 
 
 def loud(digits: Digits) -> nn.Module:
-    """A plain net with its logits times 1e4."""
+    """Train a plain model and multiply its logits by 1e4."""
     return nn.Sequential(trained(digits, dense(), loss=natural, epochs=15), Times(1e4)).eval()
 
 
 NETS = (
     _net("D-ReLU, natural", MASKED, drelu, epochs=60),
-    _net("caps in somebody's own code", MASKED, own_caps, epochs=60),
+    _net("independent caps", MASKED, own_caps, epochs=60),
     _net("k winners take all", MASKED, winners_take_all, epochs=40),
-    _net("quantised activations", MASKED, lambda: dense(last=lambda: nn.Sequential(nn.ReLU(), Steps(1.0))), epochs=30),
-    _net("quantised inputs", MASKED, lambda: dense(before=Steps(1 / 8))),
+    _net("quantized activations", MASKED, lambda: dense(last=lambda: nn.Sequential(nn.ReLU(), Steps(1.0))), epochs=30),
+    _net("quantized inputs", MASKED, lambda: dense(before=Steps(1 / 8))),
     _net("JPEG", MASKED, lambda: dense(before=JPEG(75))),
     _net("thermometer", MASKED, lambda: dense(before=Thermometer(16), inputs=64 * 16)),
     Net("defensive distillation", MASKED, distilled),
     Net("logits times 1e4", MASKED, loud),
     _net("noise on the image", NEVER_SOUND, lambda: dense(before=Noise(0.3)), epochs=30),
     _net("ReLU", SOUND, dense),
-    _net("ReLU, trained for long", SOUND, dense, epochs=100),
+    _net("ReLU, long training", SOUND, dense, epochs=100),
     _net("ReLU, convolutional", SOUND, convolutional),
     _net("ReLU6", SOUND, lambda: dense(hidden=nn.ReLU6, last=nn.ReLU6)),
     _net("ReLU, adversarial training", SOUND, dense, loss=adversarial),
     _net("D-ReLU, adversarial training", SOUND, drelu, loss=adversarial, epochs=30),
-    _net("own caps, adversarial training", SOUND, own_caps, loss=adversarial, epochs=30),
+    _net("independent caps, adversarial training", SOUND, own_caps, loss=adversarial, epochs=30),
     _net("ReLU, TRADES", SOUND, dense, loss=trades),
     _net("D-ReLU, TRADES", SOUND, drelu, loss=trades, epochs=30),
 )
 
 
 def judged(model: nn.Module, images: Tensor, labels: Tensor, *, seed: int = 0) -> Evaluation:
-    """The quick suite, whose verdict is that of every suite; images [N, C, H, W] in [0, 1], labels [N]."""
+    """Evaluate a model with the quick suite; images are [N, C, H, W] in [0, 1], labels [N]."""
     return evaluate_model(model, images, labels, norm=THREAT_MODEL.norm, eps=THREAT_MODEL.eps, suite="quick", seed=seed)
 
 
 def train_and_judge(net: Net, digits: Digits, *, seed: int = 0) -> Evaluation:
-    """A net of the battery, trained and evaluated; the same for the same seed."""
+    """Train and evaluate a model of the battery; the result depends only on the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return judged(net.train(digits), digits.images, digits.labels, seed=seed)
 
 
-# Shares of the examples that were probed.
+# Shares of the probed examples.
 COLUMNS = {
     "PGD": "withstand_pgd",
     "all": "withstand_all",
@@ -304,12 +304,12 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Print the table, a line a net and seed."""
+    """Print the table, one line per model and seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="so many seeds of training and attack")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds of training and attack")
     seeds = range(parser.parse_args().seeds)
     digits = Digits.load()
-    print("| net | seed | clean | " + " | ".join(COLUMNS) + " | expected | verdict | s |")
+    print("| model | seed | clean | " + " | ".join(COLUMNS) + " | expected | verdict | s |")
     print("| --- | ---: | ---: |" + " ---: |" * len(COLUMNS) + " --- | --- | ---: |")
     for net in NETS:
         for seed in seeds:

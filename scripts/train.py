@@ -1,4 +1,4 @@
-"""`drelu-timm train` as a file, for launchers that want one: accelerate launch scripts/train.py --model ..."""
+"""`drelu-timm train` as a script, for launchers that need a file: accelerate launch scripts/train.py --model ..."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Run directories as train and evaluate leave them, made up: no net is trained, and no weights are there."""
+"""Synthetic run directories with the files of train and evaluate, without training and without weights."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ def write_run(
     digest: str | None = None,
     **train: Any,
 ) -> Path:
-    """config.json and log.jsonl of a run; ``start`` are flags of the run it went on from, ``digest`` of its images."""
+    """Write config.json and log.jsonl; ``start`` are flags of the run it started from, ``digest`` is of its images."""
     path.mkdir(parents=True)
     train = TRAIN | train
     config = {"train": train, "dataset_title": TITLES[train["dataset"]]}
@@ -66,7 +66,7 @@ def write_result(
     rows: bool = True,
     **result: Any,
 ) -> Path:
-    """results/<suite>-Linf-<eps>.json of a run, with a row an example beside it.
+    """Write results/<suite>-Linf-<eps>.json of a run, and its rows per example.
 
     By default the worst case is 0.8, or the lowest accuracy.
     """
@@ -87,7 +87,7 @@ def write_result(
 
 
 def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 10, suite: str = "quick") -> Path:
-    """sweeps/<suite>-Linf.json of a run, from the smallest radius, with a row an example beside it."""
+    """Write sweeps/<suite>-Linf.json of a run, from the smallest eps, and its rows per example."""
     train = json.loads((run / "config.json").read_text())["train"]
     content = {
         **about(train, suite, n_examples),
@@ -105,7 +105,7 @@ def write_sweep(run: Path, points: Sequence[dict[str, Any]], n_examples: int = 1
 
 
 def about(train: dict[str, Any], suite: str, n_examples: int) -> dict[str, Any]:
-    """What a result file states of itself, apart from its eps."""
+    """Return the fields of a result file that do not depend on eps."""
     return {
         "model": train["model"],
         "dataset": train["dataset"],
@@ -126,7 +126,7 @@ def about(train: dict[str, Any], suite: str, n_examples: int) -> dict[str, Any]:
 def point(
     *, eps: str = "0.1", clean: float = 0.95, accuracy: dict[str, float] = ATTACKS, worst: float, verdict: str = "sound"
 ) -> dict[str, Any]:
-    """What a result file says at one radius; nothing but a given accuracy lies below the worst case."""
+    """Return the fields of a result file at one eps; only a given accuracy is below the worst case."""
     if accuracy is ATTACKS:
         accuracy = {attack: max(value, worst) for attack, value in ATTACKS.items()}
     return {
@@ -144,12 +144,12 @@ def point(
 
 
 def write_rows(path: Path, broken_by: Sequence[str]) -> None:
-    """Beside a result: what broke each example."""
+    """Write the rows per example next to a result."""
     write_columns(path, {**examples(len(broken_by)), "broken_by": broken_by})
 
 
 def examples(n: int) -> dict[str, Sequence[Any]]:
-    """The columns that every row has."""
+    """Return the columns that all rows have."""
     return {"index": range(n), "label": [0] * n, "clean_prediction": [0] * n}
 
 

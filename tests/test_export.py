@@ -289,7 +289,7 @@ def _results(**changes):
 @pytest.mark.parametrize(
     ("spoil", "settings", "message"),
     [
-        (lambda run: shutil.rmtree(run), {}, r"run is no run directory"),
+        (lambda run: shutil.rmtree(run), {}, r"run is not a run directory"),
         (lambda run: shutil.rmtree(run / "results"), {}, r"has no evaluation\. Make one: drelu-timm evaluate .*run"),
         (lambda run: (run / "results" / f"{RESULTS}.json").write_text("{"), {}, r"\.json cannot be read as JSON"),
         (_no_worst, {}, r"\.json has no worst\. The file is cut or of another version; create it again\."),

@@ -1,4 +1,4 @@
-"""The page: what is on it, that nothing is fetched or taken as HTML, and its sorting, in Node where there is one."""
+"""HTML page: its content, that it fetches nothing and escapes everything, and its sorting (needs Node)."""
 
 import base64
 import json
@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from drelu_timm.errors import InputError
-from drelu_timm.reports.formats import Section, write_page
+from drelu_timm.report import write_page
+from drelu_timm.reports.sections import Section
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -22,7 +23,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """A page that is well formed: every element that is opened is closed, in order."""
+    """Parsed page; asserts that every element is closed in order."""
 
     def __init__(self, html):
         super().__init__()
@@ -86,7 +87,7 @@ def test_a_section_has_its_heading_text_table_and_picture(written, tmp_path):
     assert len(page.attributes("p")) == 2
 
 
-def test_the_contents_lead_to_every_section(written):
+def test_the_contents_link_to_every_section(written):
     page = Page(written(Section("One"), Section("Two"), Section("One")))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -107,7 +108,7 @@ def test_nothing_is_fetched(written, tmp_path):
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_nothing_is_taken_as_html(written, tmp_path):
+def test_everything_is_escaped(written, tmp_path):
     picture = tmp_path / "caps.png"
     picture.write_bytes(PNG)
     table = pd.DataFrame({"&amp;": [SCRIPT, "{{ 7 * 7 }}"], SCRIPT: [SCRIPT, 'a" onclick="alert(1)']})
@@ -127,9 +128,9 @@ def test_every_heading_is_a_button_and_a_scope(written):
     assert [button["type"] for button in page.attributes("button")] == ["button"] * 3
 
 
-def test_masked_cells_are_marked_whatever_follows_the_word(written):
+def test_masked_cells_are_marked_with_any_text_after_the_word(written):
     verdicts = ["masked", "sound", "masked 2 of 3", "undecided", "masked (on 500 images)", "D-ReLU, masked"]
-    cells = Page(written(Section("Main", table=pd.DataFrame({"Masking": verdicts})))).attributes("td")
+    cells = Page(written(Section("Main", table=pd.DataFrame({"Verdict": verdicts})))).attributes("td")
     assert [cell.get("class") for cell in cells] == ["masked", None, "masked", None, "masked", None]
 
 
@@ -137,9 +138,9 @@ def test_the_same_sections_make_the_same_bytes(written):
     assert written(Section("Main", "text", TABLE)) == written(Section("Main", "text", TABLE))
 
 
-def test_a_picture_that_is_not_there_is_named(tmp_path):
+def test_a_missing_picture_is_named(tmp_path):
     with pytest.raises(
-        InputError, match=r"gone\.png cannot be read \(No such file or directory\); make the report anew"
+        InputError, match=r"gone\.png cannot be read \(No such file or directory\)\. Make the report again\."
     ):
         write_page(tmp_path / "report.html", [Section("Caps", picture=tmp_path / "gone.png")], title="Report")
     assert not any(tmp_path.iterdir())
@@ -147,7 +148,7 @@ def test_a_picture_that_is_not_there_is_named(tmp_path):
 
 @pytest.fixture(scope="session")
 def in_node():
-    """Runs JavaScript after the page's own, and reads the JSON that it prints."""
+    """Run JavaScript after that of the page, and return the JSON that it prints."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("no Node to run the page's script in")
@@ -200,7 +201,7 @@ def test_rows_are_sorted_by_a_column(in_node, cells, ascending, descending):
         assert [cell for _, cell in found] == wanted
 
 
-def test_ties_stay_as_they_stood(in_node):
+def test_ties_keep_their_order(in_node):
     rows = json.dumps([["b", "1"], ["a", "1"], ["c", "0"]])
     found = in_node(f"console.log(JSON.stringify([false, true].map((down) => sortedRows({rows}, 1, down))))")
     assert [[first for first, _ in rows] for rows in found] == [["c", "b", "a"], ["b", "a", "c"]]
@@ -221,7 +222,7 @@ const BUTTONS = headings.map((th) => ({ closest: () => th, addEventListener(kind
 """
 
 
-def test_a_click_sorts_a_table_and_says_so(in_node):
+def test_a_click_sorts_a_table_and_sets_aria_sort(in_node):
     clicks = """
     const seen = [1, 1, 0].map((column) => {
       BUTTONS[column].click();

@@ -2,12 +2,12 @@
 
 import pytest
 
-from drelu_timm.reports.paper import EPS, NETS, beside_pgd, paper_order, paper_scores, read_paper, table_number
+from drelu_timm.reports.paper import EPS, MODELS, paper_order, paper_scores, pgd_and_weaker, read_paper, table_number
 from drelu_timm.reports.statistics import compare_methods
 
 
 @pytest.mark.parametrize(
-    ("table", "dataset", "net", "training", "column", "accuracy", "rank"),
+    ("table", "dataset", "model", "training", "column", "accuracy", "rank"),
     [
         (1, "mnist", "dense", "AT", "clean", 98.10, 1),
         (1, "mnist", "dense", "D-ReLU-100", "apgd-ce", 96.93, 1),
@@ -18,12 +18,12 @@ from drelu_timm.reports.statistics import compare_methods
         (5, "tiny_imagenet", "mobilenetv2_100", "D-ReLU", "square", 18.33, 3),
     ],
 )
-def test_printed_numbers(table, dataset, net, training, column, accuracy, rank):
+def test_printed_numbers(table, dataset, model, training, column, accuracy, rank):
     paper = read_paper()
     (line,) = paper[
         (paper["table"] == table)
         & (paper["dataset"] == dataset)
-        & (paper["net"] == net)
+        & (paper["model"] == model)
         & (paper["training"] == training)
         & (paper["column"] == column)
     ].itertuples()
@@ -36,7 +36,7 @@ def test_all_nine_tables_are_there_and_every_name_is_known():
         1: 48, 2: 144, 3: 144, 4: 144, 5: 108, 6: 72, 7: 72, 8: 72, 9: 72,
     }  # fmt: skip
     assert not paper.isna().any().any()
-    assert set(paper["net"]) == set(NETS)
+    assert set(paper["model"]) == set(MODELS)
     assert set(paper["method"]) == {"AT", "TRADES-1", "TRADES-5", "TRADES-6", "D-ReLU"}
 
 
@@ -81,11 +81,13 @@ def test_statistics_of_its_table_2():
 
 @pytest.mark.parametrize(("attack", "drelu", "others"), [("square", (33, 36), (3, 54)), ("fgsm", (24, 38), (1, 78))])
 def test_weaker_attacks_beat_pgd_on_its_nets_with_drelu(attack, drelu, others):
-    rows = beside_pgd(attack)
-    beaten, of_drelu = rows["other"] < rows["pgd"], rows["method"] == "D-ReLU"
+    rows = pgd_and_weaker(attack)
+    beaten, of_drelu = rows["weaker"] < rows["pgd"], rows["method"] == "D-ReLU"
     assert (beaten[of_drelu].sum(), of_drelu.sum()) == drelu
     assert (beaten[~of_drelu].sum(), (~of_drelu).sum()) == others
-    (large,) = rows[of_drelu & (rows["net"] == "resnet50") & (rows["dataset"] == "cifar10") & ~rows["generated"]]["pgd"]
+    (large,) = rows[of_drelu & (rows["model"] == "resnet50") & (rows["dataset"] == "cifar10") & ~rows["generated"]][
+        "pgd"
+    ]
     assert large == 78.73
 
 

@@ -1,4 +1,4 @@
-"""The verb: what it writes, where, that it says the same again, and what it says of bad input."""
+"""The verb report: its files, its output folder, reproducible bytes, and bad input."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ REPORT = {"numbers.json", "report.html", "report.md"}
 
 
 def make_runs(folder):
-    """Two nets with three methods and two seeds, D-ReLU with two balancers and masked; a sweep."""
+    """Write two models with three methods and two seeds, D-ReLU masked and with two cap weights, and a sweep."""
     for model in ("dense_drelu", "shallow_cnn_drelu"):
         for seed in range(2):
             for name, worst, train in (
@@ -35,13 +35,13 @@ def make_runs(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """To be read only."""
+    """Runs that tests only read."""
     return make_runs(tmp_path_factory.mktemp("made") / "runs")
 
 
 @pytest.fixture(scope="module")
 def made(runs, tmp_path_factory):
-    """A report with everything, of `runs`."""
+    """Complete report of `runs`."""
     folder = tmp_path_factory.mktemp("report") / "report"
     report(ReportConfig((runs,), folder, against_paper=True))
     return folder
@@ -49,7 +49,7 @@ def made(runs, tmp_path_factory):
 
 @pytest.fixture
 def small(tmp_path):
-    """A folder with one run."""
+    """Folder with one run."""
     write_result(write_run(tmp_path / "runs" / "x"))
     return tmp_path / "runs"
 
@@ -60,7 +60,7 @@ def written(folder):
 
 def test_all_files_are_there(made):
     tables = ["against-paper-mnist", "rows-mnist", "table-1-mnist", "table-square-mnist"]
-    figures = ["balancers-dense-d-relu-mnist", "balancers-shallow-cnn-d-relu-mnist"]
+    figures = ["cap-weights-dense-d-relu-mnist", "cap-weights-shallow-cnn-d-relu-mnist"]
     figures += ["methods-mnist"]
     assert written(made) == {
         *REPORT,
@@ -72,20 +72,20 @@ def test_all_files_are_there(made):
 
 def test_worst_case_and_warning_come_first(made):
     text = (made / "report.md").read_text()
-    head, _, _ = text.partition("## Beside the paper")
+    head, _, _ = text.partition("## Compared with the paper")
     assert "The accuracy of a masked row under gradient attacks is not robustness" in head
-    assert "Masked: Dense, D-ReLU-0.1; Shallow CNN, D-ReLU-0.1." in head
-    assert "| Dense | D-ReLU-0.1 | 95.00 ± 0.00 (1) |" in head and "| 10.00 ± 0.00 (3) | masked | 20 | 2 |" in head
+    assert "Masked: Dense D-ReLU-0.1; Shallow CNN D-ReLU-0.1." in head
+    assert "| Dense | D-ReLU-0.1 | 95.00 ± 0.00 (1) | ≤ 10.00 ± 0.00 (3) | masked |" in head
 
 
 def test_statistics_figures_and_origin_are_on_the_page(made):
     text = (made / "report.md").read_text()
     assert "Over 12 blocks: one-way ANOVA F = " in text
-    assert "## Methods in the worst case: MNIST, Linf, eps 0.1\n\nNot made: 2 blocks are too few: the critical" in text
+    assert "\n\nMethods in the worst case: MNIST, Linf, eps 0.1: 2 blocks are too few. The critical difference" in text
     assert "## Methods in the paper's table 1\n\nOver 12 blocks: " in text
     assert "| Dense | AT | TRADES-6 | 0 | 20 | 1 | 0 | +5.00 (" in text
     assert (
-        "![Balancers: Dense, D-ReLU: MNIST, Linf, eps 0.1](figures/balancers-dense-d-relu-mnist-linf-eps-0.1.png)"
+        "![Cap weights: Dense, D-ReLU: MNIST, Linf, eps 0.1](figures/cap-weights-dense-d-relu-mnist-linf-eps-0.1.png)"
         in text
     )
     assert "16 runs, 16 result files and 1 sweep over eps" in text
@@ -104,7 +104,7 @@ def test_every_number_follows_from_the_files_that_it_names(made, runs):
             assert all(source.endswith("/log.jsonl") for source in record["sources"])
             continue
         read = [json.loads((runs / source).read_text()) for source in record["sources"]]
-        results = [result for result in read if "curve" not in result]  # the sweep breaks nothing that they leave
+        results = [result for result in read if "curve" not in result]  # the sweep fools no model on further images
         if record["column"] == "cw-l2":
             values = [result["cw_l2"]["accuracy_at_budget"] for result in results]
         else:
@@ -113,7 +113,7 @@ def test_every_number_follows_from_the_files_that_it_names(made, runs):
         assert (record["n_seeds"], record["n_examples"]) == (2, [20])
 
 
-def test_the_same_files_give_the_same_report_anywhere(made, runs, tmp_path, monkeypatch):
+def test_the_same_files_give_the_same_report_everywhere(made, runs, tmp_path, monkeypatch):
     shutil.copytree(runs, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
     assert main(read("report", ["copy", "--against-paper"])) == 0
@@ -122,15 +122,15 @@ def test_the_same_files_give_the_same_report_anywhere(made, runs, tmp_path, monk
     assert all((again / name).read_bytes() == (made / name).read_bytes() for name in written(made))
 
 
-def test_notes_name_no_folder_that_runs_lie_in(small, tmp_path, monkeypatch):
+def test_notes_have_relative_paths(small, tmp_path, monkeypatch):
     write_run(small / "y", seed=1)
     monkeypatch.chdir(tmp_path)
     report(ReportConfig((small.relative_to(tmp_path),)))
     report(ReportConfig((small,), tmp_path / "second"))
     texts = [(folder / "report.md").read_text() for folder in (small / "report", tmp_path / "second")]
     assert texts[0] == texts[1]
-    assert "\n\ny has no evaluation that could be read; drelu-timm evaluate y makes one\n" in texts[0]
-    assert "## What 1 run withstands" in texts[0]
+    assert "\n\ny has no evaluation that could be read. Run drelu-timm evaluate y.\n" in texts[0]
+    assert "## Robustness of 1 run\n" in texts[0]
 
 
 def test_terminal(runs, tmp_path, capsys, monkeypatch):
@@ -138,21 +138,23 @@ def test_terminal(runs, tmp_path, capsys, monkeypatch):
     assert main(read("report", [str(runs), "--output-dir", str(tmp_path / "r")])) == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.startswith(" Dense")]
-    assert rows[-1] == ["Dense", "D-ReLU-0.1", "95.00", "88.00", "–", "10.00", "masked", "2"]
-    assert "Of masked rows the white-box accuracy is not robustness" in out
-    assert out.endswith(f"report in {tmp_path / 'r'}: look at {tmp_path / 'r' / 'report.html'} first\n")
+    assert rows[-1] == ["Dense", "D-ReLU-0.1", "95.00", "88.00", "–", "≤", "10.00", "masked", "2"]
+    assert "The white-box accuracy of a masked row is not robustness" in out
+    assert out.endswith(f"report in {tmp_path / 'r'}: open {tmp_path / 'r' / 'report.html'}\n")
 
 
-def test_terminal_says_fewer_seeds_bounds_and_whole_names(small, tmp_path, capsys, monkeypatch):
+def test_terminal_shows_fewer_seeds_bounds_and_full_names(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     write_result(write_run(small / "y", seed=1), accuracy={**ATTACKS, "autoattack": 0.75}, rows=False)
     write_result(small / "y", suite="quick", worst=0.7)
-    long = write_run(small / "z", model="averylongnameofanet_drelu", objective="mart", awp_gamma=0.1)
+    long = write_run(small / "z", model="averylongnameofamodel_drelu", objective="mart", awp_gamma=0.1)
     write_result(long, accuracy={**ATTACKS, "autoattack": 0.75})
     report(ReportConfig((small,), tmp_path / "r"))
     out = capsys.readouterr().out
     assert "75.00 [n = 1]" in out and "≤ 75.00" in out
-    assert "averylongnameofanet" in "".join(line[1:].partition(" ")[0] for line in out.splitlines()) and "…" not in out
+    assert (
+        "averylongnameofamodel" in "".join(line[1:].partition(" ")[0] for line in out.splitlines()) and "…" not in out
+    )
 
 
 def test_a_run_of_train_and_evaluate(evaluated, tmp_path):
@@ -166,7 +168,7 @@ def test_a_run_of_train_and_evaluate(evaluated, tmp_path):
 # The folder
 
 
-def test_a_report_is_replaced_and_no_run_afterwards(small):
+def test_a_report_is_replaced_and_is_not_read_as_a_run(small):
     report(ReportConfig((small,)))
     assert "rows-mnist-linf-eps-0.1" in (small / "report" / "report.md").read_text()
     shutil.rmtree(small / "x")
@@ -187,24 +189,24 @@ def test_a_report_is_replaced_and_no_run_afterwards(small):
 def test_a_folder_with_other_files_is_left_alone(small, tmp_path, name):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / name).write_text("mine")
-    with pytest.raises(InputError, match=r"--output-dir .*/docs has other files, and no report\. Use another\."):
+    with pytest.raises(InputError, match=r"--output-dir .*/docs has other files and no report\. Use another\."):
         report(ReportConfig((small,), tmp_path / "docs"))
     assert written(tmp_path / "docs") == {name}
     assert (tmp_path / "docs" / name).read_text() == "mine"
 
 
-def test_the_root_is_no_place(small):
-    with pytest.raises(InputError, match=r"--output-dir / is the root of all folders\. Use another"):
+def test_the_root_folder_is_refused(small):
+    with pytest.raises(InputError, match=r"--output-dir / is the root folder\. Use another"):
         report(ReportConfig((small,), Path("/")))
 
 
-def test_a_place_that_cannot_be_written(small, tmp_path):
+def test_a_folder_that_cannot_be_written_to(small, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--output-dir .*file/r cannot be written \(.*\)\. Use another"):
+    with pytest.raises(InputError, match=r"--output-dir .*file/r cannot be written to \(.*\)\. Use another"):
         report(ReportConfig((small,), tmp_path / "file" / "r"))
 
 
-def test_a_run_behind_a_link(small, tmp_path):
+def test_a_linked_run(small, tmp_path):
     shutil.move(small / "x", tmp_path / "elsewhere")
     (small / "x").symlink_to(tmp_path / "elsewhere")
     report(ReportConfig((small,), tmp_path / "r"))
@@ -212,7 +214,7 @@ def test_a_run_behind_a_link(small, tmp_path):
     assert all((small / source).is_file() for record in records for source in record["sources"])
 
 
-def test_a_number_names_the_files_that_have_it(small, tmp_path):
+def test_a_number_names_its_files(small, tmp_path):
     write_result(small / "x", suite="quick", accuracy={"apgd-ce": 0.7})
     write_result(write_run(small / "y", seed=1), accuracy={"pgd": 0.7}, n_examples=30)
     report(ReportConfig((small,), tmp_path / "r"))
@@ -228,7 +230,7 @@ def test_undecided_rows_are_named_first(small, tmp_path):
     write_result(write_run(small / "y", objective="at", **RELU), verdict="undecided")
     report(ReportConfig((small,), tmp_path / "r"))
     head, _, _ = (tmp_path / "r" / "report.md").read_text().partition("## Table 1")
-    assert "the probes show neither that they are masked nor that they are not: Dense, AT." in head
+    assert "the probes show neither a sound nor a masked accuracy: Dense AT." in head
 
 
 def test_curves_of_other_suites_or_images_are_kept_apart(small, tmp_path):
@@ -243,7 +245,7 @@ def test_curves_of_other_suites_or_images_are_kept_apart(small, tmp_path):
         assert f"under the suite {suite}, on the first {images} test images. Seeds: D-ReLU-0.1 {seeds}.\n" in text
 
 
-def test_nets_with_generated_images_are_drawn_beside_those_without(small, tmp_path):
+def test_models_with_and_without_generated_images_are_in_one_figure(small, tmp_path):
     curve = [point(eps=eps, worst=0.5) for eps in ("0.05", "0.1")]
     for name, fraction in (("without", 0.0), ("with", 0.7)):
         run = write_run(small / name, objective="trades", beta=5.0, generated_fraction=fraction, **RELU)
@@ -255,16 +257,16 @@ def test_nets_with_generated_images_are_drawn_beside_those_without(small, tmp_pa
     assert "Seeds: TRADES-5 1, TRADES-5 + generated images 1." in text
 
 
-def test_how_the_nets_were_trained_is_said(small, tmp_path):
+def test_training_settings_are_listed(small, tmp_path):
     write_result(write_run(small / "y", objective="at", epochs=3, lr=1e-3, start={"epochs": 5}, **RELU))
     report(ReportConfig((small,), tmp_path / "r"))
     text = (tmp_path / "r" / "report.md").read_text()
-    assert "The same in all rows: norm Linf, eps 0.1." in text
+    assert "Shared by all rows: norm Linf, eps 0.1." in text
     assert "| D-ReLU-0.1 | cap_lr 0.1, epochs 10 |" in text
     assert "| AT | epochs 3, lr 0.001 | D-ReLU: " in text
 
 
-def test_a_title_stays_in_its_line(small, tmp_path):
+def test_a_title_stays_in_one_line(small, tmp_path):
     write_result(small / "x", dataset_title="MNIST\n# <b>Best</b>")
     report(ReportConfig((small,), tmp_path / "r"))
     lines = (tmp_path / "r" / "report.md").read_text().splitlines()
@@ -277,10 +279,10 @@ def test_the_papers_statistics_once_and_of_its_threat_model_only(small, tmp_path
     report(ReportConfig((small,), tmp_path / "r", against_paper=True))
     text = (tmp_path / "r" / "report.md").read_text()
     assert text.count("## Methods in the paper's table 1\n") == 1
-    assert "## MNIST, Linf, eps 0.3\n" in text and "## Beside the paper: MNIST, Linf, eps 0.3" not in text
+    assert "## MNIST, Linf, eps 0.3\n" in text and "## Compared with the paper: MNIST, Linf, eps 0.3" not in text
 
 
-def test_worst_cases_of_other_strength_are_not_tested(runs, tmp_path):
+def test_worst_cases_under_different_attacks_are_not_tested(runs, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     path = tmp_path / "runs" / "dense_drelu-at-0" / "results" / "paper-Linf-0.1.json"
     content = json.loads(path.read_text())
@@ -288,12 +290,11 @@ def test_worst_cases_of_other_strength_are_not_tested(runs, tmp_path):
     write_json(path, content)
     report(ReportConfig((tmp_path / "runs",)))
     text = (tmp_path / "runs" / "report" / "report.md").read_text()
-    assert "## Methods in the worst case: MNIST, Linf, eps 0.1\n\nNot made: 3 methods over 1 block cannot be" in text
-    said = "Left out: Dense x Worst case, as not all rows were attacked alike. Not all rows, or not all seeds of a row,"
-    assert said in text and "Dense AT lacks square." in text
+    assert "\n\nMethods in the worst case: MNIST, Linf, eps 0.1: 3 methods over 1 block cannot be" in text
+    assert "were attacked differently: Dense AT: without square." in text
 
 
-def test_pairs_that_are_not_tested_are_named(small, tmp_path):
+def test_untested_pairs_are_named(small, tmp_path):
     for name, train, result in (
         ("at", {"objective": "at"}, {}),
         ("mart", {"objective": "mart"}, {"n_examples": 30}),
@@ -306,13 +307,19 @@ def test_pairs_that_are_not_tested_are_named(small, tmp_path):
     _, _, pairs = (tmp_path / "r" / "report.md").read_text().partition("## Pairs of methods")
     assert "| Dense | AT | D-ReLU-0.1 | 0 | 20 |" in pairs and pairs.partition("\n## ")[0].count("| Dense |") == 1
     (said,) = (line for line in pairs.splitlines() if line.startswith("Not tested: "))
-    for wanted, named in (
-        ("a common seed", [f"natural and {other}" for other in ("AT", "TRADES-1", "TRADES-6", "D-ReLU-0.1", "MART-6")]),
-        ("rows that can be read", ["AT and TRADES-1", "TRADES-1 and TRADES-6", "TRADES-1 and D-ReLU-0.1"]),
-        ("rows for each test image", ["AT and TRADES-6", "TRADES-6 and D-ReLU-0.1"]),
-        ("as many test images", [f"{other} and MART-6" for other in ("AT", "TRADES-1", "TRADES-6", "D-ReLU-0.1")]),
+    for why, named in (
+        (
+            "no common seed",
+            [f"natural and {other}" for other in ("AT", "TRADES-1", "TRADES-6", "D-ReLU-0.1", "MART-6")],
+        ),
+        ("rows that cannot be read", ["AT and TRADES-1", "TRADES-1 and TRADES-6", "TRADES-1 and D-ReLU-0.1"]),
+        ("no rows for each test image", ["AT and TRADES-6", "TRADES-6 and D-ReLU-0.1"]),
+        (
+            "different numbers of test images",
+            [f"{other} and MART-6" for other in ("AT", "TRADES-1", "TRADES-6", "D-ReLU-0.1")],
+        ),
     ):
-        assert f"{', '.join(f'Dense {pair}' for pair in named)} for want of {wanted}" in said
+        assert f"{', '.join(f'Dense {pair}' for pair in named)} ({why})" in said
 
 
 # Bad input
@@ -334,46 +341,48 @@ def test_rows_cut_short_are_named_and_the_rest_is_made(small, tmp_path):
     write_rows(write_result(other).with_suffix(".csv"), [""])
     outcomes = report(ReportConfig((small,), tmp_path / "r"))
     assert len(outcomes.broken) == 1 and "has 1 rows" in outcomes.broken[0]
-    assert "Not made: no two methods of a net have a seed in common" in (tmp_path / "r" / "report.md").read_text()
+    assert "No two methods of a model have a common seed" in (tmp_path / "r" / "report.md").read_text()
 
 
-def test_nothing_that_could_be_read(tmp_path, capsys):
+def test_nothing_to_report(tmp_path, capsys):
     write_result(write_run(tmp_path / "x")).write_text("")
-    with pytest.raises(InputError, match=r"nothing to report \| .* cannot be read as JSON .* \| .*x has no evaluation"):
+    with pytest.raises(InputError, match=r"Nothing to report \| .* cannot be read as JSON .* \| .*x has no evaluation"):
         report(ReportConfig((tmp_path,)))
     assert not (tmp_path / "report").exists()
-    with pytest.raises(InputError, match="RUNS is missing; give run directories"):
+    with pytest.raises(InputError, match=r"RUNS is missing\. Give run directories"):
         report(ReportConfig(()))
 
 
-def test_mixed_radii_and_missing_seeds_are_said(small, tmp_path):
+def test_several_eps_and_missing_seeds_are_reported(small, tmp_path):
     write_result(write_run(small / "y", seed=1))
     write_result(write_run(small / "z", seed=1, objective="at", **RELU), n_examples=10)
     write_result(write_run(small / "w"), eps="0.3")
     report(ReportConfig((small,), tmp_path / "r"))
     text = (tmp_path / "r" / "report.md").read_text()
-    assert "These 2 groups cannot be compared with one another and are kept apart: MNIST, Linf, eps 0.1; MNIST" in text
-    assert "MNIST, Linf, eps 0.1: seed 0, which other rows have, is missing of Dense AT." in text
-    assert "MNIST, Linf, eps 0.1: not all rows have as many test images: 10, 20." in text
-    assert "Not made: 2 methods over 0 blocks cannot be compared; Friedman's test needs at least 3 methods" in text
-    assert "| sound | 10 | 1 of 2 |" in text
+    assert (
+        "The 2 groups cannot be compared with each other and have separate tables: MNIST, Linf, eps 0.1; MNIST" in text
+    )
+    assert "MNIST, Linf, eps 0.1: seed 0, which other rows have, is missing for Dense AT." in text
+    assert "MNIST, Linf, eps 0.1: the rows have different numbers of test images: 10, 20." in text
+    assert "2 methods over 0 blocks cannot be compared. Friedman's test needs at least 3 methods" in text
+    assert "| 10 | 1 of 2 |" in text
 
 
-def test_attacks_of_other_strength_are_said(small, tmp_path):
+def test_different_attack_settings_are_reported(small, tmp_path):
     strong = write_result(write_run(small / "y", seed=1))
     content = json.loads(strong.read_text())
     content["settings"]["pgd"] = {"steps": 100}
     write_json(strong, content)
     report(ReportConfig((small,), tmp_path / "r"))
     text = (tmp_path / "r" / "report.md").read_text()
-    assert "Not all rows were attacked alike by pgd: their accuracies under it cannot be compared." in text
+    assert "Rows were attacked differently by pgd: their accuracies under it are not comparable." in text
 
 
-def test_a_missing_matplotlib_is_said_and_the_tables_are_made(runs, tmp_path, monkeypatch):
+def test_without_matplotlib_the_tables_are_made(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("drelu_timm.results.plotting.find_spec", lambda name: None)
     report(ReportConfig((runs,), tmp_path / "r"))
     text = (tmp_path / "r" / "report.md").read_text()
-    assert text.count("Not drawn: matplotlib") == 4
+    assert text.count(": matplotlib, which draws") == 4
     assert "tables/table-1-mnist-linf-eps-0.1.md" in written(tmp_path / "r")
 
 

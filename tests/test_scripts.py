@@ -1,4 +1,4 @@
-"""The launchers of scripts/, on this machine alone: two "nodes" are two launches on its loopback."""
+"""Launchers of scripts/ on one machine: two "nodes" are two launches on the loopback interface."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from launching import STEP, config, flags, held_at, log, wait_for
 from drelu_timm.train import train
 
 ROOT = Path(__file__).parents[1]
-# What SLURM does, on one machine: a task a node, which scancel can signal, and srun kills on SIGTERM.
+# Imitation of SLURM on one machine: one task per node, which scancel can signal and srun kills on SIGTERM.
 SRUN = """#!/usr/bin/env bash
 trap 'kill -KILL "${tasks[@]}"' TERM
 while [[ $1 == --* ]]; do shift; done
@@ -33,7 +33,7 @@ if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" > "$REQUEUED"; fi
 """
 
 
-# In the place of `accelerate launch`: notes how it was started, then waits for SIGTERM, or fails.
+# Replacement for `accelerate launch`: records its arguments, then waits for SIGTERM, or fails.
 NOTED = f"""#!{sys.executable}
 import os, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -43,7 +43,7 @@ while "--fail" not in sys.argv:
     signal.pause()
 sys.exit(3)
 """
-# It itself, but that its processes can be held.
+# `accelerate launch` with processes that the test can stop.
 HELD = f"""#!/usr/bin/env bash
 shift
 exec {sys.executable} -m accelerate.commands.launch "${{@/#drelu_timm/held}}"
@@ -52,7 +52,7 @@ exec {sys.executable} -m accelerate.commands.launch "${{@/#drelu_timm/held}}"
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Starts scripts/train.slurm as a job of two nodes with one process each."""
+    """Start scripts/train.slurm as a job of two nodes with one process each."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     environment = {
@@ -84,7 +84,7 @@ def slurm(tmp_path):
     return start
 
 
-def test_a_job_of_slurm_starts_a_process_per_node_and_is_put_back_when_it_is_preempted(tmp_path, slurm):
+def test_a_slurm_job_starts_one_process_per_node_and_is_requeued_when_preempted(tmp_path, slurm):
     job = slurm(NOTED, ["--model", "x y"])
     nodes = [tmp_path / f"tasks.of-node-{node}" for node in range(2)]
     for node in nodes:
@@ -100,7 +100,7 @@ def test_a_job_of_slurm_starts_a_process_per_node_and_is_put_back_when_it_is_pre
         )
 
 
-def test_a_job_of_slurm_that_fails_is_not_put_back(tmp_path, slurm):
+def test_a_failed_slurm_job_is_not_requeued(tmp_path, slurm):
     job = slurm(NOTED, ["--fail"])
     job.communicate()
     assert job.returncode == 3
@@ -108,7 +108,7 @@ def test_a_job_of_slurm_that_fails_is_not_put_back(tmp_path, slurm):
 
 
 @pytest.mark.slow
-def test_two_nodes_of_slurm_are_preempted_and_go_on_to_what_one_process_gives(tmp_path, slurm):
+def test_two_preempted_slurm_nodes_resume_to_the_result_of_one_process(tmp_path, slurm):
     two = config(tmp_path / "two", objective="trades", epochs=10)
     job = slurm(HELD, flags(two), held_at(STEP, 12, tmp_path / "reached"))
     wait_for(tmp_path / "reached", job)

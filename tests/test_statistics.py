@@ -1,4 +1,4 @@
-"""The statistics against published examples, and what they say where there is nothing to compute."""
+"""Statistics compared with published examples, and their errors."""
 
 import math
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_nemenyi_and_the_critical_difference_agree():
     assert found.nemenyi_p.loc["C4.5", "C4.5+m+cf"] < 0.10 < found.nemenyi_p.loc["C4.5", "C4.5+cf"]
 
 
-def test_anova_takes_no_notice_of_the_order_of_blocks():
+def test_anova_ignores_the_order_of_blocks():
     values = [[60, 71, 51], [62, 75, 48], [58, 73, 54], [64, 70, 50]]
     f, p = stats.f_oneway(*np.transpose(values))
     found = compare_methods(scores(values))
@@ -89,7 +89,7 @@ def test_anova_takes_no_notice_of_the_order_of_blocks():
     assert shuffled.anova_f == pytest.approx(f)
 
 
-def test_means_that_differ_by_rounding_only_are_ties():
+def test_means_that_differ_only_by_rounding_are_ties():
     assert 0.1 + 0.2 != 0.3
     found = compare_methods(scores([[0.1 + 0.2, 0.3, 0.1], [0.3, 0.1 + 0.2, 0.4]] * 2))
     assert found.mean_ranks == {"a": 2.0, "b": 2.0, "c": 2.0}
@@ -106,7 +106,7 @@ def test_means_that_differ_by_rounding_only_are_ties():
         ([[90, 80, 70], [80, 60, 70], [70, 60, 50]], ["anova_f", "friedman_chi2", "f_f"]),
     ],
 )
-def test_what_is_not_defined_is_nan(values, defined):
+def test_undefined_statistics_are_nan(values, defined):
     found = compare_methods(scores(values))
     statistics = {"anova_f": "anova_p", "friedman_chi2": "friedman_p", "f_f": "f_f_p"}
     for statistic, p in statistics.items():
@@ -118,14 +118,14 @@ def test_what_is_not_defined_is_nan(values, defined):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([[1.0, 2.0]] * 9, "2 methods over 9 blocks cannot be compared; .* at least 3 methods over 2 blocks"),
+        ([[1.0, 2.0]] * 9, "2 methods over 9 blocks cannot be compared\\. .* at least 3 methods over 2 blocks"),
         ([[1.0, 2.0, 3.0]], "3 methods over 1 block cannot be compared"),
-        ([[1.0, 2.0, 3.0]] * 2, "2 blocks are too few: the critical difference of 3 methods, 2.34, is not below 2, "),
-        ([list(range(6))] * 2, "2 blocks are too few: the critical difference of 6 methods, 5.33, is not below 5, "),
-        ([[1.0, 2.0, math.nan], [1.0, 2.0, 3.0]], "1 of 2 blocks lack a method's accuracy; each of the 3 methods"),
+        ([[1.0, 2.0, 3.0]] * 2, "2 blocks are too few. The critical difference of 3 methods, 2.34, is not below 2, "),
+        ([list(range(6))] * 2, "2 blocks are too few. The critical difference of 6 methods, 5.33, is not below 5, "),
+        ([[1.0, 2.0, math.nan], [1.0, 2.0, 3.0]], "1 of 2 blocks lack the accuracy of a method. Each of the 3 methods"),
     ],
 )
-def test_too_little_is_said(values, said):
+def test_too_few_scores_are_refused(values, said):
     with pytest.raises(InputError, match=said):
         compare_methods(scores(values))
 
@@ -135,7 +135,7 @@ def rows(both, only_first, only_second, neither):
     return first, np.repeat([1, 0, 1, 0], [both, only_first, only_second, neither])
 
 
-def test_a_pair_against_a_published_table():
+def test_a_pair_compared_with_a_published_table():
     # Airway hyper-responsiveness of 21 children before and after stem cell transplantation: Fagerland, Lydersen and
     # Laake 2014, "Recommended tests and confidence intervals for paired binomial proportions", Statistics in Medicine
     # 33, https://doi.org/10.1002/sim.6148: exact conditional p 0.070, Newcombe's interval -0.507 to -0.026.
@@ -151,7 +151,7 @@ def test_a_pair_the_other_way_round_is_its_mirror_image():
     assert one.difference == 4.0 == -other.difference
     assert one.interval == pytest.approx([-end for end in reversed(other.interval)])
     assert one.p == other.p < 0.05
-    assert one.interval[0] > 0  # as the test says, too
+    assert one.interval[0] > 0  # in agreement with the test
 
 
 def test_higher_confidence_is_a_wider_interval_around_the_difference():
@@ -172,10 +172,10 @@ def test_intervals_at_the_edge(table):
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [
-        ([1, 0], [1, 0, 1], "rows of 2 and 3 examples cannot be paired; evaluate both methods on the same ones"),
-        ([], [], "rows of 0 and 0 examples"),
-        ([1, 2], [1, 0], "something else than 0 and 1"),
-        ([1, math.nan], [1, 0], "something else than 0 and 1"),
+        ([1, 0], [1, 0, 1], "Rows of 2 and 3 examples cannot be paired. Evaluate both methods on the same ones"),
+        ([], [], "Rows of 0 and 0 examples"),
+        ([1, 2], [1, 0], "values other than 0 and 1"),
+        ([1, math.nan], [1, 0], "values other than 0 and 1"),
     ],
 )
 def test_rows_that_cannot_be_paired(first, second, said):

@@ -1,20 +1,20 @@
-"""Tables from outcomes: means, ranks, labels, the chosen balancer, what the paper printed, and their formats."""
+"""Tables: means, ranks, names, the chosen cap weight, the paper's numbers, and formats."""
 
 import json
 
 import pytest
 from synthetic_runs import ATTACKS, RELU, write_json, write_result, write_run
 
-from drelu_timm.reports.averages import average, choose_balancers, lines_of
-from drelu_timm.reports.comparisons import scores
-from drelu_timm.reports.formats import csv, latex, markdown_table
-from drelu_timm.reports.reading import read_outcomes
+from drelu_timm.report import csv, latex, markdown_table
+from drelu_timm.reports.evaluated_runs import read_evaluated_runs
+from drelu_timm.reports.methods import average, choose_cap_weights, methods_of
+from drelu_timm.reports.statistics import scores
 from drelu_timm.reports.tables import Table, against_paper, all_rows, paper_table, square_tables
 
 
 @pytest.fixture
 def add(tmp_path):
-    """Adds a run with a result; ``result`` are its fields, the rest flags and the held-out accuracy."""
+    """Add a run with a result; ``result`` are fields of the result, the others flags and the held-out accuracy."""
     count = 0
 
     def add_run(result=None, **train):
@@ -29,7 +29,7 @@ def add(tmp_path):
 
 @pytest.fixture
 def groups(tmp_path):
-    return lambda: [lines_of(group, outcomes) for group, outcomes in read_outcomes([tmp_path]).groups().items()]
+    return lambda: [methods_of(group, runs) for group, runs in read_evaluated_runs([tmp_path]).groups().items()]
 
 
 def cells(table: Table, *columns: str) -> list[tuple[str, ...]]:
@@ -53,8 +53,10 @@ def test_one_seed_has_no_deviation_and_a_missing_attack_no_mean(add, groups):
     (line,) = groups()[0].all
     assert line.mean("clean").std is None
     assert line.mean("autoattack") is None
-    assert line.mean("white-box").mean == pytest.approx(100 * ATTACKS["apgd-dlr"])  # cw-l2 knows no ball
-    assert line.mean("cw-l2").mean == pytest.approx(30)  # within its L2 budget, not the ball
+    assert line.mean("white-box").mean == pytest.approx(
+        100 * ATTACKS["apgd-dlr"]
+    )  # without cw-l2, a minimum-norm attack
+    assert line.mean("cw-l2").mean == pytest.approx(30)  # at its L2 budget
 
 
 @pytest.mark.parametrize(
@@ -70,26 +72,25 @@ def test_the_worst_verdict_of_several_seeds(add, groups, verdicts, text):
         add({"verdict": verdict}, seed=seed)
     line = groups()[0].all[0]
     assert (line.verdict, line.worst_verdict) == (text, text.split()[0])
-    assert (line.masked, line.undecided) == (line.worst_verdict == "masked", line.worst_verdict == "undecided")
 
 
-def test_other_settings_are_other_rows_and_said_in_their_names(add, groups):
+def test_different_settings_are_different_rows_with_their_settings_in_the_name(add, groups):
     for seed in range(2):
         add(seed=seed)
     add(cap_lr=0.001, epochs=270)
     (lines,) = groups()
     assert [one.training for one in lines.all] == ["D-ReLU-0.1", "D-ReLU-0.1, cap_lr 0.001, epochs 270"]
-    assert lines.remarks == ["Dense: D-ReLU without more words is D-ReLU with cap_lr 0.1, epochs 10."]
+    assert lines.remarks == ["Dense: D-ReLU has cap_lr 0.1, epochs 10."]
 
 
-def test_settings_of_as_many_runs_are_all_said(add, groups):
+def test_settings_with_equal_numbers_of_runs_are_all_in_names(add, groups):
     add(**RELU)
     add(**RELU, start={"epochs": 5})
     (lines,) = groups()
     assert [one.training for one in lines.all] == ["natural, init_from none", "natural, init_from a run"]
 
 
-def test_a_flag_that_one_version_lacks_is_not_known_there(add, groups):
+def test_a_flag_that_a_version_lacks_is_not_known(add, groups):
     add(seed=0)
     run = add(seed=1)
     config = json.loads((run / "config.json").read_text())
@@ -98,7 +99,7 @@ def test_a_flag_that_one_version_lacks_is_not_known_there(add, groups):
     assert [one.training for one in groups()[0].all] == ["D-ReLU-0.1, cap_lr 0.1", "D-ReLU-0.1, cap_lr not known"]
 
 
-def test_precision_and_starts_of_starts_are_said(add, groups):
+def test_precision_and_starts_of_starts_are_in_names(add, groups):
     for seed, launch in ((0, "no"), (1, "no"), (2, "bf16")):
         run = add(seed=seed)
         config = json.loads((run / "config.json").read_text())
@@ -135,13 +136,13 @@ def test_many_settings_get_a_number_and_a_sentence(add, groups):
     add(cap_lr=0.001, epochs=270, eps="0.2", cap=5.0)
     (lines,) = groups()
     assert lines.all[1].training == "D-ReLU-0.1, settings 2"
-    assert "Dense: D-ReLU, settings 2 is D-ReLU with eps 0.2, cap_lr 0.001, epochs 270, cap 5." in lines.remarks
+    assert "Dense: D-ReLU, settings 2 has eps 0.2, cap_lr 0.001, epochs 270, cap 5." in lines.remarks
 
 
-# The balancer
+# The cap weight
 
 
-def test_the_balancer_with_the_highest_held_out_accuracy_is_shown(add, groups):
+def test_the_cap_weight_with_the_highest_held_out_accuracy_is_shown(add, groups):
     for cap_weight, held_outs in ((0.01, (0.2, 0.9)), (0.1, (0.6, 0.7)), (1.0, (0.1, 0.3))):
         for seed, held_out in enumerate(held_outs):
             add({"worst": 1 - held_out}, cap_weight=cap_weight, held_out=held_out, seed=seed)
@@ -149,21 +150,21 @@ def test_the_balancer_with_the_highest_held_out_accuracy_is_shown(add, groups):
     (lines,) = groups()
     assert [one.training for one in lines.shown] == ["natural", "D-ReLU-0.1"]
     (remark,) = lines.remarks
-    assert remark.endswith("held-out training images: Dense, D-ReLU-0.1 (of 0.01, 0.1, 1; 65.00 %, 2 seeds).")
+    assert remark.endswith("held-out training images: Dense D-ReLU-0.1 (of 0.01, 0.1, 1; 65.00 %, 2 seeds).")
     table = paper_table(lines)
-    assert remark in table.caption and "Other balancers and placements are in the table of all rows." in table.caption
+    assert remark in table.caption and "Other cap weights and placements are in the table of all rows." in table.caption
     assert list(all_rows(lines).cells["Training"]) == ["natural", "D-ReLU-0.01", "D-ReLU-0.1", "D-ReLU-1"]
 
 
-def test_of_equal_balancers_the_smaller(add, tmp_path):
+def test_of_equal_cap_weights_the_smaller_is_shown(add, tmp_path):
     for cap_weight in (1.0, 0.01, 0.1):
         add(cap_weight=cap_weight, held_out=0.5 if cap_weight < 1 else 0.4)
-    averages, _ = average(read_outcomes([tmp_path]).found)
-    shown, _ = choose_balancers(averages)
+    averages, _ = average(read_evaluated_runs([tmp_path]).found)
+    shown, _ = choose_cap_weights(averages)
     assert [one.training for one in shown] == ["D-ReLU-0.01"]
 
 
-def test_a_balancer_with_fewer_seeds_is_not_chosen(add, groups):
+def test_a_cap_weight_with_fewer_seeds_is_not_chosen(add, groups):
     for seed in range(3):
         add(cap_weight=0.1, held_out=0.6, seed=seed)
     add(cap_weight=1.0, held_out=0.61)
@@ -171,26 +172,26 @@ def test_a_balancer_with_fewer_seeds_is_not_chosen(add, groups):
         add(cap_weight=5.0, held_out=None, seed=seed)
     (lines,) = groups()
     assert [one.training for one in lines.shown] == ["D-ReLU-0.1"]
-    said = "D-ReLU-0.1 (of 0.1; not of 1, 5, with fewer seeds that have a log; 60.00 %, 3 seeds)."
+    said = "D-ReLU-0.1 (of 0.1; 60.00 %, 3 seeds; 1, 5 have fewer seeds with a log)."
     assert lines.remarks[0].endswith(said)
 
 
-def test_a_masked_choice_is_said_to_be_fooled(add, groups):
+def test_a_masked_choice_is_reported(add, groups):
     add(cap_weight=0.01, held_out=0.1)
     add({"verdict": "masked"}, cap_weight=0.1, held_out=0.9)
     remark = groups()[0].remarks[-1]
-    assert remark.startswith("Of these, masked: Dense, D-ReLU-0.1. There the attack on held-out images is fooled")
+    assert remark.startswith("Masked among these: Dense D-ReLU-0.1. The attack on held-out images is misled")
 
 
-def test_without_logs_all_balancers_are_shown(add, groups):
+def test_without_logs_all_cap_weights_are_shown(add, groups):
     for cap_weight in (0.01, 0.1):
         add(cap_weight=cap_weight, held_out=None)
     (lines,) = groups()
     assert len(lines.shown) == 2
-    assert lines.remarks == ["Dense, D-ReLU: no run has a log, so all balancers are shown: 0.01, 0.1."]
+    assert lines.remarks == ["Dense D-ReLU: no run has a log, so all cap weights are shown."]
 
 
-def test_square_and_scores_of_several_shown_balancers_name_them(add, groups):
+def test_square_and_scores_name_several_shown_cap_weights(add, groups):
     for dataset in ("cifar10", "cifar100"):
         for cap_weight in (0.01, 0.1) if dataset == "cifar10" else (0.1, 1.0):
             add({"eps": "0.01"}, dataset=dataset, cap_weight=cap_weight, held_out=None)
@@ -210,7 +211,7 @@ def test_other_placements_are_in_the_table_of_all_rows_only(add, groups):
 # The paper's layout
 
 
-def test_layout_and_ranks_within_a_net(add, groups):
+def test_layout_and_ranks_within_a_model(add, groups):
     add({"worst": 0.1, "verdict": "masked"}, seed=0)
     add({"worst": 0.2, "verdict": "masked"}, seed=1)
     add({"accuracy": {**ATTACKS, "pgd": 0.95}, "worst": 0.8}, objective="at", **RELU)
@@ -219,69 +220,69 @@ def test_layout_and_ranks_within_a_net(add, groups):
     table = paper_table(lines)
     assert (table.name, table.title) == ("table-1-mnist-linf-eps-0.1", "Table 1: MNIST, Linf, eps 0.1")
     assert list(table.cells.columns) == [
-        *("Model", "Training", "Clean", "FGSM", "PGD", "APGD_CE", "APGD_DLR", "CW_L2"),
-        *("AutoAttack", "Worst case", "Masking", "Test images", "Seeds"),
+        *("Model", "Training", "Clean", "Worst case", "Verdict", "FGSM", "PGD", "APGD_CE", "APGD_DLR", "CW_L2"),
+        *("Test images", "Seeds"),
     ]
-    assert cells(table, "Model", "Training", "PGD", "AutoAttack", "Worst case", "Masking", "Test images", "Seeds") == [
-        ("Dense", "AT", "95.00 (1)", "–", "80.00 (1)", "sound", "20", "1 of 2"),
-        ("Dense", "D-ReLU-0.1", "90.00 ± 0.00 (2)", "–", "15.00 ± 7.07 (2)", "masked", "20", "2"),
-        ("Shallow CNN", "D-ReLU-0.1", "90.00 (1)", "–", "50.00 (1)", "sound", "30", "1 of 2"),
+    assert cells(table, "Model", "Training", "PGD", "Worst case", "Verdict", "Test images", "Seeds") == [
+        ("Dense", "AT", "95.00 (1)", "80.00 (1)", "sound", "20", "1 of 2"),
+        ("Dense", "D-ReLU-0.1", "90.00 ± 0.00 (2)", "≤ 15.00 ± 7.07 (2)", "masked", "20", "2"),
+        ("Shallow CNN", "D-ReLU-0.1", "90.00 (1)", "50.00 (1)", "sound", "30", "1 of 2"),
     ]
     assert cells(table, "FGSM")[:2] == [("93.00 (1)",), ("93.00 ± 0.00 (1)",)]  # ties share the rank
     assert "at an L2 distance of 2.8 " in table.caption and "bound of 18" in table.caption
     assert list(table.values["pgd rank"]) == [1, 2, 1]
 
 
-def test_a_verdict_on_fewer_images_stands_in_the_row(add, groups):
+def test_a_verdict_on_fewer_images_is_in_the_row(add, groups):
     run = add({"n_examples": 1000})
     write_result(run, suite="all", n_examples=500, worst=0.05, verdict="masked")
     add({"n_examples": 1000}, seed=1)
     (lines,) = groups()
-    assert lines.all[0].masked
-    assert cells(paper_table(lines), "Masking") == [("masked 1 of 2 (on 500 images)",)]
+    assert lines.all[0].worst_verdict == "masked"
+    assert cells(paper_table(lines), "Verdict") == [("masked 1 of 2 (on 500 images)",)]
 
 
-def test_test_images_are_said_from_the_least_to_the_most(add, groups):
+def test_numbers_of_test_images_are_a_range(add, groups):
     for seed, n_examples in enumerate((20, 1000, 50)):
         add({"n_examples": n_examples}, seed=seed)
     assert cells(paper_table(groups()[0]), "Test images") == [("20 to 1000",)]
 
 
-def test_worst_cases_of_other_attacks_have_no_rank_and_that_is_said(add, groups):
+def test_worst_cases_of_different_attacks_have_no_rank(add, groups):
     adaptive = {**ATTACKS, "bpda": 0.5}
     add({"accuracy": adaptive, "worst": 0.5}, seed=0)
     add({"accuracy": {"apgd-ce": 0.8, "bpda": 0.5}}, seed=1)
-    add({"accuracy": ATTACKS}, objective="at", **RELU)  # there is nothing to adapt to
+    add({"accuracy": ATTACKS}, objective="at", **RELU)  # adaptive attacks do not apply
     (lines,) = groups()
     table = paper_table(lines)
     assert cells(table, "Worst case") == [("80.00",), ("50.00 ± 0.00",)]
-    said = "have no rank: Dense D-ReLU-0.1 lacks apgd-dlr, cw-l2, fgsm, pgd, square."
+    said = "Dense D-ReLU-0.1: without apgd-dlr, cw-l2, fgsm, pgd, square."
     assert said in table.caption and said in all_rows(lines).caption
     (square,) = square_tables([lines])
     assert cells(square, "MNIST Square", "MNIST Worst case")[0] == ("85.00", "80.00")
     assert said in square.caption
 
 
-def test_an_attack_on_fewer_images_takes_the_rank_from_those_without(add, groups):
+def test_an_attack_on_fewer_images_removes_the_ranks(add, groups):
     stronger = {"accuracy": {"pgd": 0.6}, "settings": {"pgd": {"steps": 100}}}
     write_result(add(objective="at", **RELU), suite="adaptive", n_examples=10, **stronger)
     add(objective="trades", **RELU)
     table = paper_table(groups()[0])
     assert cells(table, "PGD", "Worst case") == [("90.00 (1)", "60.00"), ("90.00 (1)", "80.00")]
-    assert "no rank: Dense TRADES-6 lacks pgd (steps 100, on 10 images)." in table.caption
+    assert "differently: Dense TRADES-6: without pgd (steps 100, on 10 images)." in table.caption
 
 
-def test_worst_cases_of_other_settings_have_no_rank(add, groups):
+def test_worst_cases_of_different_settings_have_no_rank(add, groups):
     path = add() / "results" / "paper-Linf-0.1.json"
     content = json.loads(path.read_text())
     content["settings"]["pgd"] = {"steps": 100}
     write_json(path, content)
     add(objective="at", **RELU)
     caption = paper_table(groups()[0]).caption
-    assert "Dense AT lacks pgd (steps 100); Dense D-ReLU-0.1 lacks pgd (steps 40)." in caption
+    assert "Dense AT: without pgd (steps 100); Dense D-ReLU-0.1: without pgd (steps 40)." in caption
 
 
-def test_a_column_of_other_settings_has_no_rank_and_is_no_block(add, groups):
+def test_a_column_of_different_settings_has_no_rank_and_is_not_a_block(add, groups):
     path = add() / "results" / "paper-Linf-0.1.json"
     content = json.loads(path.read_text())
     content["settings"]["pgd"] = {"steps": 100}
@@ -294,23 +295,20 @@ def test_a_column_of_other_settings_has_no_rank_and_is_no_block(add, groups):
     table = paper_table(lines)
     assert cells(table, "FGSM", "PGD")[0] == ("93.00 (1)", "90.00")
     assert cells(table, "FGSM", "PGD")[-1] == ("93.00 (1)", "90.00 (1)")
-    assert "under the same settings on as many test images: Dense x PGD. CW_L2" in table.caption
+    assert "under the same settings on the same number of test images: Dense x PGD. CW_L2" in table.caption
     frame, said = scores(lines, ["clean", "pgd", "worst"])
     of_shallow_cnn = [("shallow_cnn", column) for column in ("clean", "pgd", "worst")]
     assert list(frame.index) == [("dense", "clean"), *of_shallow_cnn]
-    assert said.endswith(
-        "Left out: Dense x PGD, as not all rows were attacked alike; Dense x Worst case, as not all rows were attacked "
-        "alike."
-    )
+    assert said.endswith("Left out: Dense x PGD (attacked differently); Dense x Worst case (attacked differently).")
 
 
-def test_rows_on_other_numbers_of_images_have_no_rank(add, groups):
+def test_rows_on_different_numbers_of_images_have_no_rank(add, groups):
     add({"n_examples": 30})
     add(objective="at", **RELU)
     (lines,) = groups()
     table = paper_table(lines)
     assert cells(table, "Clean", "PGD", "Worst case") == [("95.00", "90.00", "80.00")] * 2
-    assert "have no rank: Dense AT has 20 test images; Dense D-ReLU-0.1 has 30 test images." in table.caption
+    assert "differently: Dense AT: 20 test images; Dense D-ReLU-0.1: 30 test images." in table.caption
     assert "Dense x Clean, Dense x FGSM" in table.caption
     assert scores(lines, ["clean", "worst"])[0].empty
 
@@ -323,17 +321,16 @@ def test_a_column_that_some_seeds_lack_has_no_rank(add, groups):
     assert cells(table, "FGSM", "PGD") == [("93.00 (1)", "90.00"), ("93.00 ± 0.00 (1)", "90.00 [n = 1]")]
 
 
-def test_a_worst_case_that_is_a_bound_is_said(add, groups):
+def test_a_worst_case_with_missing_rows_is_a_bound(add, groups):
     run = add()
     write_result(run, suite="quick", rows=False)
-    assert "≤: the worst case is at most this," in (caption := paper_table(groups()[0]).caption)
-    assert "as not all have their rows an example: Dense D-ReLU-0.1." in caption
+    assert "≤: an upper bound, because the verdict is not sound or rows" in paper_table(groups()[0]).caption
     assert cells(paper_table(groups()[0]), "Worst case") == [("≤ 80.00 (1)",)]
     assert r"$\le$ 80.00 (1)" in latex(paper_table(groups()[0]))
     assert list(all_rows(groups()[0]).values["worst at most"]) == [True]
 
 
-def test_an_attack_that_some_seeds_lack_says_its_n(add, groups):
+def test_an_attack_that_some_seeds_lack_has_its_n(add, groups):
     add({"accuracy": {**ATTACKS, "autoattack": 0.8}}, seed=0)
     add(seed=1)
     assert cells(paper_table(groups()[0]), "AutoAttack") == [("80.00 [n = 1]",)]
@@ -375,10 +372,10 @@ def test_square_over_the_datasets(add, groups):
     assert "CIFAR-100, Dense: D-ReLU is D-ReLU-10." in square.caption
 
 
-# Beside the paper
+# Compared with the paper
 
 
-def test_beside_the_paper(add, groups):
+def test_comparison_with_the_paper(add, groups):
     add({"accuracy": {"pgd": 0.8}, "worst": 0.7}, objective="at", **RELU)
     (lines,) = groups()
     table = against_paper(lines)
@@ -388,10 +385,10 @@ def test_beside_the_paper(add, groups):
         ("1", "Dense", "AT", "PGD", "80.00", "87.70 (4)", "-7.70", "70.00"),
     ]
     assert cells(table, "Test images") == [("20",)] * 2
-    assert "uncertain by up to (95 %, at 50 %) 21.9 on 20." in table.caption
+    assert "uncertain by 21.9 points (20 images), at 95 %." in table.caption
 
 
-def test_no_difference_from_what_cannot_be_compared(add, groups):
+def test_incomparable_numbers_have_no_difference(add, groups):
     add({"accuracy": {"cw-l2": 0.9}}, objective="at", **RELU)
     table = against_paper(groups()[0])
     assert table is not None
@@ -399,14 +396,14 @@ def test_no_difference_from_what_cannot_be_compared(add, groups):
 
 
 @pytest.mark.parametrize("threat_model", [{"norm": "L2"}, {"eps": "0.3"}])
-def test_other_threat_models_are_not_the_papers(add, groups, threat_model):
+def test_other_threat_models_are_not_compared_with_the_paper(add, groups, threat_model):
     add(threat_model, objective="at", **RELU)
     (lines,) = groups()
     assert against_paper(lines) is None
     assert paper_table(lines).title == str(lines.group)
 
 
-def test_the_papers_balancer_comes_before_the_chosen_one(add, groups):
+def test_the_papers_cap_weight_has_precedence(add, groups):
     add({"accuracy": {}}, cap_weight=1.0, held_out=0.9)
     stands_in = against_paper(groups()[0])
     assert stands_in is not None
@@ -424,7 +421,7 @@ def test_trades_with_generated_images_is_the_papers_beta_5(add, groups):
     assert set(table.cells["Table"]) == {"6", "9"}
 
 
-def test_nothing_to_set_beside(add, groups):
+def test_nothing_to_compare(add, groups):
     add(dataset="digits")
     assert against_paper(groups()[0]) is None
 
@@ -432,7 +429,7 @@ def test_nothing_to_set_beside(add, groups):
 # For the statistics, and the formats
 
 
-def test_scores_leave_out_what_is_not_there_for_all(add, groups):
+def test_scores_leave_out_what_some_method_lacks(add, groups):
     for model in ("dense_drelu", "shallow_cnn_drelu"):
         add(model=model)
         add({"accuracy": {"pgd": 0.5}}, model=model, objective="at", **RELU)
@@ -440,13 +437,13 @@ def test_scores_leave_out_what_is_not_there_for_all(add, groups):
     frame, said = scores(groups()[0], ["clean", "pgd", "fgsm"])
     assert list(frame.columns) == ["AT", "D-ReLU"]
     assert said == (
-        "Blocks: Dense x Clean, Dense x PGD, Shallow CNN x Clean, Shallow CNN x PGD. Left out: natural, which Shallow "
-        "CNN lacks; Dense x FGSM, which AT lacks; Shallow CNN x FGSM, which AT lacks."
+        "Blocks: Dense x Clean, Dense x PGD, Shallow CNN x Clean, Shallow CNN x PGD. Left out: natural (not run for "
+        "Shallow CNN); Dense x FGSM (not measured for AT); Shallow CNN x FGSM (not measured for AT)."
     )
     assert list(frame.index) == [(net, column) for net in ("dense", "shallow_cnn") for column in ("clean", "pgd")]
 
 
-def test_scores_name_the_verdict_of_a_method_that_is_not_sound_on_every_net(add, groups):
+def test_scores_name_a_verdict_that_is_not_sound(add, groups):
     for model, verdict in (("dense_drelu", "masked"), ("shallow_cnn_drelu", "sound")):
         add({"verdict": verdict}, model=model)
         add({"verdict": "undecided"}, model=model, objective="trades", **RELU)
@@ -460,8 +457,8 @@ def test_formats(add, groups):
     add(cap_lr=0.5)
     table = paper_table(groups()[0])
     lines = markdown_table(table.cells).splitlines()
-    assert lines[1] == "| " + " | ".join(["---"] * 13) + " |"
-    assert lines[2].startswith("| Dense | D-ReLU-0.1, cap_lr 0.1 | 95.00 (1) |")
+    assert lines[1] == "| " + " | ".join(["---"] * 12) + " |"
+    assert lines[2].startswith("| Dense | D-ReLU-0.1, cap_lr 0.1 | 95.00 (1) | 80.00 (1) | sound |")
     text = latex(table)
     assert r"\toprule" in text and r"D-ReLU-0.1, cap\_lr 0.1" in text and r"mean $\pm$ standard" in text
     assert "\n\n" not in text and r"\label{tab:table-1-mnist-linf-eps-0.1}" in text

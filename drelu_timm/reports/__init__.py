@@ -1,1 +1,1 @@
-"""What `drelu-timm report` is made of: result files gathered, averaged, tested, and shown beside the paper's."""
+"""Parts of `drelu-timm report`: reading runs, averaging over seeds, statistics, tables and figures."""

@@ -1,7 +1,11 @@
-"""The pictures of a report: accuracy over balancer and over eps, the learned caps, and which methods differ."""
+"""Figures of a report: accuracy over cap weight and over eps, the learned caps, and which methods differ.
+
+Each ``draw_`` function returns a Matplotlib figure. It raises `InputError` if there is nothing to draw, or if
+Matplotlib is not installed.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from textwrap import fill
@@ -22,10 +26,9 @@ from ..results.plotting import (
     attack_styles,
     legend_outside,
     require_matplotlib,
-    save_figure,
 )
 from ..results.result import EpsResult
-from .outcomes import Outcome
+from .evaluated_runs import EvaluatedRun
 from .statistics import Comparison
 
 if TYPE_CHECKING:
@@ -35,121 +38,78 @@ if TYPE_CHECKING:
 _ATTACK = "apgd-ce"  # of the paper's Figures 25 to 27
 
 
-def draw_balancers(outcomes: Sequence[Outcome], path: Path, *, title: str) -> None:
-    """Draw accuracy over the balancer, as in the paper's Figures 11 to 24, with the verdict beneath every balancer.
-
-    A thin line an attack that searches the ball, a bold one for the worst case; means over seeds, with bars of a
-    standard deviation where there are several. An attack that not all seeds were evaluated with is averaged over those
-    that were.
-
-    Args:
-        outcomes: Of one net and method; those without a balancer are passed over.
-        path: The picture, a PNG.
-        title: Above it.
-
-    Raises:
-        InputError: No balancer among the outcomes, or Matplotlib is not installed.
-    """
-    save_figure(_balancers(outcomes, title), path)
-
-
-def draw_eps(curves: Mapping[str, Sequence[Sequence[EpsResult]]], path: Path, *, title: str) -> None:
-    """Draw accuracy under APGD-CE over eps, as in the paper's Figures 25 to 27, and the worst case beside it.
-
-    Two lines of one colour a method, the worst case dashed; means over seeds at the radii that all of them have, with
-    bars of a standard deviation. The legend gives the worst verdict of a method's seeds and radii.
-
-    Args:
-        curves: By method, the curve of each of its seeds; methods without APGD-CE are passed over.
-        path: The picture, a PNG.
-        title: Above it.
-
-    Raises:
-        InputError: No curve under APGD-CE, or Matplotlib is not installed.
-    """
-    save_figure(_eps(curves, title), path)
-
-
-def draw_caps(caps: Mapping[str, np.ndarray], path: Path, *, title: str) -> None:
-    """Draw histograms of learned caps, a panel a net, all on one logarithmic axis.
-
-    Args:
-        caps: By net, the caps, [N], in units of the pre-activation. Very small ones, and those not above 0, are counted
-            in the leftmost bin; how many are not above 0 is said. Those that are not finite are left out.
-        path: The picture, a PNG.
-        title: Above it.
-
-    Raises:
-        InputError: No caps, or Matplotlib is not installed.
-    """
-    save_figure(_caps(caps, title), path)
-
-
-def draw_critical_difference(comparison: Comparison, path: Path, *, title: str) -> None:
-    """Draw the mean ranks of methods on a line; bars join those that do not differ by Nemenyi's test.
-
-    Args:
-        comparison: What was compared.
-        path: The picture, a PNG.
-        title: Above it.
-
-    Raises:
-        InputError: Matplotlib is not installed.
-    """
-    save_figure(_critical_difference(comparison, title), path)
-
-
 def read_caps(run: Path) -> np.ndarray | None:
-    """All caps of a run's model, [N]; None where its weights were left out, or hold no cap.
+    """Read all caps of a run's model, [N]; None if its weights were left out or have no caps.
 
     Raises:
-        InputError: A weights file that is cut short.
+        InputError: The weights file is cut short.
     """
     weights = run / "model" / WEIGHTS
     if not weights.is_file():
         return None
     try:
-        with safe_open(weights, "pt") as tensors:  # NumPy knows no bfloat16
-            names = [name for name in tensors.keys() if name.rpartition(".")[2] == "cap"]  # noqa: SIM118 (no dict)
+        with safe_open(weights, "pt") as tensors:  # NumPy has no bfloat16
+            names = [name for name in tensors.keys() if name.rpartition(".")[2] == "cap"]  # noqa: SIM118 (not a dict)
             caps = [tensors.get_tensor(name) for name in names]
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{weights} cannot be read ({one_line(error)}); restore it or train anew") from error
+        raise InputError(f"{weights} cannot be read ({one_line(error)}). Restore it or train again.") from error
     return np.concatenate([cap.float().numpy().ravel() for cap in caps]) if caps else None
 
 
-def _balancers(outcomes: Sequence[Outcome], title: str) -> "Figure":
-    by_balancer: dict[float, list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.cap_weight is not None:
-            by_balancer.setdefault(outcome.cap_weight, []).append(outcome)
-    if not by_balancer:
-        raise InputError("no D-ReLU with a balancer among the runs: there is nothing to draw over the balancer")
-    by_balancer = dict(sorted(by_balancer.items()))
+def draw_cap_weights(runs: Sequence[EvaluatedRun], title: str) -> "Figure":
+    """Draw accuracy over the cap weight, as in the paper's Figures 11 to 24, with the verdict below each cap weight.
+
+    Each attack inside the threat model is a thin line and the worst case a bold one. Lines are means over the seeds
+    that have the attack, with error bars of one standard deviation where there are several.
+
+    Args:
+        runs: Runs of one model and method; those without a cap weight are ignored.
+        title: Title.
+    """
+    by_weight: dict[float, list[EvaluatedRun]] = {}
+    for run in runs:
+        if run.cap_weight is not None:
+            by_weight.setdefault(run.cap_weight, []).append(run)
+    if not by_weight:
+        raise InputError("No run has a D-ReLU with a cap weight, so there is nothing to draw.")
+    by_weight = dict(sorted(by_weight.items()))
     figure, axes = accuracy_axes(_wrapped(title, 68))
-    place = _logarithmic_with_zero(axes, list(by_balancer))
+    place = _logarithmic_with_zero(axes, list(by_weight))
 
     def line(accuracy: Callable[[Combined], float | None], label: str, **style: Any) -> None:
-        measured = [_present(accuracy(one.at) for one in of_it) or [math.nan] for of_it in by_balancer.values()]
-        _line_of_means(axes, [place(balancer) for balancer in by_balancer], measured, label=label, **style)
+        measured = [
+            [value for run in same if (value := accuracy(run.combined)) is not None] or [math.nan]
+            for same in by_weight.values()
+        ]
+        _line_of_means(axes, [place(cap_weight) for cap_weight in by_weight], measured, label=label, **style)
 
-    line(lambda point: point.worst, "worst case", marker="o", **WORST_CASE)  # first: attacks may lie upon it
-    attacks = dict.fromkeys(attack for of_it in by_balancer.values() for one in of_it for attack in one.at.accuracy)
-    attacks.pop("cw-l2", None)  # it knows no ball
+    line(lambda combined: combined.worst, "worst case", marker="o", **WORST_CASE)  # first, below the attacks
+    attacks = dict.fromkeys(attack for same in by_weight.values() for run in same for attack in run.combined.accuracy)
+    attacks.pop("cw-l2", None)  # it does not search inside the threat model
     for attack, style in zip(attacks, attack_styles(), strict=False):
-        line(lambda point, attack=attack: point.accuracy.get(attack), attack, **style)
-    line(lambda point: point.clean, "clean", marker=".", **CLEAN)
-    verdicts = [worst_verdict(one.verdict for one in of_it) for of_it in by_balancer.values()]
-    labels = [f"{balancer:g}  {verdict}" for balancer, verdict in zip(by_balancer, verdicts, strict=True)]
-    axes.set_xticks([place(balancer) for balancer in by_balancer], labels, rotation=90)
-    axes.set_xlabel("balancer (cap weight) and verdict")
+        line(lambda combined, attack=attack: combined.accuracy.get(attack), attack, **style)
+    line(lambda combined: combined.clean, "clean", marker=".", **CLEAN)
+    verdicts = [worst_verdict(run.verdict for run in same) for same in by_weight.values()]
+    labels = [f"{cap_weight:g}  {verdict}" for cap_weight, verdict in zip(by_weight, verdicts, strict=True)]
+    axes.set_xticks([place(cap_weight) for cap_weight in by_weight], labels, rotation=90)
+    axes.set_xlabel("cap weight (the paper's balancer) and verdict")
     legend_outside(axes)
     return figure
 
 
-def _eps(curves: Mapping[str, Sequence[Sequence[EpsResult]]], title: str) -> "Figure":
-    by_method = {label: at for label, of_seeds in curves.items() if (at := _by_radius(of_seeds))}
+def draw_eps(curves: Mapping[str, Sequence[Sequence[EpsResult]]], title: str) -> "Figure":
+    """Draw accuracy under APGD-CE over eps, as in the paper's Figures 25 to 27, and the worst case.
+
+    Each method has two lines of one color; the worst case is dashed. They are means over seeds at the eps that all
+    seeds have. The legend has the worst verdict of a method, and the line of a masked method is annotated.
+
+    Args:
+        curves: By method, the curve of each seed; methods without APGD-CE are ignored.
+        title: Title.
+    """
+    by_method = {label: at for label, of_seeds in curves.items() if (at := _by_eps(of_seeds))}
     if not by_method:
-        raise InputError(f"no curve under {_ATTACK} among the runs: evaluate them with several --eps first")
+        raise InputError(f"No run has a curve under {_ATTACK}. Evaluate them with several --eps first.")
     figure, axes = accuracy_axes(_wrapped(title, 68))
     from matplotlib.lines import Line2D
 
@@ -160,6 +120,8 @@ def _eps(curves: Mapping[str, Sequence[Sequence[EpsResult]]], title: str) -> "Fi
         worst = [[point.worst for point in points] for points in at.values()]
         _line_of_means(axes, list(at), worst, label=f"{label}, worst case", **style, linestyle="--")
         verdict = worst_verdict(point.verdict.verdict for points in at.values() for point in points)
+        if verdict == "masked":
+            _annotate_masked(axes, list(at), [100 * float(np.mean(values)) for values in under_attack], style["color"])
         entries.append(Line2D([], [], label=_wrapped(f"{label} ({verdict})", 40), **style))
     entries += [Line2D([], [], color="black", label="under APGD-CE")]
     entries += [Line2D([], [], color="black", linestyle="--", label="worst case")]
@@ -168,8 +130,25 @@ def _eps(curves: Mapping[str, Sequence[Sequence[EpsResult]]], title: str) -> "Fi
     return figure
 
 
+def _annotate_masked(axes: "Axes", eps: Sequence[float], accuracy: Sequence[float], color: str) -> None:
+    """Write above the last point of a masked line that its accuracy is not robustness."""
+    axes.annotate(
+        "masked: not robustness",
+        (eps[-1], accuracy[-1]),
+        xytext=(-4, 8),
+        textcoords="offset points",
+        ha="right",
+        color=color,
+        fontsize=9,
+    )
+
+
 def _logarithmic_with_zero(axes: "Axes", values: Sequence[float]) -> Callable[[float], float]:
-    """Make the x axis logarithmic, with a place for 0 a decade below the smallest other value, behind a break."""
+    """Make the x axis logarithmic, with 0 one decade below the smallest positive value, after a break.
+
+    Returns:
+        Function from a value to its position.
+    """
     positive = [value for value in values if value > 0] or [1.0]
     zero = min(positive) / 10
     axes.set_xscale("log")
@@ -181,26 +160,33 @@ def _logarithmic_with_zero(axes: "Axes", values: Sequence[float]) -> Callable[[f
     return lambda value: value if value > 0 else zero
 
 
-def _by_radius(curves: Sequence[Sequence[EpsResult]]) -> dict[float, list[EpsResult]]:
-    """The points of all seeds, by the radii that each of them was attacked at."""
+def _by_eps(curves: Sequence[Sequence[EpsResult]]) -> dict[float, list[EpsResult]]:
+    """Return the points of all seeds at each eps that all of them have."""
     of_seeds = [{point.radius: point for point in curve if _ATTACK in point.accuracies} for curve in curves]
-    radii = set.intersection(*(set(at) for at in of_seeds)) if of_seeds else set()
-    return {radius: [at[radius] for at in of_seeds] for radius in sorted(radii)}
+    common = set.intersection(*(set(at) for at in of_seeds)) if of_seeds else set()
+    return {eps: [at[eps] for at in of_seeds] for eps in sorted(common)}
 
 
 def _method_styles() -> Iterator[dict[str, Any]]:
-    """A look for every method, one after the other; dashes are for the worst case, so the first 12 differ."""
-    for step in range(len(POINTS)):  # beyond 12, a colour gets another marker
+    """Yield a style for each method; the first 12 differ. Dashes are reserved for the worst case."""
+    for step in range(len(POINTS)):  # after 12, a color gets another marker
         markers = [marker for _, marker in POINTS[step:] + POINTS[:step]]
-        for filled, ((colour, _), marker) in product((True, False), zip(POINTS, markers, strict=True)):
-            face = colour if filled else "white"
-            yield {"color": colour, "linewidth": 1.5, "marker": marker, "markersize": 5, "markerfacecolor": face}
+        for filled, ((color, _), marker) in product((True, False), zip(POINTS, markers, strict=True)):
+            face = color if filled else "white"
+            yield {"color": color, "linewidth": 1.5, "marker": marker, "markersize": 5, "markerfacecolor": face}
 
 
-def _caps(caps: Mapping[str, np.ndarray], title: str) -> "Figure":
+def draw_caps(caps: Mapping[str, np.ndarray], title: str) -> "Figure":
+    """Draw histograms of learned caps, one panel per method, on one logarithmic axis.
+
+    Args:
+        caps: By method, the caps, [N], in units of the pre-activation. The leftmost bin also counts very small caps and
+            those of 0 or below, whose share is stated. Caps that are not finite are ignored.
+        title: Title.
+    """
     caps = {label: finite for label, values in caps.items() if (finite := values[np.isfinite(values)]).size}
     if not caps:
-        raise InputError("no caps among the runs: their weights were left out, or they have no D-ReLU")
+        raise InputError("No run has caps: the weights were left out, or they have no D-ReLU.")
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -231,19 +217,20 @@ def _histogram(axes: "Axes", label: str, caps: np.ndarray, bins: np.ndarray) -> 
 
 
 def _logarithmic_bins(caps: np.ndarray) -> np.ndarray:
-    """Edges, [41]: two decades at least, so that there are tick labels, and eight below the largest cap at most."""
+    """Return edges, [41], over at least two decades, for tick labels, and at most eight below the largest cap."""
     high = max(caps.max(), 0) or 1.0
     low = max(caps[caps > 0].min(initial=high), high / 1e8)
     margin = math.sqrt(max(100 * low / high, 1.2))
     return np.geomspace(low / margin, high * margin, 41)
 
 
-def _critical_difference(comparison: Comparison, title: str) -> "Figure":
+def draw_critical_difference(comparison: Comparison, title: str) -> "Figure":
+    """Draw the mean ranks of methods on a line; bars join those that do not differ by Nemenyi's test."""
     require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # Wider margins, as labels that move with the axes end beside where the layout was told they would.
+    # Wider margins, since the labels move with the axes after the layout has measured them.
     figure = Figure(figsize=(9, 4), layout=ConstrainedLayoutEngine(w_pad=0.2))
     axes = figure.subplots()
     _rank_diagram(axes, comparison)
@@ -276,26 +263,22 @@ def _rank_diagram(axes: "Axes", comparison: Comparison) -> None:
         text_h_margin=margin,
     )
     for bar in [bar for bars in drawn["crossbars"] for bar in bars]:
-        bar.set_xdata(sorted(bar.get_xdata()))  # the library goes through a set, in an order that every process changes
+        bar.set_xdata(sorted(bar.get_xdata()))  # the library iterates over a set, whose order differs in every process
     last = max(len(ranks), min(ranks.values()) + comparison.critical_difference)
     axes.set_xlim(1 - margin, last + margin)
     axes.set_xticks(range(1, len(ranks) + 1))
 
 
 def _line_of_means(axes: "Axes", places: Sequence[float], measured: Sequence[Sequence[float]], **style: Any) -> None:
-    """A line through means of accuracies in [0, 1], broken where one is no number.
+    """Draw a line through means of accuracies in [0, 1], with a gap at NaN.
 
-    With bars of a standard deviation (n - 1) where there are several.
+    Error bars are one standard deviation (n - 1), where there are several values.
     """
     means = [100 * np.mean(values) for values in measured]
     deviations = [100 * np.std(values, ddof=1) if len(values) > 1 else 0 for values in measured]
     axes.plot(places, means, clip_on=False, **style)
-    if any(deviations):  # apart from the line, whose look in the legend they would change
+    if any(deviations):  # separate from the line, since they would appear in its legend entry
         axes.errorbar(places, means, deviations, fmt="none", ecolor=style["color"], elinewidth=1, capsize=2)
-
-
-def _present(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
 
 
 def _wrapped(text: str, width: int) -> str:

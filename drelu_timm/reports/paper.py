@@ -1,9 +1,9 @@
-"""The numbers that the D-ReLU paper prints in its tables 1 to 9, under the names of this package.
+"""Numbers that the D-ReLU paper prints in its tables 1 to 9, under the names of this package.
 
-From Sooksatra and Rivas, Dynamic-Max-Value ReLU Functions for Adversarially Robust Machine Learning Models, Mathematics
-2024, 12(22), 3551, https://doi.org/10.3390/math12223551, CC BY 4.0; its text names the models, methods and attacks of
-``paper_tables.csv``. Accuracies are means of three trained nets, in percent. Not all ranks are those of the accuracies
-printed beside them.
+Source: Sooksatra and Rivas, Dynamic-Max-Value ReLU Functions for Adversarially Robust Machine Learning Models,
+Mathematics 2024, 12(22), 3551, https://doi.org/10.3390/math12223551, CC BY 4.0. ``paper_tables.csv`` has the models,
+methods and attacks as its text names them. Accuracies are means of three trained models, in percent. Not all printed
+ranks agree with the printed accuracies.
 """
 
 import re
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SOURCE = "Sooksatra and Rivas, Mathematics 2024, 12(22), 3551, https://doi.org/10.3390/math12223551 (CC BY 4.0)"
-NETS = {
+MODELS = {
     "dense": "Dense",
     "shallow_cnn": "Shallow CNN",
     "resnet50": "ResNet50",
@@ -33,9 +33,11 @@ COLUMNS = {
     "cw-l2": "CW_L2",
 }
 SQUARE_COLUMNS = {"clean": "Clean", "square": "Square"}
-# In units of a [0, 1] pixel, Linf; for CIFAR-100 and TinyImageNet no other is given than CIFAR-10's.
+# Linf, in units of a [0, 1] pixel. The paper gives none for CIFAR-100 and TinyImageNet other than CIFAR-10's.
 EPS = {"mnist": "0.1", "cifar10": "0.01", "cifar100": "0.01", "tiny_imagenet": "0.01"}
-CW_BOUND = 18  # L2; not said in which units
+CW_BOUND = 18  # L2; the paper does not state the units
+# Statistics of table 2, as printed; the critical difference does not follow from its methods and blocks.
+PRINTED_STATISTICS = {"F": "17.4", "chi-square": "39.43", "F_F": "20.12", "critical difference": "0.656"}
 _TABLES = {
     ("mnist", False): 1,
     ("cifar10", False): 2,
@@ -45,29 +47,29 @@ _TABLES = {
     ("cifar100", True): 7,
     ("tiny_imagenet", True): 8,
 }
-_GENERATED_TRADES = "TRADES-5"  # its text on generated images says beta 5, its tables 6 to 9 nothing
+_GENERATED_TRADES = "TRADES-5"  # beta of tables 6 to 9, by the text on generated images
 
 
 @cache
 def read_paper() -> "pd.DataFrame":
-    """All printed numbers, a row each.
+    """Read all printed numbers, one per row.
 
     Returns:
-        Columns ``table`` (1 to 9), ``dataset``, ``net`` (timm's name), ``method`` ("AT", "TRADES-6", "D-ReLU", ...),
-        ``training`` (the method with its balancer where one is printed: "D-ReLU-100"), ``column`` (as in `COLUMNS` and
-        `SQUARE_COLUMNS`), ``accuracy`` in percent and ``rank``. Not to be changed by the caller.
+        Columns ``table`` (1 to 9), ``dataset``, ``model`` (timm's name), ``method`` ("AT", "TRADES-6", "D-ReLU", ...),
+        ``training`` (the method with its cap weight where one is printed: "D-ReLU-100"), ``column`` (as in `COLUMNS`
+        and `SQUARE_COLUMNS`), ``accuracy`` in percent and ``rank``. It is cached, so it must not be changed.
     """
     import pandas as pd
 
     with Path(__file__).with_name("paper_tables.csv").open(encoding="utf-8") as file:
         printed = pd.read_csv(file)
     training = printed["training"].replace("TRADES", _GENERATED_TRADES).map(_training)
-    names = {printed: net for net, printed in NETS.items()}
+    names = {printed: model for model, printed in MODELS.items()}
     return pd.DataFrame(
         {
             "table": printed["table"],
             "dataset": printed["dataset"],
-            "net": printed["model"].map(names),
+            "model": printed["model"].map(names),
             "method": training.str.replace(r"^D-ReLU-.*", "D-ReLU", regex=True),
             "training": training,
             "column": printed["attack"].str.replace("_", "-"),
@@ -78,14 +80,14 @@ def read_paper() -> "pd.DataFrame":
 
 
 def table_number(dataset: str, *, norm: str, eps: str, generated: bool, square: bool = False) -> int | None:
-    """Which of the paper's tables holds a dataset's numbers; None for a dataset or a threat model that it lacks.
+    """Return which table of the paper has a dataset's numbers; None for a dataset or threat model that it lacks.
 
     Args:
         dataset: A name such as "cifar10".
         norm: "Linf" or "L2".
-        eps: The radius, as in `EPS`.
-        generated: Of the nets trained with generated images as well.
-        square: The one of the Square attack instead of the white-box attacks.
+        eps: As in `EPS`.
+        generated: Whether the models were trained with generated images too.
+        square: Return the table of the Square attack instead of that of the white-box attacks.
     """
     if (norm, eps) != ("Linf", EPS.get(dataset)):
         return None
@@ -96,57 +98,57 @@ def table_number(dataset: str, *, norm: str, eps: str, generated: bool, square: 
 
 
 def paper_scores(table: int) -> "pd.DataFrame":
-    """A table as its statistics take it: a row a net and column, a column a method, accuracies in percent."""
+    """Return a table for its statistics: one row per model and attack, one column per method, in percent."""
     printed = read_paper()
     of_table = printed[printed["table"] == table]
-    return of_table.pivot(index=["dataset", "net", "column"], columns="method", values="accuracy")
+    return of_table.pivot(index=["dataset", "model", "column"], columns="method", values="accuracy")
 
 
-def beside_pgd(attack: str) -> "pd.DataFrame":
-    """What the paper prints under PGD and under an attack that knows less, of the same nets, row by row.
+def pgd_and_weaker(attack: str) -> "pd.DataFrame":
+    """Return the paper's accuracies under PGD and under a weaker attack, row by row for the same models.
 
-    An attack of one step, or without gradients, that leaves less than PGD does is a sign of gradient masking (Athalye
-    et al. 2018, https://arxiv.org/abs/1802.00420, section 3.1).
+    A lower accuracy under a single step, or without gradients, than under PGD is a sign of gradient masking (Athalye et
+    al. 2018, https://arxiv.org/abs/1802.00420, section 3.1).
 
     Args:
         attack: "fgsm" or "square".
 
     Returns:
-        Columns ``method``, ``dataset``, ``net``, ``generated`` (images), ``pgd`` and ``other`` (accuracies in percent).
+        Columns ``method``, ``dataset``, ``model``, ``generated`` (images), ``pgd`` and ``weaker`` (both in percent).
     """
     printed = read_paper().assign(generated=lambda rows: rows["table"] > 5)
-    key = ["method", "dataset", "net", "generated"]
-    pgd, other = (
+    key = ["method", "dataset", "model", "generated"]
+    pgd, weaker = (
         printed[printed["column"] == column].set_index(key)["accuracy"].rename(name)
-        for column, name in (("pgd", "pgd"), (attack, "other"))
+        for column, name in (("pgd", "pgd"), (attack, "weaker"))
     )
-    return pgd.to_frame().join(other, how="inner").reset_index()
+    return pgd.to_frame().join(weaker, how="inner").reset_index()
 
 
-def net_name(net: str) -> str:
-    """As the paper calls a net; one that it lacks keeps timm's name."""
-    return NETS.get(net, net)
+def model_name(architecture: str) -> str:
+    """Return the paper's name of an architecture; one that it lacks keeps timm's name."""
+    return MODELS.get(architecture, architecture)
 
 
-def paper_order(net: str, method: str) -> tuple[int, str, int, list[tuple[float, str]]]:
-    """A key that sorts as the paper's tables do; natural training first, and what they lack last."""
-    nets, first = list(NETS), method.split("-")[0] if " + " not in method else ""
+def paper_order(architecture: str, method: str) -> tuple[int, str, int, list[tuple[float, str]]]:
+    """Return a key that sorts as in the paper's tables, with natural training first and what they lack last."""
+    models, first = list(MODELS), method.split("-")[0] if " + " not in method else ""
     methods = ["natural", "AT", "TRADES", "D"]
     return (
-        nets.index(net) if net in nets else len(nets),
-        net,
+        models.index(architecture) if architecture in models else len(models),
+        architecture,
         methods.index(first) if first in methods else len(methods),
         _by_size(method),
     )
 
 
 def _by_size(method: str) -> list[tuple[float, str]]:
-    """A key that sorts the numbers in names by their size: TRADES-6 before TRADES-10."""
+    """Return a key that sorts numbers in names by size: TRADES-6 before TRADES-10."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", method)
     return [(float(part), "") if index % 2 else (inf, part) for index, part in enumerate(parts)]
 
 
 def _training(printed: str) -> str:
-    """A method as the outcomes of this package write it: "D-ReLU-100" for "D-ReLU-10^2"."""
+    """Return a method as this package writes it: "D-ReLU-100" for "D-ReLU-10^2"."""
     power = re.fullmatch(r"D-ReLU-10\^(-?\d+)", printed)
     return f"D-ReLU-{10.0 ** int(power[1]):g}" if power else printed

