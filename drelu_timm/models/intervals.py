@@ -90,31 +90,36 @@ class Interval(Tensor):
 
 
 @torch.no_grad()
-def certified(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+def certified(model: nn.Module, images: Tensor, labels: Tensor, eps: float, rounding: float = 0.0) -> Tensor:
     """Return on which images [N] the interval bounds prove that no point of the epsilon ball fools a model.
 
     Args:
         model: Takes [0, 1] images; used in eval mode and restored.
         images: [N, C, H, W] in the model's dtype.
         labels: Classes [N].
-        eps: Linf radius, in units of a [0, 1] pixel.
+        eps: Linf radius, in pixel values of [0, 1].
+        rounding: Share of an image's largest bound that a margin has to exceed.
 
     Raises:
         InputError: The model has an operation without a rule.
     """
     with frozen(model):
-        proofs = [_proofs(model, *batch, eps) for batch in zip(images.split(BATCH), labels.split(BATCH), strict=True)]
+        proofs = [
+            _proofs(model, *batch, eps, rounding)
+            for batch in zip(images.split(BATCH), labels.split(BATCH), strict=True)
+        ]
     return torch.cat(proofs)
 
 
-def _proofs(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+def _proofs(model: nn.Module, images: Tensor, labels: Tensor, eps: float, rounding: float) -> Tensor:
     logits = bounds(model, images, eps)
     if logits.value.isnan().any():
         raise InputError(
             f"the model's logits are not numbers, or their bounds are lost in a scripted function. {_KNOWN}"
         )
+    least = rounding * torch.maximum(logits.upper.abs(), logits.lower.abs()).amax(1, keepdim=True)
     # Bounds that overflow are NaN, which proves nothing.
-    return ((logits.margins(labels) > 0) | F.one_hot(labels, logits.shape[1]).bool()).all(1)
+    return ((logits.margins(labels) > least) | F.one_hot(labels, logits.shape[1]).bool()).all(1)
 
 
 def bounds(model: nn.Module, images: Tensor, eps: float) -> Interval:
