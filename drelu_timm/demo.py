@@ -15,8 +15,7 @@ from .evaluate import evaluate
 from .evaluation.config import EvaluateConfig
 from .export import export
 from .flags import DemoConfig, ExportConfig
-from .results.display import VERDICT_COLOURS
-from .results.plotting import CLEAN, POINTS, WORST_CASE, accuracy_axes, save_figure
+from .results.plotting import CLEAN, POINTS, VERDICT_COLORS, WORST_CASE, accuracy_axes, save_figure
 from .results.result import Result, read_result
 from .train import train
 from .training.config import TrainConfig
@@ -102,7 +101,7 @@ def table(results: dict[str, Result]) -> Table:
         verdict = result.point.verdict.verdict
         percentages = [*_accuracies(result), 100 * result.point.zero_gradient_share]
         cells = ["-" if isnan(percentage) else f"{percentage:.1f}" for percentage in percentages]
-        table.add_row(name, *cells, f"[{VERDICT_COLOURS[verdict]}]{verdict}")
+        table.add_row(name, *cells, f"[{VERDICT_COLORS[verdict]}]{verdict}")
     return table
 
 

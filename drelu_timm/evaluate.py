@@ -6,12 +6,13 @@
     drelu-timm evaluate Carmon2019Unlabeled --dataset cifar10 --data-dir data
     accelerate launch --num_processes 4 -m drelu_timm evaluate runs/x --suite standard
 
-Writes ``runs/x/results/<suite>-<norm>-<eps>.json``, with a row an example ``.csv``, and with the image that broke each
-example ``.adversarial.safetensors`` (see `Adversarial`); for several radii ``runs/x/sweeps/<suite>-<norm>-up-to-<eps>
-.json``, ``.csv`` and ``.png``. What is measured meanwhile lies in a folder ``.state`` beside them: the same command
-again goes on from there, whatever stopped it.
+Writes ``runs/x/results/<suite>-<norm>-<eps>.json``, a ``.csv`` with a row per example, and the images that fooled the
+model as ``.adversarial.safetensors`` (see `Adversarial`); for several eps ``runs/x/sweeps/<suite>-<norm>-up-to-<eps>``
+as ``.json``, ``.csv`` and ``.png``. The folder ``.state`` next to them is the checkpoint, from which the same command
+resumes.
 """
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,148 +22,209 @@ from pathlib import Path
 from shlex import quote
 
 import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from torch import nn
 
-from .attacks.suites import SUITES
+from .attacks.suites import ATTACKS, SUITES
 from .attacks.threat_model import ThreatModel
 from .data.datasets import DATASETS, Dataset
 from .data.images import Images
 from .data.readers import load_images
 from .errors import InputError, one_line, unknown
+from .evaluation.checkpoint import Processes, launched
 from .evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
 from .evaluation.evaluation import Evaluation, evaluate_under
-from .evaluation.processes import Processes, launched
-from .evaluation.subjects import Subject, find_subject
-from .evaluation.user_model import check_classes
+from .evaluation.named_model import NamedModel, find_model
 from .files import write_json, write_text
-from .results.display import show
 from .results.examples import ADVERSARIAL, csv_text, sweep_csv_text
-from .results.plotting import draw_curve, require_matplotlib
-from .results.result import Result, read_result
+from .results.plotting import draw_curve, require_matplotlib, verdict_at
+from .results.result import EpsResult, Result, read_result
+from .results.seal import images_digest, seal
 from .runs import environment
 
 
 def main(config: EvaluateConfig) -> None:
-    """Evaluate, and print the result's files and what to do next."""
+    """Evaluate, and print the result's files and the next command."""
     path = evaluate(config)
     if launched().is_main_process:
         files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ADVERSARIAL, ".png")]
         print(f"results in {', '.join(str(file) for file in files if file.exists())}")
         if (Path(config.run) / "config.json").is_file() and path.parent.name == "results":
-            print(f"next: {_next(config)}")
-
-
-def _next(config: EvaluateConfig) -> str:
-    """What to do with a run whose evaluation is there: `export` asks for AutoAttack."""
-    if "autoattack" in SUITES[config.suite]:
-        return f"drelu-timm export {quote(config.run)} --key Author2026Title_ARCH"
-    return f"drelu-timm evaluate {quote(config.run)} --suite standard (AutoAttack, which an export needs)"
+            if "autoattack" in SUITES[config.suite]:
+                print(f"next: drelu-timm export {quote(config.run)} --key Author2026Title_ARCH")
+            else:
+                which = "--suite standard (AutoAttack, which an export needs)"
+                print(f"next: drelu-timm evaluate {quote(config.run)} {which}")
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What a config asks for, with everything found that it names.
+    """Everything that a config names.
 
     Attributes:
         config: The flags.
-        subject: Whom to attack.
-        source: The model of ``--transfer-from``.
-        dataset: Whose test images.
-        balls: From the smallest.
-        models: Those of ``subject`` and, if given, ``source``; none where there is a result already.
-        images: Those that are attacked.
+        target: Model to attack.
+        source: Model of ``--transfer-from``.
+        dataset: Dataset of the test images.
+        threat_models: From the smallest eps.
+        models: Of ``target`` and, if given, ``source``; empty if the result exists.
+        images: Test images to attack.
     """
 
     config: EvaluateConfig
-    subject: Subject
-    source: Subject | None
+    target: NamedModel
+    source: NamedModel | None
     dataset: Dataset
-    balls: Sequence[ThreatModel]
+    threat_models: Sequence[ThreatModel]
     models: Sequence[nn.Module]
     images: Images
 
     @property
     def is_sweep(self) -> bool:
-        """Whether over several radii."""
-        return len(self.balls) > 1
+        """Whether it is at several eps."""
+        return len(self.threat_models) > 1
 
     @property
     def path(self) -> Path:
-        """Of the .json file."""
-        return result_path(self.subject.results_folder, self.config.suite, self.balls)
+        """The .json file of the result."""
+        return result_path(self.target.results_folder, self.config.suite, self.threat_models)
 
     @property
     def title(self) -> str:
-        """Over the table and the picture."""
-        eps = f"up to {self.balls[-1].written}" if self.is_sweep else self.balls[0].written
-        return f"{self.subject.run}, {self.images.title}, {self.balls[0].norm}, eps {eps}, {len(self.images)} examples"
+        """Title of the table and the plot."""
+        largest = self.threat_models[-1]
+        eps = f"up to {largest.written}" if self.is_sweep else largest.written
+        return f"{self.target.name}, {self.images.title}, {largest.norm}, eps {eps}, {len(self.images)} examples"
 
     @cached_property
     def result(self) -> Result:
-        """The result that it is going to have, without what is measured."""
-        radii = tuple(ball.written for ball in self.balls)
+        """The result without its measurements."""
+        eps = tuple(threat_model.written for threat_model in self.threat_models)
         return Result(
-            run=self.subject.run,
-            model=self.subject.model,
+            run=self.target.name,
+            model=self.target.architecture,
             dataset=self.dataset.name,
             dataset_title=self.images.title,
-            norm=self.balls[0].norm,
-            eps=radii if self.is_sweep else radii[0],
+            norm=self.threat_models[0].norm,
+            eps=eps if self.is_sweep else eps[0],
             suite=self.config.suite,
             n_examples=len(self.images),
             seed=self.config.seed,
             precision=self.config.precision,
             transfer_from=self.config.transfer_from,
-            model_digest=self.subject.digest,
+            model_digest=self.target.digest,
             **environment(),
         )
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Evaluate as the config says, print the table, and write the result files.
+    """Evaluate a model, print the result, and write its files.
 
-    An evaluation that is there already is shown again, not repeated; one that was stopped is gone on with.
+    A result that exists is printed again; an evaluation that was stopped is resumed.
 
     Returns:
-        The .json file; the .csv lies beside it, and the adversarial images or the picture of a sweep.
+        The .json file; the other files are next to it.
 
     Raises:
-        InputError: Anything in the config that cannot be used, or a result of other settings in the same place.
+        InputError: A flag that cannot be used, or a result with other settings in the same place.
     """
     check_flags(config)
     with launched().main_process_first():  # which may have to download
-        task = _found(config)
+        task = _find(config)
     if task.is_sweep:
         require_matplotlib()
     if task.path.is_file():
-        result, title = _already(task), f"{task.path} is there already; delete it to evaluate anew"
+        result, title = _existing(task), f"{task.path} exists. Delete it to evaluate again."
     else:
-        result, title = _measured(task), task.title
+        result, title = _measure(task), task.title
     if launched().is_main_process:
-        show(result, title)
+        _show(result, title)
     return task.path
 
 
-def _found(config: EvaluateConfig) -> _Task:
-    """Everything that the flags name, looked for before any attack."""
-    subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
-    dataset = _dataset(config, subject)
-    balls = _threat_models(config, subject, dataset)
-    source = _source(config, subject, dataset, balls[0].norm)
-    # Weights may be out of reach, so they come before images, which may take minutes to decode.
-    evaluated = result_path(subject.results_folder, config.suite, balls).is_file()
-    models = [] if evaluated else _loaded(subject, source)
-    return _Task(config, subject, source, dataset, balls, models, _test_images(config, subject, dataset))
+def _find(config: EvaluateConfig) -> _Task:
+    """Find everything that the flags name, before any attack."""
+    target = find_model("RUN", config.run, dataset=config.dataset, norm=config.norm)
+    dataset = _dataset(config, target)
+    norm, eps = target.defaults.get("norm"), target.defaults.get("eps")
+    default = ThreatModel.parse(norm, eps) if norm and eps else ThreatModel.parse(dataset.norm, dataset.eps)
+    threat_models = attacked_in(replace(config, norm=config.norm or norm), default)
+    source = _source(config, target, dataset, threat_models[0].norm)
+    # Weights come before images: they may be unavailable, while images may take minutes to decode.
+    evaluated = result_path(target.results_folder, config.suite, threat_models).is_file()
+    models = [] if evaluated else _loaded(target, source)
+    return _Task(config, target, source, dataset, threat_models, models, _test_images(config, target, dataset))
 
 
-def _measured(task: _Task) -> Result:
-    """The result, which the first process writes to files."""
+def _loaded(*named: NamedModel | None) -> list[nn.Module]:
+    return [one.load() for one in named if one is not None]
+
+
+def _dataset(config: EvaluateConfig, target: NamedModel) -> Dataset:
+    name = config.dataset or target.defaults.get("dataset")
+    if name is None:
+        raise InputError(f"--dataset is needed to evaluate {config.run}. Use one of {', '.join(DATASETS)}.")
+    if name not in DATASETS:
+        raise unknown("--dataset", name, DATASETS)
+    return DATASETS[name]
+
+
+def _source(config: EvaluateConfig, target: NamedModel, dataset: Dataset, norm: str) -> NamedModel | None:
+    """Find the model of ``--transfer-from``, which must accept the same images as the attacked one."""
+    if config.transfer_from is None:
+        return None
+    source = find_model("--transfer-from", config.transfer_from, dataset=dataset.name, norm=norm)
+    for what, own, needed in (
+        ("pixels per side", source.img_size, target.img_size or dataset.img_size),
+        ("channels", source.in_chans, target.in_chans or dataset.in_chans),
+    ):
+        if own and needed and own != needed:
+            raise InputError(
+                f"--transfer-from {source.name} takes images with {own} {what}, RUN {target.name} with {needed}. "
+                "Use a model that takes the same images."
+            )
+    return source
+
+
+def _test_images(config: EvaluateConfig, target: NamedModel, dataset: Dataset) -> Images:
+    data_dir = config.data_dir or target.defaults.get("data_dir")
+    size = {"img_size": target.img_size, "in_chans": target.in_chans}
+    images = load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
+    if target.classes not in (None, images.classes):
+        pairs = zip_longest(target.classes, images.classes, fillvalue="nothing")
+        index, (trained, found) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise InputError(
+            f"--data-dir {data_dir}: class {index} is {found}, but RUN {target.name} was trained with {trained} there. "
+            "Give images in folders of the same names."
+        )
+    return images
+
+
+def _existing(task: _Task) -> Result:
+    """Read the result, which must have the settings of the flags."""
+    result = read_result(task.path)
+    before = result.identity()
+    for field, value in task.result.identity().items():
+        if field != "run" and before[field] != value:
+            raise InputError(
+                f"{task.path} holds a result with {field} {before[field]!r}, not {value!r}. Move or delete it to "
+                "evaluate again."
+            )
+    return result
+
+
+def _measure(task: _Task) -> Result:
+    """Evaluate, and let the first process write the files."""
     config, state = task.config, task.path.with_suffix(".state")
     processes = Processes(state)
-    model, *source = _on_device(task)
+    model, *source = [each.to(launched().device) for each in task.models]
     evaluations = evaluate_under(
-        task.balls,
+        task.threat_models,
         model,
         task.images.images,
         task.images.labels,
@@ -172,14 +234,16 @@ def _measured(task: _Task) -> Result:
         search_dtype=getattr(torch, config.precision),
         transfer_from=source[0] if source else None,
         state=state,
+        called=(f"RUN {config.run}", f"--transfer-from {config.transfer_from}"),
+        num_classes=len(task.images.classes),
         processes=processes,
     )
     result = replace(task.result, points=tuple(evaluations), processes=processes.count)
-    return result if processes.index else _written(task, result, evaluations)
+    return result if processes.index else _write(task, result, evaluations)
 
 
-def _written(task: _Task, result: Result, evaluations: Sequence[Evaluation]) -> Result:
-    """Write all files of a result, the .json last: a result is there once this is.
+def _write(task: _Task, result: Result, evaluations: Sequence[Evaluation]) -> Result:
+    """Write all files of a result; the .json comes last, since a result exists once it does.
 
     Raises:
         InputError: A full disk, or another reason why a file cannot be written.
@@ -188,95 +252,62 @@ def _written(task: _Task, result: Result, evaluations: Sequence[Evaluation]) -> 
     try:
         if adversarial is None:
             by_eps = {evaluation.eps: evaluation.rows for evaluation in evaluations}
-            write_text(path.with_suffix(".csv"), sweep_csv_text(by_eps))
+            rows = sweep_csv_text(by_eps)
             draw_curve(result.points, path.with_suffix(".png"), title=task.title)
         else:
-            write_text(path.with_suffix(".csv"), csv_text(evaluations[0].rows))
+            rows = csv_text(evaluations[0].rows)
             sha256 = adversarial.save(path.with_suffix(ADVERSARIAL), result.identity())
             result = replace(result, adversarial_sha256=sha256)
+        write_text(path.with_suffix(".csv"), rows)
+        sealed = seal(result, images=images_digest(task.images), rows=hashlib.sha256(rows.encode()).hexdigest())
+        result = replace(result, seal=sealed)
         write_json(path, result.to_json())
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path} and the files beside it cannot be written ({one_line(error)}); what was measured is kept: make "
-            "room and run the same command again"
+            f"{path} and the files next to it cannot be written ({one_line(error)}). What was measured is kept: make "
+            "room and run the same command again."
         ) from error
     shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
     return result
 
 
-def _source(config: EvaluateConfig, subject: Subject, dataset: Dataset, norm: str) -> Subject | None:
-    """The model of ``--transfer-from``, which must take images as the attacked one does."""
-    if config.transfer_from is None:
-        return None
-    source = find_subject("--transfer-from", config.transfer_from, dataset=dataset.name, norm=norm)
-    for what, own, needed in (
-        ("pixels a side", source.img_size, subject.img_size or dataset.img_size),
-        ("channels", source.in_chans, subject.in_chans or dataset.in_chans),
-    ):
-        if own and needed and own != needed:
-            raise InputError(
-                f"--transfer-from {source.run} takes images of {own} {what}, RUN {subject.run} of {needed}; "
-                "give a model that takes the same images"
-            )
-    return source
+def _show(result: Result, title: str) -> None:
+    """Print a result: the accuracies, a row per eps for a sweep, and below them the verdict with its evidence."""
+    console, point = Console(), result.points[-1]
+    console.print(Text(title, style="italic"))  # as a Text, since brackets in a name would be read as markup
+    console.print(_curve(result) if result.is_sweep else _accuracies(point))
+    if (cw := point.cw_l2) and not result.is_sweep:
+        needs = "fools the model on fewer than half of the examples"
+        if cw.median_l2 is not None:
+            needs = f"needs a median L2 distance of {cw.median_l2:.3f}"
+        console.print(f"cw-l2 {needs}; accuracy at L2 {cw.budget:.3f}: {_percent(cw.accuracy_at_budget)}")
+    heading = f"verdict at {point.eps}" if result.is_sweep else "verdict on the white-box accuracies"
+    console.print(f"{heading}: [bold]{point.verdict}[/bold]")
+    for sentence in point.verdict.evidence:
+        console.print(Padding(Text(sentence), (0, 0, 0, 2)))
 
 
-def _loaded(*subjects: Subject | None) -> list[nn.Module]:
-    """The subjects' models, whose weights are fetched where need be."""
-    return [subject.load() for subject in subjects if subject is not None]
+def _accuracies(at: EpsResult) -> Table:
+    table = Table("attack", "kind", "accuracy")
+    table.add_row("none (clean)", "", _percent(at.clean))
+    for name, accuracy in at.accuracy.items():
+        table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
+    table.add_section()
+    table.add_row("worst case", "", _percent(at.worst), style="bold")
+    table.add_row("zero input gradients", "", _percent(at.zero_gradient_share))
+    return table
 
 
-def _on_device(task: _Task) -> list[nn.Module]:
-    """The task's models on this process's device.
-
-    Raises:
-        InputError: A model with other classes than the images have.
-    """
-    models = [model.to(launched().device) for model in task.models]
-    flags = (f"RUN {task.config.run}", f"--transfer-from {task.config.transfer_from}")
-    for model, flag in zip(models, flags, strict=False):
-        check_classes(model, task.images, called=flag)
-    return models
+def _curve(result: Result) -> Table:
+    table = Table("eps", caption="accuracy in %", box=SIMPLE)
+    for column in ("clean", *result.points[0].accuracy, "worst"):
+        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    for at in result.points:
+        accuracies = [at.clean, *at.accuracy.values(), at.worst]
+        table.add_row(at.eps, *(f"{100 * accuracy:.1f}" for accuracy in accuracies), verdict_at(at))
+    return table
 
 
-def _dataset(config: EvaluateConfig, subject: Subject) -> Dataset:
-    name = config.dataset or subject.defaults.get("dataset")
-    if name is None:
-        raise InputError(f"--dataset is needed to evaluate {config.run}; give one of {', '.join(DATASETS)}")
-    if name not in DATASETS:
-        raise unknown("--dataset", name, DATASETS)
-    return DATASETS[name]
-
-
-def _threat_models(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> list[ThreatModel]:
-    """Those that are asked for, or else the subject's, or the dataset's."""
-    norm, eps = subject.defaults.get("norm"), subject.defaults.get("eps")
-    default = ThreatModel.parse(norm, eps) if norm and eps else ThreatModel.parse(dataset.norm, dataset.eps)
-    return attacked_in(replace(config, norm=config.norm or norm), default)
-
-
-def _test_images(config: EvaluateConfig, subject: Subject, dataset: Dataset) -> Images:
-    data_dir = config.data_dir or subject.defaults.get("data_dir")
-    size = {"img_size": subject.img_size, "in_chans": subject.in_chans}
-    images = load_images(dataset.name, data_dir, "test", **size)[: config.n_examples]
-    if subject.classes not in (None, images.classes):
-        pairs = zip_longest(subject.classes, images.classes, fillvalue="nothing")
-        index, (trained, found) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise InputError(
-            f"--data-dir {data_dir}: class {index} is {found}, but RUN {subject.run} was trained with {trained} there. "
-            "Give images in folders of the same names."
-        )
-    return images
-
-
-def _already(task: _Task) -> Result:
-    """The result in the file, which must be what is asked for."""
-    result = read_result(task.path)
-    before = result.identity()
-    for field, value in task.result.identity().items():
-        if field != "run" and before[field] != value:
-            raise InputError(
-                f"{task.path} holds a result with {field} {before[field]!r}, not {value!r}; move it away or delete it "
-                "to evaluate anew"
-            )
-    return result
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -51,7 +51,7 @@ from drelu_timm.errors import InputError
 from drelu_timm.evaluation.checkpoint import Checkpoint
 from drelu_timm.evaluation.driver import Driver
 from drelu_timm.evaluation.evaluation import evaluate_model
-from drelu_timm.evaluation.subjects import find_subject
+from drelu_timm.evaluation.named_model import find_model
 from drelu_timm.models.inference import channels_last, frozen
 from drelu_timm.runs import environment
 
@@ -104,16 +104,16 @@ class Subjects:
 
 def load(config: BenchmarkConfig) -> Subjects:
     """Load the model, on the fastest device, and the images."""
-    subject = find_subject("RUN", config.run, dataset=config.dataset, norm=config.norm)
-    dataset = config.dataset or subject.defaults.get("dataset")
+    named = find_model("RUN", config.run, dataset=config.dataset, norm=config.norm)
+    dataset = config.dataset or named.defaults.get("dataset")
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset!r} is not a dataset. Allowed: {', '.join(DATASETS)}")
-    data_dir = config.data_dir or subject.defaults.get("data_dir")
-    images = load_images(dataset, data_dir, "test", img_size=subject.img_size, in_chans=subject.in_chans)
+    data_dir = config.data_dir or named.defaults.get("data_dir")
+    images = load_images(dataset, data_dir, "test", img_size=named.img_size, in_chans=named.in_chans)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = images[: config.n_examples].to(device)
     threat_model = ThreatModel.parse(config.norm, config.eps)
-    return Subjects(subject.load().eval().to(device), to_float(images.images), images.labels, threat_model)
+    return Subjects(named.load().eval().to(device), to_float(images.images), images.labels, threat_model)
 
 
 def original(config: BenchmarkConfig, subjects: Subjects, seed: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The checkpoint of an evaluation: a file per stage and batch, used again only where it belongs."""
+"""The checkpoint of an evaluation: a file per stage and batch, used only for the evaluation that wrote it."""
 
 import resource
 import signal
@@ -11,14 +11,14 @@ from drelu_timm.errors import InputError
 from drelu_timm.evaluation.checkpoint import Checkpoint, Measurement
 
 IDENTITY = {"model": "abc", "eps": (0.1, 0.2), "seed": 0}
-PICTURES = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
-def of(examples, keep=(), pictures=PICTURES, **columns):
-    """What a stage measured on these examples."""
+def of(examples, keep=(), images=IMAGES, **columns):
+    """The measurement of a stage on these examples."""
     examples, keep = torch.tensor(examples), torch.tensor(keep)
     columns = {name: torch.tensor(values) for name, values in columns.items()}
-    return Measurement.of(examples, columns, pictures[examples], torch.isin(examples, keep))
+    return Measurement.of(examples, columns, images[examples], torch.isin(examples, keep))
 
 
 @pytest.fixture
@@ -52,13 +52,13 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "xyz"}, r"another model \(abc before, xyz now\)\. Give what it was started with, or delete it"),
+        ({"model": "xyz"}, r"another model \(abc before, xyz now\)\. Use the earlier value, or delete the folder"),
         ({"eps": [0.1]}, r"another eps \(\[0.1, 0.2\] before, \[0.1\] now\)"),
         ({"layout": 1}, r"another layout \(3 before, 1 now\)"),
         ({"seed": 1, "model": "x"}, r"another model \(abc before, x now\), another seed \(0 before, 1 now\)"),
     ],
 )
-def test_a_checkpoint_of_something_else_is_refused_and_left(folder, changed, message):
+def test_the_checkpoint_of_another_evaluation_is_refused_and_kept(folder, changed, message):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(InputError, match=message):
         Checkpoint(6, folder, IDENTITY | changed)
@@ -72,7 +72,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", [lambda content: content[:50], lambda _: b"", lambda _: b"hello there" * 10])
-def test_a_file_that_cannot_be_read_is_named(folder, spoil):
+def test_a_file_that_cannot_be_read_is_reported(folder, spoil):
     path = folder / "pgd-0000000.safetensors"
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(InputError, match=r"pgd-0000000\.safetensors cannot be read \(.*\)\. Delete it"):
@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_read_is_named(folder, spoil):
 
 @contextmanager
 def no_file_above(size):
-    """As on a full disk, writing beyond so many bytes is an error."""
+    """As on a full disk, fail to write more than so many bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the limit is an error of the write
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -94,7 +94,7 @@ def no_file_above(size):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_stops_and_keeps_what_is_there(folder):
+def test_a_full_disk_stops_and_keeps_the_files(folder):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     checkpoint = Checkpoint(6, folder, IDENTITY)
     message = r"cw-0000000\.safetensors cannot be written \(.*\)\. What was measured is kept: make room"
@@ -112,13 +112,13 @@ def test_a_full_disk_stops_and_keeps_what_is_there(folder):
 def test_images_come_back(tmp_path, folder):
     checkpoint = Checkpoint(6, folder and tmp_path / folder, IDENTITY)
     checkpoint.add("pgd", of([0, 1, 4], keep=[1, 4], broken_at=[1, 0, 0]))
-    checkpoint.add("square", of([0, 2, 4], keep=[2, 4], pictures=1 - PICTURES, broken_at=[1, 0, 0]))
+    checkpoint.add("square", of([0, 2, 4], keep=[2, 4], images=1 - IMAGES, broken_at=[1, 0, 0]))
     asked = {4: "pgd", 2: "square", 1: "pgd"}
-    expected = torch.stack([PICTURES[4], 1 - PICTURES[2], PICTURES[1]])
-    assert torch.equal(checkpoint.images(asked, PICTURES.shape[1:]), expected)
-    assert checkpoint.images({}, PICTURES.shape[1:]).shape == (0, 2, 3, 3)
+    expected = torch.stack([IMAGES[4], 1 - IMAGES[2], IMAGES[1]])
+    assert torch.equal(checkpoint.images(asked, IMAGES.shape[1:]), expected)
+    assert checkpoint.images({}, IMAGES.shape[1:]).shape == (0, 2, 3, 3)
     if folder:
-        assert torch.equal(Checkpoint(6, tmp_path / folder, IDENTITY).images(asked, PICTURES.shape[1:]), expected)
+        assert torch.equal(Checkpoint(6, tmp_path / folder, IDENTITY).images(asked, IMAGES.shape[1:]), expected)
 
 
 def test_images_of_another_process_are_read(tmp_path):
@@ -127,24 +127,24 @@ def test_images_of_another_process_are_read(tmp_path):
         measurement = of(examples, keep=examples, broken_at=[0, 0])
         checkpoint.add("pgd", measurement)
         other.merge("pgd", Measurement(measurement.examples, measurement.columns, measurement.kept, None))
-    assert torch.equal(here.images(dict.fromkeys(range(4), "pgd"), PICTURES.shape[1:]), PICTURES[:4])
+    assert torch.equal(here.images(dict.fromkeys(range(4), "pgd"), IMAGES.shape[1:]), IMAGES[:4])
 
 
 def test_a_part_of_a_measurement_has_its_own_images():
     part = of([0, 1, 4], keep=[1, 4], margin=[1.0, 2.0, 3.0])[torch.tensor([True, True, False])]
     assert (part.examples.tolist(), part.columns["margin"].tolist(), part.kept.tolist()) == ([0, 1], [1, 2], [1])
-    assert torch.equal(part.images, PICTURES[[1]])
+    assert torch.equal(part.images, IMAGES[[1]])
 
 
 def test_images_in_another_memory_format_are_kept_as_they_are(tmp_path):
     checkpoint = Checkpoint(6, tmp_path, IDENTITY)
-    checkpoint.add("pgd", of([0], keep=[0], pictures=PICTURES.contiguous(memory_format=torch.channels_last)))
-    assert torch.equal(checkpoint.images({0: "pgd"}, PICTURES.shape[1:])[0], PICTURES[0])
+    checkpoint.add("pgd", of([0], keep=[0], images=IMAGES.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(checkpoint.images({0: "pgd"}, IMAGES.shape[1:])[0], IMAGES[0])
 
 
-def test_images_that_are_gone_are_named(tmp_path):
+def test_missing_images_are_reported(tmp_path):
     checkpoint = Checkpoint(6, tmp_path, IDENTITY)
     checkpoint.add("pgd", of([0], keep=[0]))
     (tmp_path / "pgd-0000000.safetensors").unlink()
     with pytest.raises(InputError, match=r"pgd-0000000\.safetensors cannot be read \(.*\)"):
-        checkpoint.images({0: "pgd"}, PICTURES.shape[1:])
+        checkpoint.images({0: "pgd"}, IMAGES.shape[1:])

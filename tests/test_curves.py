@@ -1,4 +1,4 @@
-"""The picture of a sweep: what is on it, and that it is written whole or not at all."""
+"""The plot of a sweep: its content, and that it is written atomically."""
 
 import pytest
 from PIL import Image
@@ -45,7 +45,7 @@ def test_every_attack_has_its_line_and_every_eps_its_verdict():
     assert axes.get_title() == "Digits"
 
 
-def test_lines_can_be_told_apart():
+def test_lines_are_distinct():
     (axes,) = _curve(curve([f"attack {index}" for index in range(24)]), "").axes
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker(), line.get_linewidth()) for line in axes.lines}
     assert len(looks) == 26
@@ -53,7 +53,7 @@ def test_lines_can_be_told_apart():
     assert widths.pop("worst case") > max(widths.values())
 
 
-def test_the_picture_takes_the_place_of_the_old_one_whole(tmp_path):
+def test_the_plot_replaces_the_old_one_atomically(tmp_path):
     path = tmp_path / "sweeps" / "quick.png"
     for attacks in (ATTACKS, ATTACKS[:3]):
         draw_curve(curve(attacks), path, title="Digits")

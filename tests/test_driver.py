@@ -1,4 +1,4 @@
-"""The driver: whatever stops an evaluation, and however it is cut up, it ends with the same rows."""
+"""The driver: an evaluation has the same rows if it is stopped and resumed, in any batches, on any processes."""
 
 import csv
 import itertools
@@ -25,14 +25,14 @@ from drelu_timm.attacks.square import Square
 from drelu_timm.attacks.suites import ATTACKS
 from drelu_timm.data import images as decoded
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation import processes
-from drelu_timm.evaluation.attacked import Attacked, label_margin
+from drelu_timm.evaluation import checkpoint
+from drelu_timm.evaluation.driver import Attacked, label_margin
 from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
 
 
 @pytest.fixture
 def toy():
-    """A small net, images, and labels that are right for all but the first."""
+    """A small model, images, and labels that are right for all but the first."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 6))
@@ -43,7 +43,7 @@ def toy():
 
 
 def measured(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """What the files of a checkpoint hold, by stage and example."""
+    """The content of a checkpoint, by stage and example."""
     rows = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -56,10 +56,10 @@ def measured(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
     return rows
 
 
-# Going on
+# Resuming
 
 
-def test_an_evaluation_goes_on_where_it_was_cut_and_ends_with_the_same_rows(toy, tmp_path):
+def test_an_evaluation_resumes_and_ends_with_the_same_rows(toy, tmp_path):
     arguments = {"eps": "8/255", "suite": "quick", "batch_size": 8}
     whole = evaluate_model(*toy, **arguments, state=tmp_path / "whole")
     expected = measured(tmp_path / "whole")
@@ -81,7 +81,7 @@ def test_an_evaluation_goes_on_where_it_was_cut_and_ends_with_the_same_rows(toy,
         shutil.rmtree(cut)
 
 
-def test_another_batch_size_measures_what_is_missing_only(toy, tmp_path):
+def test_another_batch_size_measures_only_missing_examples(toy, tmp_path):
     arguments = {"eps": "8/255", "suite": "quick", "state": tmp_path}
     whole = evaluate_model(*toy, **arguments, batch_size=8)
     files = sorted(tmp_path.iterdir())
@@ -94,7 +94,7 @@ def test_another_batch_size_measures_what_is_missing_only(toy, tmp_path):
     assert again.broken.by == whole.broken.by
 
 
-def test_what_is_known_is_not_measured_again(toy, tmp_path, monkeypatch):
+def test_measured_examples_are_not_measured_again(toy, tmp_path, monkeypatch):
     calls = []
 
     def search(model, batch, threat_model):
@@ -119,7 +119,7 @@ def test_what_is_known_is_not_measured_again(toy, tmp_path, monkeypatch):
         (lambda m, x, y: (m, x, (y + 1) % 6), "images"),
     ],
 )
-def test_the_state_of_something_else_is_refused(toy, tmp_path, change, field):
+def test_the_checkpoint_of_another_evaluation_is_refused(toy, tmp_path, change, field):
     evaluate_model(*toy, eps=0.1, state=tmp_path)
     with pytest.raises(InputError, match=f"was started with another {field} "):
         evaluate_model(*change(*toy), eps=0.1, state=tmp_path)
@@ -134,7 +134,7 @@ def test_the_state_of_something_else_is_refused(toy, tmp_path, change, field):
         ({"search_dtype": torch.bfloat16}, r"another precision \(torch.float32 before"),
     ],
 )
-def test_the_state_of_other_settings_is_refused(toy, tmp_path, option, message):
+def test_the_checkpoint_of_other_settings_is_refused(toy, tmp_path, option, message):
     evaluate_model(*toy, eps=0.1, state=tmp_path)
     with pytest.raises(InputError, match=message):
         evaluate_model(*toy, **{"eps": 0.1, "state": tmp_path, **option})
@@ -164,7 +164,7 @@ def rows_of(run: Path, name: str) -> list[dict]:
 
 
 def check_that_some_break(rows: list[dict]) -> None:
-    """Attacks must break some of what the model gets right and not all, else there is nothing to compare."""
+    """Attacks must fool the model on some correct examples and not on all, else there is nothing to compare."""
     correct = [row for row in rows if row["broken_by"] != "clean"]
     assert 0 < sum(not row["broken_by"] for row in correct) < len(correct)
 
@@ -177,7 +177,7 @@ def size(state: Path) -> int:
     ("kills", "suite", "examples"), [(3, "quick", 120), pytest.param(25, "standard", 359, marks=pytest.mark.slow)]
 )
 def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path, kills, suite, examples):
-    """The command, killed by SIGKILL within passes of the model and while it writes, against itself left alone."""
+    """The command, killed by SIGKILL in passes of the model and while it writes, compared with one that was not."""
     alone = tmp_path / "alone"
     shutil.copytree(run, alone)
     arguments = ["--suite", suite, "--n-examples", str(examples), "--batch-size", "8"]
@@ -204,7 +204,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_rows(run, tmp_path, kills, s
     assert not state.exists()
 
 
-# Cut otherwise
+# Other batches and processes
 
 
 def test_the_same_for_any_batch_size(toy):
@@ -217,7 +217,7 @@ def test_the_same_for_any_batch_size(toy):
 
 
 def test_the_same_on_two_processes(run):
-    """Real processes: every row but for rounding, and both of them have worked."""
+    """Every row is the same up to rounding."""
     arguments = ["evaluate", str(run), "--suite", "quick", "--n-examples", "359", "--batch-size", "10"]
     alone = run.with_name("alone")
     shutil.copytree(run, alone)
@@ -245,8 +245,8 @@ def test_processes_wait_long_for_each_other(tmp_path, monkeypatch):
         asked.update(options)
         return SimpleNamespace(process_index=0, num_processes=1)
 
-    monkeypatch.setattr(processes, "PartialState", state)
-    processes.Processes(tmp_path)
+    monkeypatch.setattr(checkpoint, "PartialState", state)
+    checkpoint.Processes(tmp_path)
     assert asked["timeout"] == timedelta(days=1)
 
 
@@ -257,13 +257,13 @@ def test_accelerate_launch_that_starts_one_process_for_many_is_named(run):
     assert "error: accelerate launch --num_processes starts one process only on a machine without GPUs" in done.stderr
 
 
-# Several radii
+# Several eps
 
 
 RADII = [0, "1/255", "4/255", "16/255", "64/255"]
 
 
-def test_a_sweep_can_only_fall_and_agrees_with_single_radii(toy):
+def test_a_sweep_can_only_fall_and_agrees_with_single_eps(toy):
     sweep = evaluate_sweep(*toy, eps=RADII, suite="paper")
     assert [evaluation.threat_model.written for evaluation in sweep] == [str(radius) for radius in RADII]
     assert sweep[0].worst == sweep[0].clean == 39 / 40
@@ -276,7 +276,7 @@ def test_a_sweep_can_only_fall_and_agrees_with_single_radii(toy):
     assert sweep[-1].worst < 0.2
 
 
-def test_a_larger_ball_begins_where_the_smaller_one_ended(toy, monkeypatch):
+def test_a_larger_eps_starts_from_the_images_of_the_smaller_one(toy, monkeypatch):
     starts = []
 
     def search(model, batch, threat_model):
@@ -292,7 +292,7 @@ def test_a_larger_ball_begins_where_the_smaller_one_ended(toy, monkeypatch):
     assert not torch.equal(starts[1], starts[2][: len(starts[1])])
 
 
-def test_broken_examples_are_not_searched_again_in_a_larger_ball(toy, monkeypatch):
+def test_examples_without_robustness_are_not_searched_again_at_a_larger_eps(toy, monkeypatch):
     sizes = []
 
     def search(model, batch, threat_model):
@@ -305,7 +305,7 @@ def test_broken_examples_are_not_searched_again_in_a_larger_ball(toy, monkeypatc
     assert sizes[-1] < 39
 
 
-# What attacks see
+# The model as attacks see it
 
 
 def test_a_model_without_a_gradient_has_a_zero_one():
@@ -342,7 +342,7 @@ def test_margin_is_that_of_the_label():
 
 
 def test_bf16_finds_and_float32_judges(toy, monkeypatch):
-    """What only looks broken in bf16 is searched again in float32, and counts only if it is."""
+    """An example misclassified only in bf16 is searched again in float32, and counts only if that succeeds."""
     searched = []
 
     def search(model, batch, threat_model):
@@ -352,7 +352,7 @@ def test_bf16_finds_and_float32_judges(toy, monkeypatch):
         return ATTACKS["pgd"].run(model, batch, threat_model)
 
     def forward(attacked, images):
-        """In bf16 a model that is wrong about everything."""
+        """In bf16 the model is always wrong."""
         return attacked.model(images) * (-1 if attacked.dtype == torch.bfloat16 else 1)
 
     suite = only(monkeypatch, {"fake": FakeAttack(search)})
@@ -365,7 +365,7 @@ def test_bf16_finds_and_float32_judges(toy, monkeypatch):
     assert torch.equal(result.robust["fake"], reference.robust["fake"])
 
 
-def test_what_bf16_gave_up_on_is_searched_again_in_float32(toy, monkeypatch):
+def test_a_success_that_does_not_repeat_in_bf16_is_searched_again_in_float32(toy, monkeypatch):
     """Also where the success was that of another batch, and the last look at the image does not show it."""
     searched = []
 

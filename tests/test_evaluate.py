@@ -1,4 +1,4 @@
-"""The evaluation: what counts as broken, what is refused, what is written."""
+"""The evaluation: which images count, which input is refused, which files are written."""
 
 import csv
 import hashlib
@@ -21,7 +21,7 @@ from drelu_timm.__main__ import main
 from drelu_timm.attacks.suites import ATTACKS, SUITES
 from drelu_timm.attacks.threat_model import ThreatModel
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation.attacked import label_margin
+from drelu_timm.evaluation.driver import label_margin
 from drelu_timm.evaluation.evaluation import evaluate_model, evaluate_sweep
 from drelu_timm.models.weights import save_folder
 from drelu_timm.results import examples
@@ -29,7 +29,7 @@ from drelu_timm.results.examples import Adversarial
 from drelu_timm.zoo.robust_models import register_robust_model
 
 
-def small_net(num_classes=6):
+def small_model(num_classes=6):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, num_classes))
@@ -37,8 +37,8 @@ def small_net(num_classes=6):
 
 @pytest.fixture
 def toy():
-    """A small net, images, and labels that are right for all but the first."""
-    model = small_net()
+    """A small model, images, and labels that are right for all but the first."""
+    model = small_model()
     images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = model(images).argmax(dim=1)
     labels[0] = (labels[0] + 1) % 6
@@ -54,17 +54,17 @@ def gives(change, *, name="fake", minimum_norm=False):
 def test_result_of_the_quick_suite(toy):
     result = evaluate_model(*toy, eps="8/255", suite="quick")
     assert result.clean == 39 / 40
-    assert set(result.accuracy) == {"apgd-ce", "apgd"}, "there is nothing to adapt to"
+    assert set(result.accuracy) == {"apgd-ce", "apgd"}, "the model has no layer to substitute"
     assert set(result.settings) == {"apgd-ce", "apgd-t", "apgd"}
     assert 0 <= result.worst <= min(result.accuracy.values()) < result.clean
     assert result.settings["apgd-t"]["n_target_classes"] == 3
     assert result.zero_gradient_share == 0
     assert result.cw_l2 is None
     assert str(result.verdict) == "sound"
-    assert not any(robust[0] for robust in result.robust.values()), "wrong on the clean image, yet robust"
+    assert not any(robust[0] for robust in result.robust.values()), "robust, but wrong on the clean image"
 
 
-def test_what_broke_an_example_is_said(toy):
+def test_the_first_attack_that_fooled_the_model_is_reported(toy):
     result = evaluate_model(*toy, eps="8/255", suite="quick")
     broken = result.broken
     assert broken.by[0] == "clean"
@@ -79,7 +79,7 @@ def test_what_broke_an_example_is_said(toy):
     assert torch.equal(result.survivors, torch.tensor([not by for by in broken.by]))
 
 
-def test_a_probe_that_breaks_what_the_suite_left_counts(toy, monkeypatch):
+def test_a_probe_counts_that_fools_the_model_where_the_suite_did_not(toy, monkeypatch):
     result = evaluate_model(*toy, eps="8/255", suite=only(monkeypatch, gives(lambda x: x)))
     assert result.accuracy == {"fake": result.clean}
     assert result.worst < result.clean - 0.2
@@ -100,17 +100,17 @@ def test_a_second_model_is_tried(toy):
     assert unrelated.accuracy["transfer"] > result.accuracy["transfer"] + 0.1
 
 
-def test_a_second_model_is_seen_as_the_attacked_one_is(toy):
-    """With finite gradients, and in the precision of the search; afterwards it is what it was."""
+def test_a_second_model_is_called_like_the_attacked_one(toy):
+    """With finite gradients, and in the precision of the search; it is restored afterwards."""
 
     class Blind(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net, self.dtypes = small_net(), set()
+            self.inner, self.dtypes = small_model(), set()
 
         def forward(self, images):  # the first pixel's gradient is NaN
             self.dtypes.add(torch.is_autocast_enabled("cpu"))
-            return self.net(images + 0 * (images[:, :, :1, :1] - 2).relu().sqrt())
+            return self.inner(images + 0 * (images[:, :, :1, :1] - 2).relu().sqrt())
 
     source = Blind().train()
     result = evaluate_model(*toy, eps="8/255", transfer_from=source)
@@ -146,7 +146,7 @@ def test_model_and_random_state_are_left_as_they_were(toy):
 
 @pytest.fixture
 def flags():
-    """What allows TF32, in a state that is put back."""
+    """Settings that allow TF32, restored afterwards."""
     flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [flag.allow_tf32 for flag in flags]
     yield flags
@@ -156,7 +156,7 @@ def flags():
 
 @pytest.mark.parametrize("allowed", [(True, False), (False, True)])
 def test_float32_is_not_tf32(toy, flags, allowed):
-    """Not in the search either; what was allowed before is allowed afterwards, whatever happens."""
+    """Not in the search either; the settings are restored, also after an error."""
     seen = []
     for flag, before in zip(flags, allowed, strict=True):
         flag.allow_tf32 = before
@@ -166,7 +166,7 @@ def test_float32_is_not_tf32(toy, flags, allowed):
             seen.append([flag.allow_tf32 for flag in flags])
             if len(seen) == 9:
                 raise KeyboardInterrupt
-            return small_net()(images)
+            return small_model()(images)
 
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(Looks(), *toy[1:], eps=0.03, batch_size=8)
@@ -174,7 +174,7 @@ def test_float32_is_not_tf32(toy, flags, allowed):
     assert [flag.allow_tf32 for flag in flags] == [*allowed]
 
 
-def test_images_outside_the_ball_count_only_as_projected(toy, monkeypatch):
+def test_images_outside_the_epsilon_ball_are_projected(toy, monkeypatch):
     model, images, labels = toy
     far = evaluate_model(*toy, eps=1e-6, suite=only(monkeypatch, gives(lambda x: 5 - 9 * x)))
     assert far.accuracy["fake"] == far.clean
@@ -183,15 +183,15 @@ def test_images_outside_the_ball_count_only_as_projected(toy, monkeypatch):
     assert torch.equal(reached.robust["fake"], outcome & (reached.predictions == labels))
 
 
-def test_images_that_are_not_finite_break_nothing(toy, monkeypatch):
+def test_images_that_are_not_finite_do_not_count(toy, monkeypatch):
     result = evaluate_model(*toy, eps=1, suite=only(monkeypatch, gives(lambda x: x * float("nan"))))
     assert result.accuracy["fake"] == result.clean
 
 
-def test_a_model_that_fails_on_an_adversarial_image_is_broken(toy, monkeypatch):
+def test_a_model_with_nan_logits_on_an_adversarial_image_is_fooled(toy, monkeypatch):
     class Fails(nn.Module):
         def forward(self, images):
-            logits = small_net()(images)
+            logits = small_model()(images)
             return logits.where(images.flatten(1).amax(1, keepdim=True) < 1, torch.nan)
 
     _, images, labels = toy
@@ -199,7 +199,7 @@ def test_a_model_that_fails_on_an_adversarial_image_is_broken(toy, monkeypatch):
     assert result.worst == 0
 
 
-def test_minimum_norm_attack_counts_inside_the_ball_only(toy, monkeypatch):
+def test_minimum_norm_attack_counts_inside_the_epsilon_ball_only(toy, monkeypatch):
     suite = only(monkeypatch, gives(lambda x: 1 - x, name="cw-l2", minimum_norm=True))
     model, images, labels = toy
     result = evaluate_model(*toy, eps=0.5, norm="L2", suite=suite)
@@ -214,7 +214,7 @@ def test_minimum_norm_attack_counts_inside_the_ball_only(toy, monkeypatch):
     assert evaluate_model(*toy, eps=0.5, suite=suite).cw_l2.budget == 0.5 * 8
 
 
-def test_paper_suite_measures_the_distance_that_cw_needs(toy):
+def test_the_paper_suite_measures_the_distance_of_cw(toy):
     model, images, labels = toy
     result = evaluate_model(model, images[:16], labels[:16], eps="0.05", suite="paper")
     assert {"fgsm", "pgd", "apgd-ce", "apgd-dlr", "cw-l2", "square"} == set(result.accuracy)
@@ -227,23 +227,23 @@ def test_paper_suite_measures_the_distance_that_cw_needs(toy):
     ("norm", "eps", "count"), [("Linf", 0.02, 32), pytest.param("L2", 0.15, 100, marks=pytest.mark.slow)]
 )
 def test_standard_is_autoattack(norm, eps, count):
-    """Against pyautoattack's own driver, with other seeds: the same examples stay, up to a few."""
+    """Compared with pyautoattack's own driver, with other seeds: the same examples are robust, up to a few."""
     from pyautoattack import AutoAttack
 
-    model = small_net(num_classes=10).eval()
+    model = small_model(num_classes=10).eval()
     images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = model(images).argmax(dim=1)
     ours = evaluate_model(model, images, labels, norm=norm, eps=eps, suite="standard")
     with torch.random.fork_rng():
         adversarial, _ = AutoAttack(model, norm=norm, eps=eps, seed=5).run_standard_evaluation(images, labels)
     theirs = model(adversarial).argmax(dim=1) == labels
-    assert 0.1 < theirs.float().mean() < 0.9, "the test has nothing to tell apart"
+    assert 0.1 < theirs.float().mean() < 0.9, "the test has nothing to compare"
     assert (ours.robust["autoattack"] != theirs).sum() <= count // 30
     assert ours.settings["autoattack"] == {"stages": ["apgd-ce", "apgd-t", "fab-t", "square"]}
     assert ours.settings["square"]["n_queries"] == 5000
 
 
-def test_later_stages_of_autoattack_have_nothing_to_do_when_all_has_fallen(toy):
+def test_later_attacks_of_autoattack_get_no_example_when_none_is_left(toy):
     result = evaluate_model(*toy, eps=0.9, suite="standard")
     assert result.accuracy["autoattack"] == result.worst == 0
 
@@ -266,7 +266,7 @@ def test_an_attack_is_not_repeated_in_a_sequence(toy, monkeypatch):
     assert result.accuracy["both"] < result.accuracy["first"] == result.clean
 
 
-def test_a_sequence_says_what_each_of_its_attacks_left(toy):
+def test_a_sequence_reports_the_accuracy_after_each_of_its_attacks(toy):
     result = evaluate_model(*toy, eps="8/255", suite="standard")
     (left,) = result.sequences.values()
     assert list(result.sequences) == ["autoattack"]
@@ -284,18 +284,18 @@ def test_a_sequence_says_what_each_of_its_attacks_left(toy):
     ("norm", "eps", "attacks"),
     [
         ("Linf", "8/255", ["fgsm", "pgd", "noise"]),
-        ("Linf", "8/255", ["noise"]),  # what the probes break
+        ("Linf", "8/255", ["noise"]),
         ("L2", "0.2", ["noise", "cw-l2"]),
     ],
 )
-def test_adversarial_images_break_what_they_are_said_to_break(toy, monkeypatch, norm, eps, attacks):
+def test_adversarial_images_fool_the_model_where_reported(toy, monkeypatch, norm, eps, attacks):
     model, images, labels = toy
     suite = only(monkeypatch, {attack: ATTACKS[attack] for attack in attacks})
     result = evaluate_model(*toy, norm=norm, eps=eps, suite=suite)
     index, found = result.adversarial.index, result.adversarial.images
     assert index.tolist() == [example for example, by in enumerate(result.broken.by) if by not in ("", "clean")]
     assert (len(index), found.dtype) == (round(40 * (result.clean - result.worst)), torch.float32)
-    assert len(set(result.broken.by) - {"", "clean"}) > 1, "the test has nothing to tell apart"
+    assert len(set(result.broken.by) - {"", "clean"}) > 1, "the test has nothing to compare"
     assert ThreatModel.parse(norm, eps).contains(found, images[index]).all()
     torch.testing.assert_close(
         label_margin(model(found), labels[index]).double(), result.broken.margin[index], rtol=0, atol=1e-5
@@ -305,7 +305,7 @@ def test_adversarial_images_break_what_they_are_said_to_break(toy, monkeypatch, 
     assert (model(put_in).argmax(dim=1) == labels).double().mean() == result.worst
 
 
-def test_the_image_that_broke_an_example_first_is_kept(toy, monkeypatch):
+def test_the_first_image_that_fools_the_model_is_kept(toy, monkeypatch):
     def dark(images):  # of every second example only
         return images * (images.flatten(1).sum(dim=1) > 32).view(-1, 1, 1, 1)
 
@@ -324,7 +324,7 @@ def test_the_images_are_the_same_on_disk_and_in_memory(toy, tmp_path):
     assert len(in_memory.index)
     assert torch.equal(in_memory.index, on_disk.index)
     assert torch.equal(in_memory.images, on_disk.images)
-    assert sorted(kept(tmp_path)) == on_disk.index.tolist(), "an image an example, and no other"
+    assert sorted(kept(tmp_path)) == on_disk.index.tolist(), "one image per example"
 
 
 def kept(state):
@@ -332,7 +332,7 @@ def kept(state):
     return [example for path in state.iterdir() for example in load_file(path)["kept"].tolist()]
 
 
-def test_a_model_that_nothing_breaks_has_no_images(toy, monkeypatch, tmp_path):
+def test_a_robust_model_has_no_images(toy, monkeypatch, tmp_path):
     result = evaluate_model(*toy, eps=1e-9, suite=only(monkeypatch, gives(lambda x: x)), state=tmp_path / "state")
     assert result.worst == result.clean
     assert result.adversarial.images.shape == (0, 1, 8, 8)
@@ -355,28 +355,31 @@ def test_the_same_images_are_the_same_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m, x, y: (m, x * 255, y), r"images lie in \[.*, 25.*\]; give them in \[0, 1\]"),
-        (lambda m, x, y: (m, x - 0.5, y), r"images lie in \[-0.*; give them in \[0, 1\]"),
-        (lambda m, x, y: (m, x.log().log(), y), r"images lie in \[nan, nan\]"),
+        (lambda m, x, y: (m, x * 255, y), r"images are in \[.*, 25.*\]\. Use \[0, 1\]"),
+        (lambda m, x, y: (m, x - 0.5, y), r"images are in \[-0.*\. Use \[0, 1\]"),
+        (lambda m, x, y: (m, x.log().log(), y), r"images are in \[nan, nan\]"),
         (
             lambda m, x, y: (m, (x * 255).int(), y),
-            r"images are torch.int32 \[40, 1, 8, 8\]; give \[N, C, H, W\], floats",
+            r"images are torch.int32 \[40, 1, 8, 8\]\. Use \[N, C, H, W\], floats",
         ),
-        (lambda m, x, y: (m, x.flatten(1), y), r"images are torch.float32 \[40, 64\]; give \[N, C, H, W\]"),
-        (lambda m, x, y: (m, x[:0], y[:0]), r"0 images and labels of shape \[0\]; give one label an image"),
-        (lambda m, x, y: (m, x, y[:-1]), r"40 images and labels of shape \[39\]; give one label an image"),
-        (lambda m, x, y: (m, x, y.float()), r"labels are torch.float32 .*give integers from 0 to classes - 1"),
-        (lambda m, x, y: (m, x, y - 1), "labels are torch.int64 from -1; give integers"),
-        (lambda m, x, y: (m, x, y + 10), "the labels go up to 15 but the model has 6 outputs"),
-        (lambda m, x, y: (m, x[..., 1:], y), r"the model cannot run on 1x8x7 images \(.*mat1 and mat2 .*\); give such"),
+        (lambda m, x, y: (m, x.flatten(1), y), r"images are torch.float32 \[40, 64\]\. Use \[N, C, H, W\]"),
+        (lambda m, x, y: (m, x[:0], y[:0]), r"0 images and labels of shape \[0\]\. Use one label per image"),
+        (lambda m, x, y: (m, x, y[:-1]), r"40 images and labels of shape \[39\]\. Use one label per image"),
+        (lambda m, x, y: (m, x, y.float()), r"labels are torch.float32 .*Use integers from 0 to classes - 1"),
+        (lambda m, x, y: (m, x, y - 1), r"labels are torch.int64 from -1\. Use integers"),
+        (lambda m, x, y: (m, x, y + 10), "the model has 6 outputs, the labels go up to 15"),
+        (
+            lambda m, x, y: (m, x[..., 1:], y),
+            r"the model cannot run on 1x8x7 images \(.*mat1 and mat2 .*\)\. Use images",
+        ),
         (lambda m, x, y: (nn.Sequential(m, nn.Threshold(-9e9, 0), Nan()), x, y), "NaN or infinite logits for 40 of 40"),
         (
             lambda m, x, y: (nn.Identity(), x, y),
-            r"the model returns \[8, 1, 8, 8\] for 8 images; it must return logits",
+            r"the model returns \[8, 1, 8, 8\] for 8 images\. It must return logits",
         ),
         (
             lambda m, x, y: (nn.Sequential(m, nn.Softmax(1)), x, y),
-            "the model returns probabilities .* without its softmax",
+            "the model returns probabilities .* Use the model without its softmax",
         ),
     ],
 )
@@ -396,14 +399,14 @@ class Nan(nn.Module):
         ({"eps": "hello"}, "--eps 'hello' is not a radius"),
         ({"norm": "L1"}, "--norm 'L1' is unknown"),
         ({"suite": "standart"}, "--suite 'standart' is unknown; did you mean standard"),
-        ({"batch_size": 0}, "--batch-size 0 is not possible; give 1 or more"),
+        ({"batch_size": 0}, "batch_size 0 is not possible. Use an integer above 0"),
         (
-            {"transfer_from": small_net(7)},
-            "--transfer-from has 7 outputs, the attacked model 6; give a model of the same",
+            {"transfer_from": small_model(7)},
+            "transfer_from has 7 outputs, the attacked model 6. Use a model of the same",
         ),
         (
             {"transfer_from": nn.Linear(7, 6)},
-            r"--transfer-from cannot run on 1x8x8 images \(.*mat1 and mat2 shapes cannot",
+            r"transfer_from cannot run on 1x8x8 images \(.*mat1 and mat2 shapes cannot",
         ),
         ({"eps": 0}, "--eps 0 leaves nothing to attack. Use a radius above 0"),
     ],
@@ -468,30 +471,33 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
 
     written = path.read_bytes()
     assert main(arguments) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "json exists. Delete it to evaluate again." in capsys.readouterr().out
     assert path.read_bytes() == written
 
     assert main([*arguments, "--seed", "1"]) == 2
-    assert "holds a result with seed 0, not 1; move it away or delete it" in capsys.readouterr().err
+    assert "holds a result with seed 0, not 1. Move or delete it" in capsys.readouterr().err
     assert path.read_bytes() == written
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "RUN 'nothing' is neither a run directory nor a model of timm or RobustBench; give a folder"),
+        (["nothing"], "RUN 'nothing' is neither a run directory nor a model of timm or RobustBench. Give a folder"),
         (["."], "is not a run directory (it has no config.json)"),
-        (["resnet18"], "--dataset is needed to evaluate resnet18; give one of digits, mnist"),
+        (["resnet18"], "--dataset is needed to evaluate resnet18. Use one of digits, mnist"),
         (["x", "--dataset", "digit"], "--dataset 'digit' is unknown; did you mean digits"),
         (["x", "--eps", "eight"], "--eps 'eight' is not a radius"),
         (["x", "--eps", "2/255,8"], "--eps 8 is larger than the pixel range"),
         (["x", "--norm", "L2"], "--norm L2 needs --eps: the default 8/255 is a radius for Linf"),
         (["x", "--norm", "L3"], "--norm 'L3' is unknown"),
         (["x", "--suite", "quik"], "--suite 'quik' is unknown; did you mean quick"),
-        (["x", "--n-examples", "0"], "--n-examples 0 is not possible; give 1 or more"),
-        (["resnet18_drelu", "--dataset", "digits"], "RUN 'resnet18_drelu' has trained weights for all but its head"),
-        (["x", "--transfer-from", "resnet18_drelu.a1_in1k"], "--transfer-from 'resnet18_drelu.a1_in1k' has trained"),
-        (["x", "--transfer-from", "resnet18.a1_in1k"], "--transfer-from resnet18.a1_in1k takes images of 224 pixels a"),
+        (["x", "--n-examples", "0"], "--n-examples 0 is not possible. Use 1 or more"),
+        (["resnet18_drelu", "--dataset", "digits"], "RUN 'resnet18_drelu' has pretrained weights for all but its head"),
+        (["x", "--transfer-from", "resnet18_drelu.a1_in1k"], "--transfer-from 'resnet18_drelu.a1_in1k' has pretrained"),
+        (
+            ["x", "--transfer-from", "resnet18.a1_in1k"],
+            "--transfer-from resnet18.a1_in1k takes images with 224 pixels per side",
+        ),
         (["resnet18.a1_in1"], "RUN 'resnet18.a1_in1' is unknown; did you mean resnet18.a1_in1k"),
         (["x", "--transfer-from", "dense.x"], "--transfer-from 'dense.x' is unknown; allowed: dense.untrained"),
         (["dense", "--dataset", "digits"], "RUN dense has no pretrained weights. Leave out pretrained"),
@@ -505,32 +511,32 @@ def test_flags_that_cannot_be_used(run, capsys, arguments, message):
     assert not (run / "results").exists()
 
 
-def test_what_may_be_downloaded_the_first_process_fetches_alone(run, monkeypatch):
-    """Data and weights are read where the other processes wait for the first."""
-    told = []
+def test_only_the_first_process_downloads(run, monkeypatch):
+    """Data and weights are read while the other processes wait for the first."""
+    events = []
 
     @contextmanager
     def first(self):
-        told.append("begin")
+        events.append("begin")
         yield
-        told.append("end")
+        events.append("end")
 
     def reading(name):
         own = getattr(verb, name)
-        monkeypatch.setattr(verb, name, lambda *args, **options: told.append(name) or own(*args, **options))
+        monkeypatch.setattr(verb, name, lambda *args, **options: events.append(name) or own(*args, **options))
 
-    for name in ("find_subject", "load_images", "_loaded"):
+    for name in ("find_model", "load_images", "_loaded"):
         reading(name)
     monkeypatch.setattr(PartialState, "main_process_first", first)
     assert main(["evaluate", str(run), "--n-examples", "2", "--transfer-from", str(run)]) == 0
-    text = " ".join(told)
-    assert sorted({*told}) == ["_loaded", "begin", "end", "find_subject", "load_images"]
+    text = " ".join(events)
+    assert sorted({*events}) == ["_loaded", "begin", "end", "find_model", "load_images"]
     assert not {*re.sub("begin.*?end", "", text).split()}
-    assert told.index("_loaded") < told.index("load_images")  # weights may be out of reach
+    assert events.index("_loaded") < events.index("load_images")  # weights may be out of reach
 
 
 def with_classes(run, count):
-    """The run beside, whose net has so many outputs."""
+    """A copy of the run, whose model has so many outputs."""
     other = run.with_name(f"of-{count}")
     shutil.copytree(run, other)
     shutil.rmtree(other / "model")
@@ -544,7 +550,7 @@ def test_a_model_of_other_classes_than_the_dataset_is_refused(run, capsys, count
     other, digits = with_classes(run, count), [str(run), "--n-examples", "2"]  # whose labels are 0 and 3
     for arguments, called in (([other, *digits[1:]], "RUN"), ([*digits, "--transfer-from", other], "--transfer-from")):
         assert main(["evaluate", *arguments]) == 2
-        expected = f"error: {called} {other} has {count} outputs, Digits has 10 classes; give the --dataset that the"
+        expected = f"error: {called} {other} has {count} outputs, the dataset 10 classes. Use the dataset that the"
         assert expected in capsys.readouterr().err
 
 
@@ -559,7 +565,7 @@ def test_a_model_of_robustbench_does_not_keep_the_radius_of_another_norm(robustb
     assert json.loads(path.read_text())["norm"] == "L2"
 
 
-def test_a_full_disk_at_the_end_is_named_and_loses_nothing(run, capsys, monkeypatch):
+def test_a_full_disk_at_the_end_is_reported_and_loses_nothing(run, capsys, monkeypatch):
     arguments = ["evaluate", str(run), "--n-examples", "20"]
     path = run / "results" / "quick-Linf-8_255.json"
 
@@ -568,7 +574,7 @@ def test_a_full_disk_at_the_end_is_named_and_loses_nothing(run, capsys, monkeypa
 
     monkeypatch.setattr(examples, "save_file", full)
     assert main(arguments) == 2
-    assert f"error: {path} and the files beside it cannot be written (No space left" in capsys.readouterr().err
+    assert f"error: {path} and the files next to it cannot be written (No space left" in capsys.readouterr().err
     assert not path.exists()
     monkeypatch.undo()
     monkeypatch.chdir(run.parent)
@@ -576,7 +582,7 @@ def test_a_full_disk_at_the_end_is_named_and_loses_nothing(run, capsys, monkeypa
     assert "apgd-ce" not in json.loads(path.read_text())["attack_seconds"], "it was measured again"
 
 
-def test_a_result_cut_short_is_named(run, capsys):
+def test_a_result_that_is_cut_short_is_reported(run, capsys):
     path = run / "results" / "quick-Linf-8_255.json"
     path.parent.mkdir()
     path.write_text('{"run": "x", "mod')

@@ -334,10 +334,10 @@ def test_a_run_without_log_has_no_held_out_accuracy(tmp_path):
             "verdict.verdict is 'fine'. It must be one of sound, undecided, masked.",
         ),
         ({"verdict": "sound"}, "verdict is 'sound'. It must be a table of names and values."),
-        ({"worst": 0.96}, "has a worst case above another of its accuracies; evaluate anew"),
-        ({"accuracy": {"pgd": 0.5}}, "has a worst case above another of its accuracies; evaluate anew"),
-        ({"accuracy": {"masking": 0.9}}, "names an attack 'masking', which no suite does; evaluate anew"),
-        ({"accuracy": {"pgd std": 0.9}}, "names an attack 'pgd std', which no suite does; evaluate anew"),
+        ({"worst": 0.96}, "has a worst case above another of its accuracies. Evaluate again."),
+        ({"accuracy": {"pgd": 0.5}}, "has a worst case above another of its accuracies. Evaluate again."),
+        ({"accuracy": {"masking": 0.9}}, "names an attack 'masking', which no suite has. Evaluate again."),
+        ({"accuracy": {"pgd std": 0.9}}, "names an attack 'pgd std', which no suite has. Evaluate again."),
     ],
 )
 def test_unusable_results_are_named(tmp_path, change, message):
@@ -502,10 +502,10 @@ def test_rows_that_contradict_the_result_are_named(tmp_path):
     rows = evaluated_run(tmp_path / "x") / "results" / "paper-Linf-0.1.csv"
     write_rows(rows, [""] * 20)
     (run,) = read_evaluated_runs([tmp_path]).found
-    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.json has another worst case than the rows beside it"):
+    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.json has another worst case than the rows next to it"):
         run.survivors()
     write_columns(rows, {**examples(20), "index": range(20, 0, -1), "broken_by": [""] * 16 + ["pgd"] * 4})
-    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.csv does not name the test images in their order"):
+    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.csv does not list the test images in order"):
         run.survivors()
 
 
@@ -528,7 +528,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_rows_that_are_not_text_are_named(tmp_path):
     run = evaluated_run(tmp_path / "x")
     (run / "results" / "paper-Linf-0.1.csv").write_bytes(b"\xff\xfe\x00broken_by\n\x80")
-    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.csv cannot be read as CSV \(.*\); evaluate anew"):
+    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.csv cannot be read as CSV \(.*\)\. Evaluate again"):
         read_evaluated_runs([tmp_path]).found[0].survivors()
 
 

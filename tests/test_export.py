@@ -314,9 +314,9 @@ def _results(**changes):
         (
             _results(clean=0.99),
             {},
-            r"\.csv gives another clean accuracy than .*\.json\. Delete the result and evaluate",
+            r"\.csv has another clean accuracy than .*\.json\. Delete the result and evaluate",
         ),
-        (_results(worst=0.01), {}, r"\.json has another worst case than the rows beside it"),
+        (_results(worst=0.01), {}, r"\.json has another worst case than the rows next to it"),
         (_results(verdict="sound"), {}, r"\.json: verdict is 'sound'\. It must be a table of names and values\."),
         (None, {"benchmark_examples": -3}, r"--benchmark-examples -3 is negative\. Use 0 or more"),
         (None, {"output_dir": Path("/proc/x/y")}, r"--output-dir /proc/x/y cannot be written to \(.*\)\. Use another"),
@@ -328,12 +328,12 @@ def _results(**changes):
         ),
         (_drop_column, {}, r"\.csv has 60 rows, or no column broken_by, for 60 test images: it is cut"),
         (_fewer_rows, {}, r"\.csv has 59 rows, or no column broken_by, for 60 test images: it is cut"),
-        (_other_labels, {}, r"\.csv has other labels than the test images of Digits\. .*--data-dir"),
-        (_other_adversarial, {}, r"\.adversarial\.safetensors is not there, or not what the evaluation wrote"),
+        (_other_labels, {}, r"\.csv has another clean accuracy than"),
+        (_other_adversarial, {}, r"\.adversarial\.safetensors is missing, or not what the evaluation wrote"),
         (
             _other_predictions,
             {},
-            r"\.csv gives another clean accuracy than|create_model loads a .* \(58 of 60 predictions are equal, cl",
+            r"\.csv has another clean accuracy than|create_model loads a .* \(58 of 60 predictions are equal, cl",
         ),
         (
             _results(verdict={"verdict": "masked", "evidence": []}),

@@ -1,4 +1,4 @@
-"""Models and callers as people bring them: the numbers are those of the plain module, or one line says why not."""
+"""Models and settings of users: the numbers equal those of a plain module, or an error of one line says why not."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.square import Square
 from drelu_timm.attacks.suites import SUITES
 from drelu_timm.errors import DReLUWarning, InputError
-from drelu_timm.evaluation.attacked import Attacked
+from drelu_timm.evaluation.driver import Attacked
 from drelu_timm.evaluation.evaluation import Evaluation, evaluate_model
 from drelu_timm.models.inference import frozen
 
@@ -642,20 +642,23 @@ def meta():
 
 
 REFUSED = {
-    "one output": (single_output, r"the model has 1 output, .*give one with a logit per class"),
-    "tuple": (lambda: lambda x: (made()(x), x), r"the model returns tuple for 8 images; .*lambda images: model\(ima"),
+    "one output": (single_output, r"the model has 1 output, .*Return one logit per class"),
+    "tuple": (lambda: lambda x: (made()(x), x), r"the model returns tuple for 8 images\. .*lambda images: model\(ima"),
     "dict": (lambda: lambda x: {"out": made()(x), "aux": None}, "the model returns dict of out, aux for 8 images"),
     "none": (lambda: lambda x: None, "the model returns NoneType for 8 images"),
-    "shape": (lambda: lambda x: made()(x)[None], r"the model returns \[1, 8, 5\] for 8 images; it must return logits"),
+    "shape": (lambda: lambda x: made()(x)[None], r"the model returns \[1, 8, 5\] for 8 images\. It must return logits"),
     "KeyError": (lambda: Raises(KeyError("layer")), r"the model cannot run on 1x8x8 images \(KeyError: 'layer'\)"),
     "Custom": (lambda: Raises(Custom("no\nlicence")), r"cannot run on 1x8x8 images \(Custom: no licence\)"),
     "mute": (lambda: Raises(StopIteration()), r"cannot run on 1x8x8 images \(StopIteration"),
     "lazy": (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), r"a lazy layer without weights \(1.weight\)"),
-    "meta": (meta, r"the model has weights on the meta device \(conv.weight\)"),
-    "name": (lambda: "resnet18", "the model is str; give a torch.nn.Module, or a function"),
-    "state dict": (lambda: made().state_dict(), "the model is OrderedDict; give a torch.nn.Module"),
-    "class": (lambda: Net, "the model is the class Net; give a torch.nn.Module"),
-    "export of 5": (lambda: exported(made(), 5), r"cannot run on 1x8x8 images .*5.*the --batch-size if it takes only"),
+    "meta": (meta, r"the model has weights without values, on the meta device \(conv.weight\)"),
+    "name": (lambda: "resnet18", "the model is str. Pass a torch.nn.Module, or a function"),
+    "state dict": (lambda: made().state_dict(), "the model is OrderedDict. Pass a torch.nn.Module"),
+    "class": (lambda: Net, "the model is the class Net. Pass a torch.nn.Module"),
+    "export of 5": (
+        lambda: exported(made(), 5),
+        r"cannot run on 1x8x8 images .*5.*Use images, or the only batch size, that it accepts",
+    ),
     "wrong dtype": (lambda: nn.Embedding(3, 5), "the model cannot run on 1x8x8 images"),
 }
 
@@ -711,7 +714,7 @@ def test_images_with_channels_first_are_not(shape):
         (lambda x: x.to_sparse(), "images are a tensor of torch.sparse_coo on cpu"),
         (lambda x: x.to("meta"), "images are a tensor of torch.strided on meta"),
         (lambda x: x[..., :0], r"images of shape \[16, 1, 8, 0\] have no pixels"),
-        (lambda x: x.numpy(), "images are ndarray; give a torch.Tensor"),
+        (lambda x: x.numpy(), "images are ndarray. Use a torch.Tensor"),
     ],
 )
 def test_images_that_cannot_be_used(change, message, images, labels):
@@ -827,10 +830,10 @@ def test_a_finite_mask_of_a_class_is_not_randomness(images, labels):
 
 
 def test_labels_and_images_that_are_something_else(images, labels):
-    with pytest.raises(InputError, match=r"labels are torch.bool; give integers from 0 to classes - 1"):
+    with pytest.raises(InputError, match=r"labels are torch.bool\. Use integers from 0 to classes - 1"):
         measured(made(), images, labels == 3)
     with pytest.raises(
-        InputError, match=r"images are uint8 from 0 to 1; give uint8 from 0 to 255, or floats in \[0, 1\]"
+        InputError, match=r"images are uint8 from 0 to 1\. Use uint8 from 0 to 255, or floats in \[0, 1\]"
     ):
         measured(made(), images.round().byte(), labels)
 
@@ -838,8 +841,8 @@ def test_labels_and_images_that_are_something_else(images, labels):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 32.0}, "--batch-size 32.0 is not possible; give 1 or more, a whole number"),
-        ({"search_dtype": "bfloat16"}, "search_dtype 'bfloat16' is not possible; give one of torch.float32, torch.bf"),
+        ({"batch_size": 32.0}, "batch_size 32.0 is not possible. Use an integer above 0"),
+        ({"search_dtype": "bfloat16"}, "search_dtype 'bfloat16' is not possible. Use one of torch.float32, torch.bf"),
         ({"search_dtype": torch.float64}, "search_dtype torch.float64 is not possible"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The verdict: nets that hide their gradients are found out whatever their trick, honest ones are believed."""
+"""The verdict on gradient masking: right for models that hide their gradients, by any trick, and for honest models."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from drelu_timm.attacks.attack import Batch
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.suites import ATTACKS, SUITES
 from drelu_timm.attacks.threat_model import ThreatModel
-from drelu_timm.evaluation.attacked import Attacked
+from drelu_timm.evaluation.driver import Attacked
 from drelu_timm.evaluation.evaluation import evaluate_model
 from drelu_timm.evaluation.masking import (
     AveragedPGD,
@@ -22,11 +22,10 @@ from drelu_timm.evaluation.masking import (
     probes,
     signals,
     verdict,
-    wilson_interval,
 )
 from drelu_timm.models.drelu import DReLU
 
-BALL = ThreatModel.parse("Linf", 0.1)
+THREAT_MODEL = ThreatModel.parse("Linf", 0.1)
 BY_NAME = {net.name: net for net in NETS}
 
 
@@ -41,7 +40,7 @@ def test_battery(digits, name):
     hidden = found.numbers["withstand_pgd"] - found.numbers["withstand_all"]
     assert found.verdict in BY_NAME[name].expected, found.evidence
     if found.verdict == "masked":
-        assert hidden > 0.2, "the trick has to work, or there is nothing to find out"
+        assert hidden > 0.2, "the trick does not work, so the test shows nothing"
     else:
         assert hidden < 0.1
 
@@ -49,8 +48,8 @@ def test_battery(digits, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", BY_NAME)
-def test_no_seed_turns_a_verdict_round(digits, name, seed):
-    """A net near the threshold may be undecided for some seed, but never called the opposite of what it is."""
+def test_no_seed_reverses_a_verdict(digits, name, seed):
+    """A model near a threshold may be undecided for some seed, but gets never the opposite verdict."""
     found = train_and_judge(BY_NAME[name], digits, seed=seed).verdict
     assert found.verdict in (*BY_NAME[name].expected, "undecided"), found.evidence
 
@@ -72,11 +71,11 @@ def test_a_constant_answer_is_robust_though_it_has_no_gradient():
 
 
 class Frugal(nn.Module):
-    """Counts the images that pass, and those whose gradient is asked for; nothing ever changes its answer."""
+    """Counts its images and those that require a gradient; its answer is constant."""
 
     def __init__(self):
         super().__init__()
-        self.cap = DReLU(2)  # so that the adaptive attack takes part
+        self.cap = DReLU(2)  # for the adaptive attack
         self.images, self.gradients = 0, 0
 
     def forward(self, images):
@@ -86,15 +85,15 @@ class Frugal(nn.Module):
         return self.cap(torch.stack([2 + 0 * mean, mean], dim=1))
 
 
-def test_the_probes_cost_what_they_say(monkeypatch):
+def test_the_probes_cost_what_their_documentation_states(monkeypatch):
     monkeypatch.setitem(SUITES, "none", {"noise": {"noise": ATTACKS["noise"]}})
     model = Frugal()
     evaluate_model(model, torch.rand(1, 1, 2, 2), torch.zeros(1, dtype=torch.long), eps=0.1, suite="none")
-    assert model.gradients <= 255 + 2 + 1  # two signals, and two looks whether there is a gradient at all
-    assert model.images - model.gradients <= 570  # Square's queries, and looks at what was found
+    assert model.gradients <= 255 + 2 + 1  # two signals, and one check whether there is a gradient
+    assert model.images - model.gradients <= 570  # Square's queries, and judging the images found
 
 
-# What `verdict` makes of flags.
+# The verdict of given flags
 
 
 def flags(count, total):
@@ -102,7 +101,7 @@ def flags(count, total):
 
 
 def decided(*, total=200, pgd=0, rescaled=0, margin=0, other=0, far=None, unsteady=0, classes=10, by="square", suite=0):
-    """A verdict on examples of which each attack broke so many; ``other`` of those that white-box PGD left."""
+    """The verdict if each attack fools the model on so many examples, ``other`` on some that white-box PGD left."""
     names = {"pgd": pgd, "rescaled": rescaled, "margin": margin, "far": total if far is None else far}
     broken = {name: flags(count, total) for name, count in names.items()}
     broken |= {name: flags(0, total) for name in ("noise", "restarts", "averaged", "square")}
@@ -117,35 +116,35 @@ def decided(*, total=200, pgd=0, rescaled=0, margin=0, other=0, far=None, unstea
     ("other", "total", "expected"),
     [
         (0, 200, "sound"),
-        (6, 200, "sound"),  # 3 %: what honest attacks differ by
+        (6, 200, "sound"),  # 3 %: a difference of attacks on honest models
         (20, 200, "masked"),
         (12, 200, "undecided"),
-        (0, 20, "undecided"),  # too few to say
+        (0, 20, "undecided"),  # too few examples
         (2, 20, "undecided"),
         (15, 20, "masked"),
     ],
 )
 @pytest.mark.parametrize("by", ["noise", "restarts", "averaged", "square", "annealing"])
-def test_what_only_other_attacks_break_decides(other, total, expected, by):
+def test_examples_that_white_box_attacks_miss_decide(other, total, expected, by):
     assert decided(other=other, total=total, by=by).verdict == expected
 
 
-def test_what_only_the_suite_breaks_counts_too():
+def test_examples_that_only_the_suite_finds_count_too():
     assert decided(pgd=50, suite=30).verdict == "masked"
     assert decided(pgd=50, suite=30, other=30).numbers["hidden"] == 0.15, "the same examples"
 
 
-def test_what_white_box_attacks_break_is_not_hidden():
-    # Cross-entropy and the margin differ by some points on TRADES nets.
+def test_examples_that_white_box_attacks_find_are_not_hidden():
+    # Cross-entropy and the margin differ by some points on models trained by TRADES.
     assert decided(pgd=80, margin=100).verdict == "sound"
     assert decided(pgd=200, margin=0).numbers["withstand_all"] == 0
 
 
-def test_a_saturated_softmax_is_masked_though_the_margin_breaks_it():
+def test_a_saturated_softmax_is_masked_though_the_margin_fools_it():
     found = decided(pgd=0, rescaled=150)
     assert found.verdict == "masked"
     assert any("rescaled logits" in sentence and "75.0 %" in sentence for sentence in found.evidence)
-    assert decided(pgd=100, rescaled=8).verdict == "sound"  # ReLU nets trained for long
+    assert decided(pgd=100, rescaled=8).verdict == "sound"  # long-trained ReLU models
 
 
 @pytest.mark.parametrize(
@@ -155,12 +154,12 @@ def test_a_saturated_softmax_is_masked_though_the_margin_breaks_it():
         (60, 10, "sound"),  # adversarially trained with caps
         (90, 10, "undecided"),
         (140, 10, "masked"),
-        (140, 2, "sound"),  # half of them may be right
+        (140, 2, "sound"),  # half of them may be correct
         (200, 2, "masked"),
         (200, 1, "sound"),  # all may
     ],
 )
-def test_a_ball_that_holds_the_grey_image_leaves_chance(left, classes, expected):
+def test_only_chance_stays_correct_at_an_eps_that_reaches_the_gray_image(left, classes, expected):
     assert decided(far=200 - left, classes=classes).verdict == expected
 
 
@@ -173,11 +172,11 @@ def test_a_model_that_changes_its_answers_is_never_sound():
 def test_every_signal_is_a_sentence_and_a_number():
     found = decided(pgd=100, other=30, by="annealing")
     assert found.evidence[0].startswith(
-        "Of 200 examples classified right, 50.0 % withstand PGD, 50.0 % every white-box"
+        "Of 200 correctly classified examples, 50.0 % stay correct under PGD, 50.0 % under every white-box"
     )
     assert "15.0 % (95 % interval 10.7 to 20.6 %)" in found.evidence[1]
     for word in (
-        "grey",
+        "gray",
         "deterministic",
         "gradient is zero",
         "rescaled",
@@ -190,27 +189,27 @@ def test_every_signal_is_a_sentence_and_a_number():
     assert json.loads(json.dumps(found.numbers))["broken_by_annealing"] == 0.15
 
 
-def test_nothing_right_is_nothing_to_judge():
+def test_without_correct_examples_nothing_is_decided():
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.rand(3, 1, 2, 2)
     found = judged(model, images, 1 - model(images).argmax(dim=1)).verdict
     assert (found.verdict, found.evidence) == (
         "undecided",
-        ("No example is classified right, so there is nothing to break.",),
+        ("No example is classified correctly, so there is nothing to attack.",),
     )
 
 
-def test_wilson_interval():
-    # Values of the textbook formula, e.g. R's prop.test(..., correct=FALSE).
-    assert wilson_interval(0, 100) == pytest.approx((0, 0.0370), abs=1e-4)
-    assert wilson_interval(10, 100) == pytest.approx((0.0552, 0.1744), abs=1e-4)
-    assert wilson_interval(100, 100) == pytest.approx((0.9630, 1), abs=1e-4)
+@pytest.mark.parametrize(("count", "low", "high"), [(0, 0, 0.0370), (10, 0.0552, 0.1744), (100, 0.9630, 1)])
+def test_shares_have_wilson_intervals(count, low, high):
+    numbers = decided(total=100, other=count).numbers
+    # Of R's prop.test(count, 100, correct=FALSE).
+    assert (numbers["hidden_low"], numbers["hidden_high"]) == pytest.approx((low, high), abs=1e-4)
 
 
-# What `signals` makes of a model.
+# Signals of a model
 
 
 class Switch(nn.Module):
-    """Two logits that see the image only where its mean is below one half; ``scale`` saturates the softmax."""
+    """Two logits with a gradient only where the mean of the image is below 0.5; ``scale`` saturates the softmax."""
 
     def __init__(self, scale=1.0):
         super().__init__()
@@ -222,7 +221,7 @@ class Switch(nn.Module):
         return torch.stack([score, -score], dim=1)
 
 
-def test_the_margin_tells_a_saturated_softmax_from_a_flat_model():
+def test_the_margin_distinguishes_a_saturated_softmax_from_a_flat_model():
     images = torch.tensor([0.1, 0.2, 0.3, 0.9]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
     labels = torch.zeros(4, dtype=torch.long)
     flat = [False, False, False, True]
@@ -257,15 +256,15 @@ def test_noise_in_the_forward_pass_is_seen_even_where_it_is_seeded(seeded):
     assert found["unsteady"].all()
 
 
-# The probes' own attacks.
+# Attacks of the probes
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_the_farthest_ball_holds_the_grey_image(norm):
-    ball = farthest(ThreatModel.parse(norm, 0.1), 12)
+def test_the_farthest_threat_model_reaches_the_gray_image(norm):
+    threat_model = farthest(ThreatModel.parse(norm, 0.1), 12)
     corners = torch.rand(50, 3, 2, 2).round()
-    assert ball.contains(torch.full_like(corners, 0.5), corners).all()
-    assert not ThreatModel.parse(norm, 0.99 * ball.eps).contains(torch.full_like(corners, 0.5), corners).any()
+    assert threat_model.contains(torch.full_like(corners, 0.5), corners).all()
+    assert not ThreatModel.parse(norm, 0.99 * threat_model.eps).contains(torch.full_like(corners, 0.5), corners).any()
 
 
 def toy():
@@ -287,29 +286,29 @@ def toy():
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_an_example_does_not_depend_on_its_batch(attack, norm):
     model, images, labels = toy()
-    ball = ThreatModel.parse(norm, 0.2 if norm == "Linf" else 0.8)
-    together = attack.run(model, Batch(images, labels, range(12)), ball).images
-    alone = attack.run(model, Batch(images[6:], labels[6:], range(6, 12)), ball).images
-    assert (together[6:] != images[6:]).any(), "nothing was found, so nothing is compared"
+    threat_model = ThreatModel.parse(norm, 0.2 if norm == "Linf" else 0.8)
+    together = attack.run(model, Batch(images, labels, range(12)), threat_model).images
+    alone = attack.run(model, Batch(images[6:], labels[6:], range(6, 12)), threat_model).images
+    assert (together[6:] != images[6:]).any(), "no adversarial image, so the test shows nothing"
     torch.testing.assert_close(together[6:], alone)
-    assert ball.contains(together, images).all()
+    assert threat_model.contains(together, images).all()
 
 
 def test_restarts_keep_the_first_success():
     model, images, labels = toy()
-    ball = ThreatModel.parse("Linf", 0.15)
+    threat_model = ThreatModel.parse("Linf", 0.15)
     seeds = list(range(0, 1200, 100))
     settings = {"steps": 1, "relative_step_size": 0.5}
     own = [[seed + restart for seed in seeds] for restart in range(4)]
-    each = [PGD(**settings).run(model, Batch(images, labels, s), ball).images for s in own]
+    each = [PGD(**settings).run(model, Batch(images, labels, s), threat_model).images for s in own]
     fooled = torch.stack([model(candidate).argmax(dim=1) != labels for candidate in each])
-    found = Restarts(restarts=4, **settings).run(model, Batch(images, labels, seeds), ball).images
+    found = Restarts(restarts=4, **settings).run(model, Batch(images, labels, seeds), threat_model).images
     assert (model(found).argmax(dim=1) != labels).tolist() == fooled.any(dim=0).tolist()
 
 
-def test_averaged_gradients_see_past_a_flat_spot():
+def test_averaged_gradients_cross_a_flat_region():
     class Flat(nn.Module):
-        """A slope that is interrupted around the clean images."""
+        """A slope with a flat region around the clean images."""
 
         def forward(self, images):
             mean = images.flatten(1).mean(dim=1)
@@ -317,14 +316,14 @@ def test_averaged_gradients_see_past_a_flat_spot():
             return torch.stack([score, -score], dim=1)
 
     images, labels = torch.full((8, 1, 1, 1), 0.5), torch.zeros(8, dtype=torch.long)
-    ball, batch = ThreatModel.parse("Linf", 0.1), Batch(images, labels, range(8))
-    plain = PGDFromImage(steps=10, relative_step_size=0.25).run(Flat(), batch, ball).images
+    threat_model, batch = ThreatModel.parse("Linf", 0.1), Batch(images, labels, range(8))
+    plain = PGDFromImage(steps=10, relative_step_size=0.25).run(Flat(), batch, threat_model).images
     assert torch.equal(plain, images)
-    found = AveragedPGD("ce", samples=4, steps=10, relative_step_size=0.25).run(Flat(), batch, ball).images
+    found = AveragedPGD("ce", samples=4, steps=10, relative_step_size=0.25).run(Flat(), batch, threat_model).images
     assert (Flat()(found).argmax(dim=1) != labels).all()
 
 
-def test_the_adaptive_probe_is_for_models_that_have_what_it_knows():
-    names = [probe.name for probe in probes(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), BALL, 4)]
+def test_the_adaptive_probe_is_only_for_models_with_layers_to_substitute():
+    names = [probe.name for probe in probes(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), THREAT_MODEL, 4)]
     assert names == ["pgd", "rescaled", "margin", "restarts", "far", "noise", "averaged", "square"]
-    assert [probe.name for probe in probes(nn.Sequential(DReLU(4)), BALL, 4)] == [*names, "annealing"]
+    assert [probe.name for probe in probes(nn.Sequential(DReLU(4)), THREAT_MODEL, 4)] == [*names, "annealing"]

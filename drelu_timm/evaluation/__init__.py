@@ -1,1 +1,1 @@
-"""What `drelu-timm evaluate` is made of: subjects, measuring, the verdict on gradient masking, results."""
+"""Parts of `drelu-timm evaluate`: finding a model, measuring it, the verdict on gradient masking."""

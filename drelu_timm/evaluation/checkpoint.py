@@ -1,34 +1,41 @@
-"""Checkpoint of a running evaluation: one file per stage and batch, from which a stopped evaluation resumes.
+"""Checkpoint of a running evaluation, from which a stopped one resumes, and the processes that share the work.
 
-A file takes its name when it is complete and on disk, so a kill at any moment loses only the batches in progress.
+There is one file per stage (an attack, a probe, the clean pass) and batch. It takes its name when it is complete and on
+disk, so a kill at any moment loses only the batches in progress.
 """
 
 import json
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, one_line
 from ..files import atomic_file
+from ..launch import PATIENCE, launched_on_cpu
 
 LAYOUT = 3  # of the files; layouts 1 and 2 were files of JSON lines
 _COLUMN = "column "  # starts the name of a column's tensor
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a stage (an attack, the clean pass) measured on some examples, on the CPU.
+    """Result of a stage on some examples, on the CPU.
 
     Attributes:
-        examples: int64 [B], their positions among all examples, ascending.
+        examples: int64 [B], positions among all examples, ascending.
         columns: float64 [B], by field.
         kept: int64 [K], the examples among them whose images are kept.
         images: float32 [K, C, H, W]; None where they are only on disk.
@@ -43,7 +50,7 @@ class Measurement:
     def of(
         cls, examples: Tensor, columns: Mapping[str, Tensor], images: Tensor | None = None, keep: Tensor | None = None
     ) -> "Measurement":
-        """Move the columns [B], on any device, and those of the images [B, C, H, W] that ``keep`` marks, to the CPU."""
+        """Move columns [B] from any device to the CPU, and those of the images [B, C, H, W] that ``keep`` marks."""
         keep = torch.zeros_like(examples, dtype=torch.bool) if keep is None else keep
         columns = {name: column.detach().cpu().double() for name, column in columns.items()}
         kept = torch.empty(0) if images is None else images.detach()[keep.to(images.device)].cpu()
@@ -53,9 +60,8 @@ class Measurement:
         """Return the examples that a mask [B] marks."""
         columns = {name: column[mask] for name, column in self.columns.items()}
         kept = torch.isin(self.kept, self.examples[mask])
-        return Measurement(
-            self.examples[mask], columns, self.kept[kept], None if self.images is None else self.images[kept]
-        )
+        images = None if self.images is None else self.images[kept]
+        return Measurement(self.examples[mask], columns, self.kept[kept], images)
 
 
 class Checkpoint:
@@ -63,11 +69,11 @@ class Checkpoint:
 
     Args:
         count: Number of examples, N.
-        folder: Where the files are; made when the first one is written. None keeps everything in memory only.
-        identity: What decides the measurements, by name: a checkpoint is used only where all of it is equal.
+        folder: Folder of the files, created with the first one. None keeps everything in memory.
+        identity: Whatever decides the measurements, by name: a checkpoint resumes only an evaluation with an equal one.
 
     Raises:
-        InputError: The folder holds a checkpoint of something else, or a file that cannot be read.
+        InputError: The folder holds a checkpoint of another evaluation, or a file that cannot be read.
     """
 
     def __init__(self, count: int, folder: Path | None = None, identity: Mapping[str, Any] | None = None):
@@ -84,11 +90,11 @@ class Checkpoint:
             self.merge(*self._read(path))
 
     def known(self, stage: str) -> Tensor:
-        """Which examples [N] a stage has measured."""
+        """Return which examples [N] a stage has measured."""
         return self._known[stage]
 
     def column(self, stage: str, field: str) -> Tensor:
-        """A field of a stage, float64 [N]; NaN where it was not measured."""
+        """Return a field of a stage, float64 [N]; NaN where it was not measured."""
         unknown = torch.full((self._count,), torch.nan, dtype=torch.float64)
         return self._columns[stage].get(field, unknown)
 
@@ -104,7 +110,7 @@ class Checkpoint:
         self.merge(stage, measurement)
 
     def merge(self, stage: str, measurement: Measurement) -> None:
-        """Keep a measurement in memory; another process may have it on disk."""
+        """Keep a measurement in memory; another process may have written it."""
         columns = self._columns[stage]
         for name, values in measurement.columns.items():
             columns.setdefault(name, self.column(stage, name))[measurement.examples] = values
@@ -113,10 +119,10 @@ class Checkpoint:
             self._with_images[stage].append(measurement)
 
     def images(self, stages: Mapping[int, str], shape: torch.Size) -> Tensor:
-        """Return the images that were kept of examples, float32 [M, C, H, W].
+        """Return kept images, float32 [M, C, H, W].
 
         Args:
-            stages: The stage that kept it, by example, in the order of the images.
+            stages: By example, in the order of the images, the stage that kept its image.
             shape: [C, H, W].
 
         Raises:
@@ -142,7 +148,7 @@ class Checkpoint:
 
     def _path(self, stage: str, measurement: Measurement) -> Path:
         assert self._folder is not None
-        # An example is in one file of a stage, so the first of them names it.
+        # An example is in one file of a stage only, so the first example identifies the file.
         return self._folder / f"{stage.replace('/', '_')}-{int(measurement.examples[0]):07d}.safetensors"
 
     def _write(self, stage: str, measurement: Measurement) -> None:
@@ -171,8 +177,8 @@ class Checkpoint:
         ]
         if differing:
             raise InputError(
-                f"{path.parent} was started with another {', another '.join(differing)}. Give what it was started "
-                "with, or delete it to evaluate from scratch."
+                f"{path.parent} was started with another {', another '.join(differing)}. Use the earlier value, or "
+                "delete the folder to evaluate from scratch."
             )
         return stage, measurement
 
@@ -182,6 +188,55 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({one_line(error)}). Delete it: what it held is measured again."
-        ) from error
+        raise InputError(f"{path} cannot be read ({one_line(error)}). Delete it to measure it again.") from error
+
+
+def launched() -> PartialState:
+    """Return this process's place in its launch, and its device; the first call joins the launch."""
+    return PartialState(cpu=launched_on_cpu(), timeout=PATIENCE)
+
+
+class Processes:
+    """The processes of a launch that share an evaluation.
+
+    A process claims a batch by creating a file, which only one process can do; a fast process claims more batches.
+
+    Args:
+        folder: On a disk that all processes see; the claims are in it meanwhile. None for this process alone.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.index, self.count = 0, 1
+        if folder is None:
+            return
+        self._state = launched()
+        self.index, self.count = self._state.process_index, self._state.num_processes
+        self._claims = folder / "claims"
+        if self.index == 0:
+            shutil.rmtree(self._claims, ignore_errors=True)  # of processes that were killed
+        self.wait()
+
+    def claimed(self, stage: str, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """Yield every batch of a stage, and whether this process has to measure it."""
+        for number, batch in enumerate(batches):
+            yield batch, self.count == 1 or self._claim(f"{stage.replace('/', '_')}-{number}")
+
+    def _claim(self, name: str) -> bool:
+        self._claims.mkdir(parents=True, exist_ok=True)
+        try:
+            (self._claims / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def others(self, value: T) -> list[T]:
+        """Return the values of the other processes; each of them must call this, and waits for the others."""
+        if self.count == 1:
+            return []
+        values = gather_object([value])
+        return values[: self.index] + values[self.index + 1 :]
+
+    def wait(self) -> None:
+        """Wait until every process has called this."""
+        if self.count > 1:
+            self._state.wait_for_everyone()

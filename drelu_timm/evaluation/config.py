@@ -1,4 +1,4 @@
-"""What is evaluated, and how: the flags of `drelu-timm evaluate`, what is allowed, and where a result goes."""
+"""Flags of `drelu-timm evaluate`: their checks, and where a result goes. They need no torch, nor does their help."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,46 +10,46 @@ from ..attacks.threat_model import ThreatModel, norm_and_radius, parse_threat_mo
 from ..data.datasets import DATASETS
 from ..errors import InputError, unknown
 
-PRECISIONS = ("float32", "bfloat16")  # names of torch's dtypes
+PRECISIONS = ("float32", "bfloat16", "float16")  # names of torch's dtypes
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Attack a model by AutoAttack, and by attacks that know what hides a gradient; say what can be believed."""
+    """Measure robust accuracy under AutoAttack and adaptive attacks, with a verdict on gradient masking."""
 
     run: tyro.conf.Positional[str]
-    """Run directory made by train (RUN/last: its last epoch, not its best).
+    """Run directory made by train (RUN/last: its last epoch instead of its best).
     Or the name of a timm model with pretrained weights, or of a RobustBench model."""
     suite: str = "quick"
     """quick, paper, autoattack, standard (AutoAttack and more), adaptive or all; each gives a verdict on masking."""
     norm: str | None = None
-    """Linf or L2; by default the run's, or the dataset's. Another one needs --eps."""
+    """Linf or L2; by default the run's, or the dataset's. Another norm needs --eps."""
     eps: str | None = None
     """Radius in units of a [0, 1] pixel, such as 8/255, or several: 2/255,8/255; by default the run's or dataset's."""
     n_examples: int = 1000
-    """Use the first so many test images, at most."""
+    """Number of test images, from the first, at most."""
     batch_size: int = 256
-    """Images a pass, at most."""
+    """Images per pass, at most."""
     precision: str = "float32"
-    """What attacks search in: float32, or bfloat16 where that is faster; what they find is judged in float32."""
+    """Precision of the search: float32, or bfloat16 or float16 where that is faster. Results are judged in float32."""
     transfer_from: str | None = None
-    """A second model, named as RUN is, whose adversarial images are tried as well."""
+    """A second model, named like RUN, whose adversarial images are tried as well."""
     seed: int = 0
-    """Keys the randomness of every example and attack."""
+    """Key of the randomness of every example and attack."""
     dataset: str | None = None
-    """Dataset whose test set is attacked; by default the run's."""
+    """Dataset of the test images; by default the run's."""
     data_dir: Path | None = None
-    """Where the dataset lies; by default where it lay for the run. For --dataset folder: DIR/train and DIR/val (or
-    test), folders or .tar files with a folder per class at the top and its images at any depth below."""
+    """Folder of the dataset; by default the run's. For --dataset folder: DIR/train and DIR/val (or test), folders or
+    .tar files with a folder per class at the top and its images at any depth below."""
 
 
 def check_flags(config: EvaluateConfig) -> None:
-    """Raise what is wrong with the flags, before anything is loaded.
+    """Check the values of the flags before anything is loaded.
 
     Raises:
         InputError: The first flag with a value that is not possible.
     """
-    from ..attacks.suites import SUITES  # attacks need torch, which the flags and their help do without
+    from ..attacks.suites import SUITES  # attacks need torch
 
     for flag, value, allowed in (
         ("--suite", config.suite, SUITES),
@@ -60,27 +60,27 @@ def check_flags(config: EvaluateConfig) -> None:
             raise unknown(flag, value, allowed)
     for flag, value in (("--n-examples", config.n_examples), ("--batch-size", config.batch_size)):
         if value < 1:
-            raise InputError(f"{flag} {value} is not possible; give 1 or more")
+            raise InputError(f"{flag} {value} is not possible. Use 1 or more.")
 
 
 def attacked_in(config: EvaluateConfig, default: ThreatModel) -> list[ThreatModel]:
-    """The balls, from the smallest, that a model is evaluated in.
+    """Return the threat models that the flags ask for, from the smallest eps.
 
     Args:
-        config: What is asked for.
-        default: What the model was trained in, or else the dataset's.
+        config: The flags.
+        default: The threat model that the model was trained in, or else the dataset's.
 
     Raises:
-        InputError: As `norm_and_radius` and `parse_threat_models` do.
+        InputError: See `norm_and_radius` and `parse_threat_models`.
     """
     norm, eps = norm_and_radius(config.norm, config.eps, default)
     return parse_threat_models(norm, eps.split(","))
 
 
-def result_path(folder: Path, suite: str, balls: Sequence[ThreatModel]) -> Path:
-    """Where a result goes: of one radius into ``folder``, of several into ``sweeps`` beside it."""
-    largest = balls[-1]
+def result_path(folder: Path, suite: str, threat_models: Sequence[ThreatModel]) -> Path:
+    """Return the file of a result: in ``folder`` for one eps, in ``sweeps`` next to it for several."""
+    largest = threat_models[-1]
     radius = largest.written.replace("/", "_")
-    if len(balls) > 1:
+    if len(threat_models) > 1:
         folder, radius = folder.with_name("sweeps"), f"up-to-{radius}"
     return folder / f"{suite}-{largest.norm}-{radius}.json"

@@ -1,4 +1,4 @@
-"""The driver: runs measurements over examples batch by batch, checkpoints them, and judges what attacks return."""
+"""The driver: runs measurements batch by batch, checkpoints them, and judges the images that attacks return."""
 
 import hashlib
 import time
@@ -10,28 +10,74 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attacks.adaptive import Transfer
-from ..attacks.attack import Attack, Batch, Candidates
+from ..attacks.attack import Attack, Batch, Candidates, margin
 from ..attacks.threat_model import ThreatModel, per_image
 from ..data.images import as_float
 from ..models.inference import device_of
-from .attacked import Attacked, label_margin
-from .checkpoint import Checkpoint, Measurement
-from .processes import Processes
+from .checkpoint import Checkpoint, Measurement, Processes
 
-Columns = dict[str, Tensor]  # one value an example, [B], by field
+Columns = dict[str, Tensor]  # one value per example, [B], by field
+
+
+class Attacked(nn.Module):
+    """Model as attacks see it: float32 logits that depend on the image, with finite gradients.
+
+    Args:
+        model: Takes images [B, C, H, W] and returns logits [B, K]. Where it computes them without a gradient, the
+            gradient is 0. A user's model is wrapped in a `UserModel`.
+        dtype: Computed in by autocast.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, K] of images [B, C, H, W]."""
+        differentiated = images.requires_grad and torch.is_grad_enabled()
+        if differentiated:
+            images = _FiniteGradient.apply(images)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(images)
+        if differentiated and not logits.requires_grad:
+            logits = logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
+        return logits.float()
+
+
+class _FiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return images.clone()  # not a view: the model may write into its input
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.nan_to_num(0, 0, 0)
+
+
+def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the label's logit minus the largest other one, float32 [B]; at most 0 where the model is wrong.
+
+    Minus infinity where a logit is not finite.
+    """
+    logits = logits.float()
+    value = -margin(labels)(logits)
+    right = value.clamp(min=torch.finfo(torch.float32).tiny)  # argmax takes the first of two equal logits
+    value = value.clamp(max=0).where(logits.argmax(dim=1) != labels, right)
+    return value.where(logits.isfinite().all(dim=1), -torch.inf)
 
 
 @dataclass(frozen=True)
 class AttackOutcome:
-    """What an attack did to every example.
+    """Effect of an attack on every example.
 
     Attributes:
-        broken_at: [N], position of the smallest of the threat models in which it broke the example; their number
-            where it broke it in none.
+        broken_at: [N], position of the smallest threat model in which it fooled the model; the number of threat models
+            where it did so in none.
         steps: [N], gradients or queries until then, or all of them; NaN where not known.
-        margin: [N], logit of the label minus the largest other one on the last image that it gave; NaN where none.
-        l2: [N], of a minimum-norm attack: distance of the nearest example that it found; infinite where none.
-        seconds: Wall-clock time that it took; None where a part had been measured before.
+        margin: [N], logit of the label minus the largest other one on the last image; NaN where there is none.
+        l2: [N], of a minimum-norm attack: distance of the nearest adversarial image; infinite where there is none.
+        seconds: Wall-clock time; None where a part came from a checkpoint.
     """
 
     broken_at: Tensor
@@ -43,18 +89,18 @@ class AttackOutcome:
 
 @dataclass(frozen=True)
 class Driver:
-    """Everything that decides what is measured, and where the measurements go.
+    """Runs measurements of a model on examples, batch by batch, and keeps them in a checkpoint.
 
     Attributes:
-        model: Frozen, see `models.inference.frozen`; one that people bring is a `UserModel`.
+        model: Frozen, see `models.inference.frozen`; a user's model is a `UserModel`.
         images: [N, C, H, W], floats in [0, 1] or uint8, on any device.
         labels: [N], on the CPU.
-        threat_models: The balls, of one norm, from the smallest.
-        seed: Keys the randomness of every example and attack.
-        batch_size: Images a pass, at most.
-        search_dtype: What attacks compute in; what they find is judged in float32 whatever it is.
-        checkpoint: What has been measured.
-        processes: Who shares the work.
+        threat_models: All of one norm, from the smallest eps.
+        seed: Key of the randomness of every example and attack.
+        batch_size: Images per pass, at most.
+        search_dtype: Used by attacks; the images that they find are judged in float32.
+        checkpoint: Measurements so far.
+        processes: The processes that share the work.
     """
 
     model: nn.Module
@@ -69,7 +115,7 @@ class Driver:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is; one without weights is where the images are."""
+        """Device of the model, or of the images where the model has no weights."""
         return device_of(self.model, self.images.device)
 
     def measure(
@@ -80,35 +126,29 @@ class Driver:
         *,
         so_far: Callable[[], str] | None = None,
     ) -> None:
-        """Measure the examples that are marked in [N], except those that the checkpoint has.
-
-        A batch is measured whole even where a part of it is known: an evaluation that resumes then computes in the
-        same batches, and so gets the same numbers, as one that was never stopped.
+        """Measure the examples that are marked in [N], except those in the checkpoint.
 
         Args:
-            stage: Name of what is measured.
+            stage: Name of the measurement in the checkpoint.
             examples: [N].
-            measurement: Of a batch: the positions [B] of its examples, on the CPU, and the batch.
-            so_far: What to show behind the progress bar.
+            measurement: Function of the positions [B] of a batch's examples, on the CPU, and of the batch.
+            so_far: Text behind the progress bar.
         """
         measured: list[Measurement] = []
         known = self.checkpoint.known(stage).clone()
-        with tqdm(
-            total=int(examples.sum()),
-            desc=f"{stage:>10}",
-            unit="image",
-            leave=False,
-            disable=None if self.processes.index == 0 else True,
-        ) as progress:
+        hidden = None if self.processes.index == 0 else True  # None: hidden only where there is no terminal
+        with tqdm(total=int(examples.sum()), desc=f"{stage:>10}", unit="image", leave=False, disable=hidden) as bar:
             for positions, is_mine in self.processes.claimed(stage, self._split(examples)):
                 missing = ~known[positions]
                 if is_mine and missing.any():
+                    # All of the batch, even if a part of it is known: a resumed evaluation computes in the same
+                    # batches, and so gets bit-equal numbers.
                     of_batch = measurement(positions, self._load(stage, positions))[missing]
                     self.checkpoint.add(stage, of_batch)
                     measured.append(replace(of_batch, images=None))
                 if so_far is not None:
-                    progress.set_postfix_str(so_far(), refresh=False)
-                progress.update(len(positions))
+                    bar.set_postfix_str(so_far(), refresh=False)
+                bar.update(len(positions))
         for by_another in self.processes.others(measured):
             for of_batch in by_another:
                 self.checkpoint.merge(stage, of_batch)
@@ -121,14 +161,14 @@ class Driver:
         """Attack every example in the threat models before ``limit`` [N], from the smallest, until it is misclassified.
 
         Args:
-            stage: Name of the attack in this evaluation; it keys the randomness.
+            stage: Name of the attack in this evaluation, which keys the randomness.
             attack: The attack.
             limit: [N], positions of threat models.
-            keep: [N], of which examples the image that breaks them is kept; by default of none.
+            keep: [N], the examples whose adversarial image is kept; none by default.
         """
         keep = torch.zeros_like(limit, dtype=torch.bool) if keep is None else keep
         count = len(self.threat_models)
-        weakest = sum(threat_model.eps == 0 for threat_model in self.threat_models)  # there is nothing to search
+        with_nothing_to_search = sum(threat_model.eps == 0 for threat_model in self.threat_models)
         started, from_scratch = time.monotonic(), not self.checkpoint.known(stage).any()
 
         def so_far() -> str:
@@ -140,7 +180,7 @@ class Driver:
             broken = columns["broken_at"].cpu() < count
             return Measurement.of(examples, columns, images, keep[examples] & broken)
 
-        self.measure(stage, limit > weakest, search, so_far=so_far)
+        self.measure(stage, limit > with_nothing_to_search, search, so_far=so_far)
         return AttackOutcome(
             broken_at=self.column(stage, "broken_at").nan_to_num(count).long(),
             steps=self.column(stage, "steps"),
@@ -150,7 +190,7 @@ class Driver:
         )
 
     def _split(self, examples: Tensor) -> list[Tensor]:
-        """Positions of the examples that are marked in [N], in batches of like size, as many for each process."""
+        """Return the positions marked in [N] in batches of similar size, as many for each process."""
         positions = examples.nonzero().squeeze(1)
         if not len(positions):
             return []
@@ -163,7 +203,7 @@ class Driver:
         return Batch(images.contiguous(), self.labels[examples].to(self.device), seeds)
 
     def _grow(self, attack: Attack, limit: Tensor, batch: Batch) -> tuple[Columns, Tensor]:
-        """Attack in one threat model after the other, each from where the last one ended; return the last images."""
+        """Attack in one threat model after the other, each from the images of the last; return the last images."""
         limits = limit.to(self.device)
         broken_at = torch.full_like(batch.labels, len(self.threat_models))
         steps, margins = (torch.full(limits.shape, torch.nan, device=self.device) for _ in range(2))
@@ -180,7 +220,7 @@ class Driver:
         return columns, batch.images if start is None else start
 
     def _search(self, attack: Attack, batch: Batch, threat_model: ThreatModel) -> tuple[Tensor, Tensor, Tensor]:
-        """Images in the ball, the steps [B] they took, and their margins [B] on the model itself."""
+        """Return images in the epsilon ball, the steps [B] they took, and their float32 margins [B]."""
         seen = Attacked(self.model, self.search_dtype)
         search = attack
         if isinstance(attack, Transfer) and attack.source is not None:
@@ -192,15 +232,15 @@ class Driver:
         if self.search_dtype != torch.float32:
             with torch.no_grad():
                 seemed = seen(images).argmax(dim=1) != batch.labels
-            if found.succeeded is not None:  # a success in another batch may be none in this one, at that precision
+            if found.succeeded is not None:  # in low precision, logits depend on the batch: a success may not repeat
                 seemed |= found.succeeded
-            if (again := seemed & (margins > 0)).any():  # rounding made a success of it: search there in float32
+            if (again := seemed & (margins > 0)).any():  # only rounding made it a success: search it in float32
                 careful = replace(self, search_dtype=torch.float32)
                 images[again], steps[again], margins[again] = careful._search(attack, batch[again], threat_model)
         return images, steps, margins
 
     def _nearest(self, attack: Attack, limit: Tensor, batch: Batch) -> tuple[Columns, Tensor]:
-        """Search once, whatever the radius, and see in which threat models what was found lies; the images too."""
+        """Search once, without eps, and determine which threat models contain the images found; return them too."""
         found = attack.run(Attacked(self.model), batch, self.threat_models[-1])
         images = _finite(found.images.detach(), batch.images)
         margins = self._margin(images, batch.labels)
@@ -217,12 +257,12 @@ class Driver:
 
 
 def example_seed(seed: int, stage: str, example: int) -> int:
-    """A seed that depends on nothing but these, so neither on the batch nor on what ran before."""
+    """Return a seed that depends on its arguments only, not on the batch or on earlier attacks."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{stage}/{example}".encode()).digest()[:7], "big")
 
 
 def _admitted(adversarial: Tensor, images: Tensor, threat_model: ThreatModel) -> Tensor:
-    """What counts of an attack's images: those not finite are the clean ones, those outside the ball are projected."""
+    """Replace images that are not finite by the clean ones, and project those outside the epsilon ball onto it."""
     adversarial = _finite(adversarial, images)
     inside = per_image(threat_model.contains(adversarial, images), images)
     return torch.where(inside, adversarial, threat_model.project(adversarial, images))
@@ -233,6 +273,6 @@ def _finite(adversarial: Tensor, images: Tensor) -> Tensor:
 
 
 def _steps(found: Candidates, batch: Batch) -> Tensor:
-    """[B]; NaN where they are not known."""
+    """Return steps [B]; NaN where they are not known."""
     unknown = torch.full(batch.labels.shape, torch.nan, device=batch.labels.device)
     return unknown if found.steps is None else found.steps.to(unknown)

@@ -1,86 +1,45 @@
-"""The evaluation of any model under a suite of attacks: the only place where robust accuracies come from.
+"""Evaluation of any model under a suite of attacks: the only place where robust accuracies come from.
 
-An attack only searches. What it returns is brought into the ball, and judged by the model itself (`driver`).
+An attack only searches: the driver projects its images onto the epsilon ball, and the model judges them.
 """
 
 import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from math import isfinite, sqrt
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..attacks.adaptive import Transfer, substitutable_layers
 from ..attacks.attack import Attack
-from ..attacks.suites import Suite, find_suite, single_attacks
+from ..attacks.suites import Suite, find_suite
 from ..attacks.threat_model import ThreatModel, parse_threat_models
 from ..errors import DReLUWarning, InputError
 from ..hashing import digest
-from ..results.examples import Adversarial, Broken, Rows, share
-from ..results.result import CarliniWagner, EpsResult, Verdict
-from .checkpoint import Checkpoint
-from .checks import channels_hint, check_labels, checked
-from .driver import AttackOutcome, Driver, example_seed
-from .processes import Processes
-from .stages import CLEAN, CleanPass, ProbeRun, SuiteRun, run_clean, run_probes, run_suite
-from .torch_state import Defaults, evaluation_state
-from .user_model import AnyModel, UserModel, opened
+from .checkpoint import Checkpoint, Processes
+from .config import PRECISIONS
+from .driver import Driver
+from .pipeline import Evaluation, run, suite_settings
+from .user_model import AnyModel, Defaults, UserModel, channels_hint, opened
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation(EpsResult):
-    """Result of a model in one threat model, with its rows per example and its adversarial images.
+class Options(TypedDict, total=False):
+    """Options of an evaluation, described in `evaluate_model`."""
 
-    Attributes:
-        threat_model: The one it was attacked in.
-        suite: Name of the suite.
-        seed: Keys all randomness.
-        rows: What was found on each example.
-        adversarial: The images that fooled the model; None of a sweep, and in all processes but the first.
-        model_dtype: Of the model's weights, such as "float32"; images and logits are float32 whatever it is.
-    """
-
-    threat_model: ThreatModel
     suite: str
     seed: int
-    rows: Rows = field(repr=False)
-    adversarial: Adversarial | None = field(repr=False)
-    model_dtype: str = "float32"
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels [N]."""
-        return self.rows.labels
-
-    @property
-    def predictions(self) -> Tensor:
-        """Classes [N] of the clean images."""
-        return self.rows.predictions
-
-    @property
-    def robust(self) -> dict[str, Tensor]:
-        """For each attack, on which examples [N] the model stayed right."""
-        return self.rows.robust
-
-    @property
-    def survivors(self) -> Tensor:
-        """On which examples [N] neither an attack of the suite nor a probe for masking fooled the model."""
-        return self.rows.survivors
-
-    @property
-    def broken(self) -> Broken:
-        """What fooled the model on each example first."""
-        assert self.rows.broken is not None
-        return self.rows.broken
-
-
-SEARCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+    batch_size: int
+    search_dtype: torch.dtype
+    transfer_from: AnyModel | None
+    state: Path | str | None
 
 
 def evaluate_model(
@@ -90,47 +49,30 @@ def evaluate_model(
     *,
     eps: float | str,
     norm: str = "Linf",
-    suite: str = "quick",
-    seed: int = 0,
-    batch_size: int = 256,
-    search_dtype: torch.dtype = torch.float32,
-    transfer_from: AnyModel | None = None,
-    state: Path | str | None = None,
+    **options: "Unpack[Options]",
 ) -> Evaluation:
     """Measure clean and robust accuracy, and whether the latter can be believed.
 
-    The model is read in eval mode on the device it is on, and is left as it was; so are the images, torch's settings
-    and its random state. `UserModel` says how the model is called.
+    The model runs in eval mode on its device. It is restored afterwards, and so are torch's settings and its random
+    state; the images are not changed. `UserModel` describes how the model is called.
 
     Args:
         model: Takes [0, 1] images [B, C, H, W] and returns logits [B, K]: a module or any function, of any
             floating-point dtype.
         images: [N, C, H, W] floats in [0, 1], or uint8, on any device.
         labels: [N] integers below K.
-        eps: Radius in units of a [0, 1] pixel, e.g. 0.1 or "8/255".
+        eps: Radius in units of a [0, 1] pixel, such as 0.1 or "8/255".
         norm: "Linf" or "L2".
-        suite: A name in `drelu_timm.attacks.suites.SUITES`.
-        seed: Keys the randomness of every example and attack.
-        batch_size: Images a pass, at most.
-        search_dtype: What attacks compute in, such as ``torch.bfloat16``; what they find is judged in float32.
-        transfer_from: A second model of the same classes: what fools it is tried on the first, as column "transfer".
-        state: Folder for what is measured as it comes in: the same call again goes on from there. It stays afterwards.
+        **options: suite: name in `drelu_timm.attacks.suites.SUITES` ("quick" by default). seed: key of the randomness
+            of every example and attack (0). batch_size: images per pass, at most (256). search_dtype: used by attacks,
+            such as ``torch.bfloat16``; the images that they find are judged in float32 (``torch.float32``).
+            transfer_from: a second model of the same classes, whose adversarial images are tried as column "transfer"
+            (None). state: folder of a checkpoint, from which the same call resumes; it stays afterwards (None).
 
     Raises:
-        InputError: Images, labels, a model or options that cannot be used, or a state of something else.
+        InputError: Images, labels, a model or options that cannot be used, or a checkpoint of another evaluation.
     """
-    (evaluation,) = evaluate_under(
-        parse_threat_models(norm, [eps]),
-        model,
-        images,
-        labels,
-        suite=suite,
-        seed=seed,
-        batch_size=batch_size,
-        search_dtype=search_dtype,
-        transfer_from=transfer_from,
-        state=state,
-    )
+    (evaluation,) = evaluate_sweep(model, images, labels, eps=[eps], norm=norm, **options)
     return evaluation
 
 
@@ -141,49 +83,17 @@ def evaluate_sweep(
     *,
     eps: Sequence[float | str],
     norm: str = "Linf",
-    suite: str = "quick",
-    seed: int = 0,
-    batch_size: int = 256,
-    search_dtype: torch.dtype = torch.float32,
-    transfer_from: AnyModel | None = None,
-    state: Path | str | None = None,
+    **options: "Unpack[Options]",
 ) -> list[Evaluation]:
-    """Evaluate a model as `evaluate_model` does at several radii at once.
+    """Evaluate a model as `evaluate_model` does, at several eps, in any order.
 
     An image that fools the model at one eps counts at every larger eps and is not attacked again, so that accuracies
-    can only fall. Attacks with a starting point start where they ended at the eps before.
-
-    Args:
-        model: See `evaluate_model`, as for all other arguments.
-        images: [N, C, H, W].
-        labels: [N].
-        eps: Radii, in any order.
-        norm: "Linf" or "L2".
-        suite: Name of the suite.
-        seed: Keys all randomness.
-        batch_size: Images per pass, at most.
-        search_dtype: dtype of the search.
-        transfer_from: A second model.
-        state: Folder of the checkpoint.
+    can only fall. Attacks with a starting point start from the images of the eps before.
 
     Returns:
-        One evaluation per radius, from the smallest.
-
-    Raises:
-        InputError: See `evaluate_model`.
+        One evaluation per eps, from the smallest.
     """
-    return evaluate_under(
-        parse_threat_models(norm, eps),
-        model,
-        images,
-        labels,
-        suite=suite,
-        seed=seed,
-        batch_size=batch_size,
-        search_dtype=search_dtype,
-        transfer_from=transfer_from,
-        state=state,
-    )
+    return evaluate_under(parse_threat_models(norm, eps), model, images, labels, **options)
 
 
 def evaluate_under(
@@ -192,81 +102,86 @@ def evaluate_under(
     images: Tensor,
     labels: Tensor,
     *,
-    suite: str,
-    seed: int,
-    batch_size: int,
-    search_dtype: torch.dtype,
-    transfer_from: AnyModel | None,
-    state: Path | str | None,
+    suite: str = "quick",
+    seed: int = 0,
+    batch_size: int = 256,
+    search_dtype: torch.dtype = torch.float32,
+    transfer_from: AnyModel | None = None,
+    state: Path | str | None = None,
+    called: tuple[str, str] = ("the model", "transfer_from"),
+    num_classes: int | None = None,
     processes: Processes | None = None,
 ) -> list[Evaluation]:
     """Evaluate a model under parsed threat models of one norm, from the smallest eps; see `evaluate_sweep`.
 
-    ``processes`` share the work: each of them makes the same call.
+    Args not described there are the names (``called``) of the model and of the second model in errors, the number of
+    outputs that they must have (by default any number above the labels), and the ``processes`` that share the work,
+    each of which makes the same call.
     """
-    started = time.monotonic()
+    started, caller = time.monotonic(), Defaults.current()
+    processes = processes or Processes()
     if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"--batch-size {batch_size} is not possible; give 1 or more, a whole number")
-    if search_dtype not in SEARCH_DTYPES:
-        raise InputError(
-            f"search_dtype {search_dtype!r} is not possible; give one of {', '.join(map(str, SEARCH_DTYPES))}"
-        )
-    state = None if state is None else Path(state)
-    caller, processes = Defaults.current(), processes or Processes()
-    with evaluation_state(), ExitStack() as stack:
-        images, labels = checked(images, labels)
+        raise InputError(f"batch_size {batch_size} is not possible. Use an integer above 0.")
+    dtypes = [getattr(torch, name) for name in PRECISIONS]
+    if search_dtype not in dtypes:
+        raise InputError(f"search_dtype {search_dtype!r} is not possible. Use one of {', '.join(map(str, dtypes))}.")
+    with float32_settings(), ExitStack() as stack:
+        images, labels = _checked(images, labels)
         how: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "caller": caller}
-        user_model = stack.enter_context(opened(model, images, **how))
-        check_labels(labels, user_model.num_classes)
-        if hint := channels_hint(images.shape):
-            warnings.warn(hint, DReLUWarning, stacklevel=2)
+        user_model = stack.enter_context(opened(model, images, called=called[0], **how))
         source = None
         if transfer_from is not None:
-            source = stack.enter_context(opened(transfer_from, images, called="--transfer-from", **how))
+            source = stack.enter_context(opened(transfer_from, images, called=called[1], **how))
+        for one in filter(None, (user_model, source)):
+            _check_classes(one, labels, num_classes)
+        if hint := channels_hint(images.shape):
+            warnings.warn(hint, DReLUWarning, stacklevel=2)
         columns = _columns(suite, user_model, source)
-        nothing = Checkpoint(len(labels))
-        driver = Driver(user_model, images, labels, threat_models, seed, batch_size, nothing, search_dtype, processes)
+        driver = Driver(
+            user_model,
+            images,
+            labels,
+            threat_models,
+            seed,
+            batch_size,
+            Checkpoint(len(labels)),
+            search_dtype,
+            processes,
+        )
         identity = _identity(driver, user_model, suite, columns)
-        driver = replace(driver, checkpoint=Checkpoint(len(labels), state, identity))
-        evaluations = _measured(driver, suite, columns)
+        driver = replace(driver, checkpoint=Checkpoint(len(labels), None if state is None else Path(state), identity))
+        evaluations = run(driver, suite, columns)
     seconds, dtype = time.monotonic() - started, str(user_model.dtype).removeprefix("torch.")
-    notes = (*user_model.notes, *(f"The model of --transfer-from: {note}" for note in (source.notes if source else ())))
+    notes = user_model.notes
+    if source is not None:
+        notes += tuple(f"Of the model of {source.called}: {note}" for note in source.notes)
     return [
-        replace(evaluation, seconds=seconds, model_dtype=dtype, verdict=_noted(evaluation.verdict, notes))
+        replace(
+            evaluation,
+            seconds=seconds,
+            model_dtype=dtype,
+            verdict=replace(evaluation.verdict, evidence=(*notes, *evaluation.verdict.evidence)),
+        )
         for evaluation in evaluations
     ]
 
 
 def _columns(suite: str, model: UserModel, source: UserModel | None) -> Suite:
-    """The columns of a suite for a model, with the attack from a second one where there is one."""
+    """Return the columns of a suite for a model, with the attack from a second model if there is one."""
     columns = find_suite(suite, model.num_classes, adaptive=bool(substitutable_layers(model)))
     if source is None:
         return columns
     if source.num_classes != model.num_classes:
         raise InputError(
-            f"--transfer-from has {source.num_classes} outputs, the attacked model {model.num_classes}; "
-            "give a model of the same classes"
+            f"{source.called} has {source.num_classes} outputs, the attacked model {model.num_classes}. Use a model of "
+            "the same classes."
         )
     transfer: dict[str, Attack] = {"transfer": Transfer(source)}
     return columns | {"transfer": transfer}
 
 
-def _measured(driver: Driver, suite: str, columns: Suite) -> list[Evaluation]:
-    """An evaluation in each of the driver's threat models."""
-    clean = run_clean(driver)
-    suite_run = run_suite(driver, columns, clean.correct)
-    probed = [run_probes(driver, position, columns, clean, suite_run) for position in range(len(driver.threat_models))]
-    return [
-        _evaluation(driver, suite, columns, clean, suite_run, probed[: position + 1]) for position in range(len(probed))
-    ]
-
-
-def _noted(verdict: Verdict, notes: Sequence[str]) -> Verdict:
-    return replace(verdict, evidence=(*notes, *verdict.evidence))
-
-
 def _identity(driver: Driver, model: UserModel, suite: str, columns: Suite) -> dict[str, Any]:
-    """Return everything that decides what is measured."""
+    """Return everything that decides the measurements."""
     return {
         "model": model.digest,
         "images": digest([driver.images, driver.labels]),
@@ -274,101 +189,112 @@ def _identity(driver: Driver, model: UserModel, suite: str, columns: Suite) -> d
         "norm": driver.threat_models[0].norm,
         "eps": [threat_model.eps for threat_model in driver.threat_models],
         "suite": suite,
-        "settings": digest([], json.dumps(_settings(columns), sort_keys=True)),
+        "settings": digest([], json.dumps(suite_settings(columns), sort_keys=True)),
         "seed": driver.seed,
         "precision": str(driver.search_dtype),
     }
 
 
-def _evaluation(
-    driver: Driver, suite: str, columns: Suite, clean: CleanPass, suite_run: SuiteRun, probed: Sequence[ProbeRun]
-) -> Evaluation:
-    """The evaluation in the last of the threat models that were ``probed``."""
-    position = len(probed) - 1
-    threat_model = driver.threat_models[position]
-    broken = _broken(driver, clean, suite_run, probed)
-    robust = {column: suite_run.broken_at[column] > position for column in columns}
-    survivors = torch.tensor([not by for by in broken.by])
-    rows = Rows(driver.labels, clean.predictions, robust, survivors, broken)
-    shares = rows.shares
-    cw = suite_run.outcomes.get("cw-l2")
-    return Evaluation(
-        threat_model=threat_model,
-        suite=suite,
-        seed=driver.seed,
-        rows=rows,
-        adversarial=_adversarial(driver, broken),
-        eps=threat_model.written,
-        settings=_settings(columns),
-        clean=shares["clean"],
-        accuracy={column: shares[column] for column in columns},
-        worst=shares["worst"],
-        sequences={
-            column: {attack: share(broken_at > position) for attack, broken_at in after.items()}
-            for column, after in suite_run.sequences.items()
-        },
-        zero_gradient_share=share(clean.signals["zero_gradient_ce"][clean.correct]),
-        cw_l2=_carlini_wagner(cw.l2, clean.correct, threat_model, driver.images[0].numel()) if cw else None,
-        verdict=probed[-1].verdict,
-        seconds=0.0,
-        attack_seconds={
-            attack: outcome.seconds for attack, outcome in suite_run.outcomes.items() if outcome.seconds is not None
-        },
-    )
+def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the images [N, C, H, W] and labels [N] as plain tensors, the labels as int64 on the CPU.
 
+    The labels are a copy; the images share the memory of the argument, and nothing writes into them.
 
-def _broken(driver: Driver, clean: CleanPass, suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Broken:
-    """By what each example was broken; of several attacks that did it, the one that ran first."""
-    by = ["" if right else CLEAN for right in clean.correct.tolist()]
-    steps = torch.full(driver.labels.shape, torch.nan, dtype=torch.float64)
-    margins = torch.where(clean.correct, torch.inf, clean.margins)
-    for name, outcome, flags in _breaks(suite_run, probed):
-        standing = torch.tensor([not name for name in by])
-        for example in (flags & standing).nonzero().squeeze(1).tolist():
-            by[example] = name
-        steps = steps.where(~(flags & standing), outcome.steps)
-        margins = margins.where(~standing, torch.minimum(margins, outcome.margin.nan_to_num(torch.inf)))
-    seeds = [
-        example_seed(driver.seed, name, example) if name and name != CLEAN else None for example, name in enumerate(by)
-    ]
-    return Broken(by, steps, margins, seeds)
-
-
-def _breaks(suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Iterator[tuple[str, AttackOutcome, Tensor]]:
-    """By stage, in the order in which they ran: what it did, and which examples [N] it broke in the last ball probed.
-
-    What breaks an example in a smaller ball breaks it in this one.
+    Raises:
+        InputError: Not tensors, images that are not in [0, 1], or labels that are not classes.
     """
-    position = len(probed) - 1
-    for attack, outcome in suite_run.outcomes.items():
-        yield attack, outcome, outcome.broken_at <= position
-    for probe_run in probed:
-        for stage, outcome in probe_run.outcomes.items():
-            yield stage, outcome, outcome.broken_at == 0
+    for name, given in {"images": images, "labels": labels}.items():
+        if not isinstance(given, Tensor):
+            raise InputError(f"{name} are {type(given).__name__}. Use a torch.Tensor; torch.from_numpy makes one.")
+        if given.layout != torch.strided or given.is_meta:
+            raise InputError(f"{name} are a tensor of {given.layout} on {given.device}. Use a dense one with values.")
+    images, labels = (given.detach().as_subclass(Tensor) for given in (images, labels))
+    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise InputError(
+            f"images are {images.dtype} {list(images.shape)}. Use [N, C, H, W], floats in [0, 1] or uint8."
+        )
+    if len(images) and not images.numel():
+        raise InputError(f"images of shape {list(images.shape)} have no pixels. Use [N, C, H, W].")
+    if len(images) == 0 or labels.shape != images.shape[:1]:
+        raise InputError(f"{len(images)} images and labels of shape {list(labels.shape)}. Use one label per image.")
+    low, high = images.aminmax()
+    if images.is_floating_point() and not 0 <= low <= high <= 1:  # NaN fails too
+        raise InputError(f"images are in [{low:.4g}, {high:.4g}]. Use [0, 1], and normalize inside the model.")
+    if images.dtype == torch.uint8 and 0 < high <= 1:
+        raise InputError("images are uint8 from 0 to 1. Use uint8 from 0 to 255, or floats in [0, 1].")
+    if labels.dtype == torch.bool or labels.is_complex():
+        raise InputError(f"labels are {labels.dtype}. Use integers from 0 to classes - 1.")
+    indices = labels.to("cpu", torch.int64, copy=True)  # torch has no minimum of uint16
+    if labels.is_floating_point() or indices.min() < 0:
+        raise InputError(f"labels are {labels.dtype} from {labels.min()}. Use integers from 0 to classes - 1.")
+    return images, indices
 
 
-def _adversarial(driver: Driver, broken: Broken) -> Adversarial | None:
-    """The images that broke the examples, where the driver kept them."""
-    if len(driver.threat_models) > 1 or driver.processes.index:
-        return None
-    stages = {example: by for example, by in enumerate(broken.by) if by not in ("", CLEAN)}
-    images = driver.checkpoint.images(stages, driver.images.shape[1:])
-    return Adversarial(torch.tensor(list(stages), dtype=torch.int64), images)
+def _check_classes(model: UserModel, labels: Tensor, num_classes: int | None) -> None:
+    """Check that a model has an output for every label [N], and as many outputs as the dataset has classes."""
+    if num_classes not in (None, model.num_classes):
+        raise InputError(
+            f"{model.called} has {model.num_classes} outputs, the dataset {num_classes} classes. Use the dataset that "
+            "the model was trained on."
+        )
+    if labels.max() >= model.num_classes:
+        raise InputError(
+            f"{model.called} has {model.num_classes} outputs, the labels go up to {labels.max()}. Use the dataset that "
+            "the model was trained on."
+        )
 
 
-def _settings(columns: Suite) -> dict[str, dict[str, Any]]:
-    settings = {name: attack.settings for name, attack in single_attacks(columns).items()}
-    for name, attack in single_attacks(columns).items():
-        if isinstance(attack, Transfer) and isinstance(attack.source, UserModel):
-            settings[name] |= {"source_digest": attack.source.digest}
-    return settings | {column: {"stages": [*attacks]} for column, attacks in columns.items() if len(attacks) > 1}
+@contextmanager
+def float32_settings() -> Iterator[None]:
+    """Compute in full float32 with gradients, on the CPU by default; the caller's settings of torch are restored.
+
+    `use_deterministic_algorithms` and cuDNN's other flags stay, since they choose among correct kernels.
+    """
+    autocast = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(kind)]
+    with ExitStack() as stack:
+        for context in (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            # Anomaly mode raises at a gradient of NaN, which `Attacked` replaces by 0.
+            torch.autograd.set_detect_anomaly(False),
+            *(torch.autocast(kind, enabled=False) for kind in autocast),
+            Defaults(torch.float32, torch.device("cpu")).applied(),
+            _full_float32(),
+        ):
+            stack.enter_context(context)
+        yield
 
 
-def _carlini_wagner(l2: Tensor, correct: Tensor, threat_model: ThreatModel, pixels: int) -> CarliniWagner:
-    median = float(l2[correct].median()) if correct.any() else float("inf")
-    budget = threat_model.eps if threat_model.norm == "L2" else threat_model.eps * sqrt(pixels)
-    return CarliniWagner(
-        median_l2=median if isfinite(median) else None,
-        budget=budget,
-        accuracy_at_budget=share(correct & (l2 > budget)),
-    )
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Compute float32 products in float32: neither in TF32 on a GPU nor in bfloat16 on a CPU.
+
+    By default PyTorch lets cuDNN round the inputs of a convolution to TF32's 10 bits, which can decide whether an image
+    at the decision boundary is misclassified.
+    """
+    backends: Any = torch.backends
+    operations: list[Any] = []
+    if hasattr(backends, "fp32_precision"):  # since torch 2.9
+        mkldnn, cudnn = backends.mkldnn, backends.cudnn
+        operations = [backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    precisions = [operation.fp32_precision for operation in operations]
+    # torch refuses to read the older settings while the newer ones contradict them, so the older are set first and
+    # restored first.
+    matmul = convolutions = None
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolutions = backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolutions is not None:
+            backends.cudnn.allow_tf32 = convolutions
+        for operation, precision in zip(operations, precisions, strict=True):
+            operation.fp32_precision = precision

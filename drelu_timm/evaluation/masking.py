@@ -1,9 +1,9 @@
-"""Gradient masking: does a model withstand attacks, or only hide the gradients that they follow?
+"""Gradient masking: whether a model is robust, or only hides the gradients that attacks follow.
 
 After Athalye et al. 2018, https://arxiv.org/abs/1802.00420, and Carlini et al. 2019, https://arxiv.org/abs/1902.06705:
-a model that falls to attacks without its gradients, or to those that repair them, where attacks with its gradients fail
-is masked; so is one that these cannot even break with a radius at which nothing can withstand. The attacks that show it
-are the same whatever suite a model is evaluated under, and know of no particular trick.
+a model is masked if attacks without its gradients, or with repaired ones, fool it where attacks with its gradients do
+not; or if the latter do not fool it even at an eps at which no model can be robust. The probes, the attacks that show
+this, are the same for every suite and model.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,16 +19,10 @@ from ..attacks.attack import LOSSES, Attack, Batch, Candidates, Kind, cross_entr
 from ..attacks.pgd import PGD, SignNoise, drawn
 from ..attacks.square import Square
 from ..attacks.threat_model import ThreatModel, per_image
-from ..results.result import Verdict, Word
+from ..results.result import GAPS, Verdict, conclusion, share_interval
 
-SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")  # what `signals` measures
-PROBED = 200  # examples, the first that are classified right: they bound a share of 0 by 2 %
-
-# Tried on the nets of scripts/masking_battery.py.
-_MASKED_ABOVE = 0.05  # share of examples that one attack leaves and another breaks; 4 % on long-trained ReLU nets
-_SOUND_BELOW = 0.10
-# Adversarial training with capped units, whose zero gradients hide nothing at eps, leaves some 20 % there.
-_STUCK_ABOVE = 1 / 3  # share of examples that withstand, beyond chance, a radius which nothing can withstand
+SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")  # the flags of `signals`
+PROBED = 200  # the first correctly classified examples; 0 of them bound a share by 2 %
 
 
 @dataclass(frozen=True)
@@ -41,14 +35,14 @@ class Probe:
 
 
 def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Probe]:
-    """What is tried on a model, in this order; each on the examples that those before it in the same ball left.
+    """Return the probes for a model in their order; each one gets the examples that the earlier ones left.
 
-    White-box attacks come first. At most 255 gradients (230 where there is nothing to adapt to) and 500 queries an
-    example, nearly all of them on examples that withstand.
+    White-box attacks come first. They cost at most 255 gradients (230 without the adaptive attack) and 500 queries per
+    example, nearly all of them on examples that stay correct.
 
     Args:
-        model: The adaptive attack is for those that have layers it knows.
-        threat_model: The one whose robust accuracies are in question.
+        model: The adaptive attack is only for models with layers that it can substitute.
+        threat_model: The threat model of the robust accuracies.
         pixels: Numbers in an image, C * H * W.
     """
     skipped = () if substitutable_layers(model) else (_ADAPTIVE,)
@@ -61,16 +55,16 @@ def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Pro
 
 
 def farthest(threat_model: ThreatModel, pixels: int) -> ThreatModel:
-    """The smallest ball that holds the mid-grey image whatever its centre.
+    """Return the threat model of the smallest eps at which the mid-gray image is within eps of every image.
 
-    There a classifier gives one answer for all examples, so no more of them withstand than the most frequent class has.
+    A classifier has one answer there, so at most the examples of the most frequent class can stay correct.
     """
     eps = 0.5 if threat_model.norm == "Linf" else 0.5 * sqrt(pixels)
     return replace(threat_model, eps=eps, written=f"{eps:g}")
 
 
 def signals(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What the model itself tells of masking, without an attack.
+    """Measure what a model itself shows of masking, without an attack.
 
     Args:
         model: As attacks see it: its gradient is 0 where it is not finite, or where there is none.
@@ -86,13 +80,14 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tenso
     flags = {}
     for name, loss in (("ce", cross_entropy), ("margin", margin)):
         points = images.detach().clone().requires_grad_()
-        logits = model(points)  # once for each: what torch.compile makes keeps no graph for a second gradient
+        logits = model(points)  # once per loss: a compiled model keeps no graph for a second gradient
         (gradient,) = torch.autograd.grad(loss(labels)(logits).sum(), points)
-        flags[f"zero_gradient_{name}"] = _zero(gradient)
+        flags[f"zero_gradient_{name}"] = ~gradient.flatten(1).any(dim=1)
     with torch.no_grad():
         # In another order and in half batches: a model may seed its noise again, or mix the images of a batch.
         again = torch.cat([model(half) for half in images.flip(0).chunk(2)]).flip(0)
-        # Only classes whose probability float32 can tell from 0: a class masked by -1e9 is no measure of the others.
+        # Only classes whose probability float32 can distinguish from 0: a class masked by -1e9 would hide changes of
+        # the others.
         highest = logits.amax(dim=1, keepdim=True)
         possible = logits > highest - 100
         spread = highest.squeeze(1) - logits.where(possible, torch.inf).amin(dim=1)
@@ -101,16 +96,12 @@ def signals(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tenso
     return flags | {"unsteady": unsteady, "changed": again.argmax(dim=1) != logits.argmax(dim=1)}
 
 
-_ROUNDING = 1e-3  # of the spread of an image's logits: more than other kernels or TF32 make of them
-
-
-def _zero(gradient: Tensor) -> Tensor:
-    return ~gradient.flatten(1).any(dim=1)
+_ROUNDING = 1e-3  # of the range of an image's logits: more than other kernels or TF32 change them
 
 
 @dataclass(frozen=True)
 class PGDFromImage(PGD):
-    """`PGD` from the image itself: with an eps this large, a random point alone can fool the model."""
+    """`PGD` that starts from the image: at a large eps, a random point alone can fool the model."""
 
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Search for adversarial images; see `Attack.run`."""
@@ -121,8 +112,8 @@ class PGDFromImage(PGD):
 class AveragedPGD(Attack):
     """PGD on gradients averaged over noise around each point and over the model's own noise.
 
-    It overcomes gradients that are shattered, or zero in one place and not in another, and is the expectation over
-    transformation of Athalye et al. 2018 for randomized models.
+    It overcomes gradients that are shattered or zero in places. For randomized models it is the expectation over
+    transformation of Athalye et al. 2018.
 
     Attributes:
         loss: A name in `LOSSES`.
@@ -141,7 +132,7 @@ class AveragedPGD(Attack):
         """Search for adversarial images; see `Attack.run`."""
         images, labels = batch.images, batch.labels
         adversarial = drawn(threat_model.random_start, images, batch.seeds)
-        found, standing = images, torch.ones_like(labels, dtype=torch.bool)
+        found, left = images, torch.ones_like(labels, dtype=torch.bool)
         wide = replace(threat_model, eps=2 * threat_model.eps)
         for step in range(self.steps):
             gradient = torch.zeros_like(images)
@@ -152,16 +143,16 @@ class AveragedPGD(Attack):
             step_size = self.relative_step_size * threat_model.eps
             adversarial = threat_model.project(threat_model.ascend(adversarial, gradient, step_size), images)
             with torch.no_grad():
-                fooled = standing & (model(adversarial).argmax(dim=1) != labels)
+                fooled = left & (model(adversarial).argmax(dim=1) != labels)
             found = torch.where(per_image(fooled, images), adversarial, found)
-            standing &= ~fooled
+            left &= ~fooled
         return Candidates(found)
 
 
 _FAR, _ADAPTIVE = "far", "annealing"
 PROBES: dict[str, Attack] = {
     "pgd": PGD(steps=50),
-    # The same loss with logits that spread over less than 20: what it breaks beyond luck, a saturated softmax hid.
+    # The same loss on logits with a range below 20: examples that it adds were hidden by a saturated softmax.
     "rescaled": PGD("scaled-ce", steps=20, relative_step_size=0.25),
     "margin": PGD("margin", steps=50),
     "restarts": Restarts("scaled-ce", restarts=5, steps=10, relative_step_size=0.25),
@@ -173,32 +164,29 @@ PROBES: dict[str, Attack] = {
 }
 _WHITE_BOX = [name for name, attack in PROBES.items() if attack.kind == "white-box" and name != _FAR]
 
-# Shares of examples where an attack fails and another succeeds that scales the logits, that begins at more points, or
-# that does not follow the gradient at the point alone.
-_GAPS = ("broken_by_rescaled", "broken_by_restarts", "hidden")
-
-_SENTENCES = {  # by attack, what it broke of those that the ones before it left
-    "rescaled": "PGD on rescaled logits, which no softmax saturates, breaks {} that PGD left.",
-    "margin": "PGD on the margin breaks {} more.",
-    "restarts": "More restarts in the place of more steps break {} that these left.",
-    "noise": "Random sign noise breaks {} that all these left.",
-    "averaged": "Gradients averaged over noise break {} more.",
-    "square": "Square, which asks for no gradient, breaks {} more.",
-    "annealing": "Caps that sharpen while the attack goes on break {} more.",
+_SENTENCES = {  # by probe, on examples that the earlier ones left
+    "rescaled": "PGD on rescaled logits, which saturate no softmax, fools the model on {} that PGD left.",
+    "margin": "PGD on the margin adds {}.",
+    "restarts": "More restarts of fewer steps add {}.",
+    "noise": "Random sign noise adds {}.",
+    "averaged": "Gradients averaged over noise add {}.",
+    "square": "Square, which uses no gradient, adds {}.",
+    "annealing": "Caps that sharpen during the attack add {}.",
 }
 
 
 def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Tensor], hidden: Tensor) -> Verdict:
-    """What the signals, the probes and the attacks of a suite say together.
+    """Return the verdict of the signals, the probes and the attacks of a suite.
 
     Args:
         labels: [n], of the examples that were probed.
         flags: Those of `signals`, [n] each.
-        broken: For each probe, by name, [n]: which examples it broke; one that it was not given is not broken.
-        hidden: [n], which examples the suite's white-box attacks left and another of its attacks broke.
+        broken: By probe, [n]: the examples on which it fooled the model; False for examples that it did not get.
+        hidden: [n], the examples that the suite's white-box attacks left and another of its attacks did not.
     """
     if not len(labels):
-        return Verdict("undecided", ("No example is classified right, so there is nothing to break.",), {"examples": 0})
+        nothing = "No example is classified correctly, so there is nothing to attack."
+        return Verdict("undecided", (nothing,), {"examples": 0})
     white_box = _any(broken, _WHITE_BOX)
     others = hidden | _any(broken, broken.keys() - {*_WHITE_BOX, _FAR})
     shares = {
@@ -212,25 +200,17 @@ def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Te
     }
     numbers = {"examples": len(labels), "chance": int(labels.bincount().max()) / len(labels)}
     numbers |= {name: float(flag.double().mean()) for name, flag in shares.items()}
-    for name in (*_GAPS, "stuck"):
-        numbers[f"{name}_low"], numbers[f"{name}_high"] = wilson_interval(int(shares[name].sum()), len(labels))
-    return Verdict(_conclusion(numbers), tuple(_evidence(numbers)), numbers)
+    for name in (*GAPS, "stuck"):
+        numbers[f"{name}_low"], numbers[f"{name}_high"] = share_interval(int(shares[name].sum()), len(labels))
+    return Verdict(conclusion(numbers), tuple(_evidence(numbers)), numbers)
 
 
 def _any(broken: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
     return torch.stack([broken[name] for name in names]).any(dim=0)
 
 
-def _conclusion(numbers: Mapping[str, float]) -> Word:
-    stuck_above = numbers["chance"] + _STUCK_ABOVE
-    if numbers["stuck_low"] > stuck_above or any(numbers[f"{gap}_low"] > _MASKED_ABOVE for gap in _GAPS):
-        return "masked"
-    found_all = numbers["stuck_high"] < stuck_above and all(numbers[f"{gap}_high"] < _SOUND_BELOW for gap in _GAPS)
-    return "sound" if found_all and not numbers["unsteady"] else "undecided"
-
-
 def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
-    """A sentence for each signal, those that decide first."""
+    """Yield a sentence per signal; those that decide come first."""
 
     def percent(name: str) -> str:
         return f"{100 * numbers[name]:.1f} %"
@@ -239,19 +219,18 @@ def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
         return f"{percent(name)} (95 % interval {100 * numbers[f'{name}_low']:.1f} to {percent(f'{name}_high')})"
 
     yield (
-        f"Of {numbers['examples']} examples classified right, {percent('withstand_pgd')} withstand PGD, "
-        f"{percent('withstand_white_box')} every white-box attack, {percent('withstand_all')} the others too."
+        f"Of {numbers['examples']} correctly classified examples, {percent('withstand_pgd')} stay correct under PGD, "
+        f"{percent('withstand_white_box')} under every white-box attack, {percent('withstand_all')} under all attacks."
     )
-    yield f"Attacks without the gradient, or with a repaired one, break {with_interval('hidden')} that those left."
+    yield f"Attacks without the gradient, or with a repaired one, fool the model on {with_interval('hidden')} more."
     yield (
-        f"In a ball that holds the grey image nothing withstands but by chance, {percent('chance')}; there white-box "
-        f"PGD leaves {with_interval('stuck')}."
+        f"At an eps that reaches the gray image from everywhere, at most {percent('chance')} (chance) can stay "
+        f"correct; white-box PGD leaves {with_interval('stuck')}."
     )
     if numbers["unsteady"]:
         yield (
-            f"Seen again in other batches, {percent('unsteady')} get other logits and {percent('changed')} another "
-            "class: the forward pass is not deterministic or depends on the other images of a batch. No verdict can "
-            "be sound."
+            f"In other batches, {percent('unsteady')} get other logits and {percent('changed')} another class: the "
+            "forward pass is not deterministic or depends on the other images of a batch. The verdict cannot be sound."
         )
     else:
         yield "The forward pass is deterministic."
@@ -261,14 +240,4 @@ def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
     )
     for name, sentence in _SENTENCES.items():
         if f"broken_by_{name}" in numbers:
-            yield sentence.format((with_interval if f"broken_by_{name}" in _GAPS else percent)(f"broken_by_{name}"))
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95 % score interval of a binomial share (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
-    z = 1.96
-    share = count / total
-    centre = share + z * z / (2 * total)
-    spread = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+            yield sentence.format((with_interval if f"broken_by_{name}" in GAPS else percent)(f"broken_by_{name}"))

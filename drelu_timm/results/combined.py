@@ -1,4 +1,4 @@
-"""Several evaluations of the same weights at one eps, counted together."""
+"""Several evaluations of the same weights at one eps, combined."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .result import VERDICTS, EpsResult, Result, Verdict
 
 
 def worst_verdict(verdicts: Iterable[str]) -> str:
-    """Return the worst of at least one, in a word."""
+    """Return the worst of one or more verdicts."""
     return max(verdicts, key=VERDICTS.index)
 
 
@@ -21,14 +21,14 @@ def worst_verdict(verdicts: Iterable[str]) -> str:
 class Combined:
     """Evaluations of the same weights at one eps, on the first images of the same test set.
 
-    An image counts as broken where any of them broke it, an attack by its lowest accuracy, and the worst verdict holds.
+    An example is robust if it is in all of them; an attack counts by its lowest accuracy; the worst verdict holds.
 
     Attributes:
         eps: As written.
-        results: The evaluations that accuracies are of, on as many examples each; at least one.
-        others: Those on other numbers of examples, of which the broken images and the verdict count.
-        survivors: bool [N], on which examples of ``results`` nothing in any of them all fooled the model; None where
-            that is not known, or where there is one evaluation only.
+        results: Evaluations that accuracies are of, on the same number of examples; at least one.
+        others: Evaluations on other numbers of examples, whose adversarial images and verdicts count.
+        survivors: bool [N], the examples of ``results`` on which no evaluation fooled the model; None where rows are
+            missing, or for a single evaluation.
     """
 
     eps: str
@@ -47,9 +47,9 @@ class Combined:
         return tuple(self.point_of(result) for result in self.results)
 
     def point_of(self, result: Result) -> EpsResult:
-        """Return what one of the evaluations found at the eps."""
+        """Return the accuracies of one of the evaluations."""
         point = result.at(self.eps)
-        assert point is not None  # of those that have none, none is combined
+        assert point is not None  # only evaluations at this eps are combined
         return point
 
     @property
@@ -73,23 +73,23 @@ class Combined:
 
     @property
     def worst(self) -> float:
-        """Share of the examples that stayed robust in all evaluations, or an upper bound of it: see ``at_most``."""
+        """Worst-case accuracy over all evaluations, or an upper bound of it: see ``at_most``."""
         lowest = min(point.worst for point in self.points)
         return lowest if self.survivors is None else min(lowest, share(self.survivors))
 
     @property
     def at_most(self) -> bool:
-        """Whether ``worst`` is only an upper bound: that of several evaluations whose rows are not all there."""
+        """Whether ``worst`` is only an upper bound, since rows of an evaluation are missing."""
         return len(self.all) > 1 and self.survivors is None
 
     @property
     def zero_gradient_share(self) -> float:
-        """Of the examples classified right, the share with an input gradient of zero, at most."""
+        """Largest share of the correctly classified examples with an input gradient of zero."""
         return max(point.zero_gradient_share for point in self.points)
 
     @property
     def cw_l2(self) -> float | None:
-        """Accuracy at the L2 radius ``cw_budget`` under Carlini and Wagner's attack, which knows no epsilon ball."""
+        """Accuracy at the L2 radius ``cw_budget`` under Carlini and Wagner's minimum-norm attack."""
         return None if self._cw is None else self._cw[0]
 
     @property
@@ -104,42 +104,42 @@ class Combined:
 
     @cached_property
     def decisive(self) -> tuple[Result, ...]:
-        """The evaluations that have the worst verdict on gradient masking of all."""
+        """Evaluations with the worst verdict on gradient masking."""
         words = [self.point_of(result).verdict.verdict for result in self.all]
         worst = worst_verdict(words)
         return tuple(result for result, word in zip(self.all, words, strict=True) if word == worst)
 
     @property
     def verdict(self) -> Verdict:
-        """The worst on gradient masking of all evaluations, as the first of them explains it."""
+        """Worst verdict on gradient masking, with the evidence of the first evaluation that has it."""
         return self.point_of(self.decisive[0]).verdict
 
     @property
     def verdict_images(self) -> int | None:
-        """The number of test images of the verdict where none of ``results`` has it."""
+        """Number of test images of the verdict, if none of ``results`` has it."""
         images = [result.n_examples for result in self.decisive]
         return None if self.n_examples in images else max(images)
 
     @cached_property
     def tried(self) -> frozenset[tuple[str, str]]:
-        """Every attack of ``results`` with its settings as text; the settings decide what it finds."""
+        """Every attack of ``results`` with its settings as text."""
         return frozenset(one for result in self.results for one in _tried(result, self.point_of(result)))
 
     @cached_property
     def tried_elsewhere(self) -> frozenset[tuple[str, str, int]]:
-        """The same of ``others``, with their numbers of examples."""
+        """Every attack of ``others`` with its settings and number of examples."""
         return frozenset(
             (*one, other.n_examples) for other in self.others for one in _tried(other, self.point_of(other))
         )
 
     @property
     def columns(self) -> set[str]:
-        """The attacks that there is an accuracy for; "cw-l2" is the one at its L2 budget."""
+        """Attacks with an accuracy; that of "cw-l2" is at its L2 budget."""
         return set().union(*(point.columns for point in self.points))
 
 
 def _tried(result: Result, point: EpsResult) -> Iterable[tuple[str, str]]:
-    """Each attack with its settings; the precision of the search is one of them, and a sequence is its attacks."""
+    """Yield each attack with its settings and the precision of its search; a sequence yields its attacks."""
     precision = {} if result.precision == "float32" else {"precision": result.precision}
     settings = {attack: {} for attack in point.accuracy} | point.settings
     for attack, of_it in settings.items():

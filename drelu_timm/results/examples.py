@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,12 +28,12 @@ class Broken:
     """What fooled the model on each example first, in the order of the suite.
 
     Attributes:
-        by: Name of the attack; "clean" for an example that is wrong as it is, "" for one that stayed robust. What
-            only a probe for masking found is by "probe <attack> at <eps>".
-        steps: [N], the gradients or queries that it took; NaN where not known.
+        by: Name of the attack, or "probe <attack> at <eps>" for a probe for masking; "clean" for an example that is
+            wrong without an attack, "" for one that stayed robust.
+        steps: [N], gradients or queries until then; NaN where not known.
         margin: [N], logit of the label minus the largest other one, on the image that fooled the model; for an example
-            that stayed robust, the smallest on any image that an attack gave.
-        seed: What keyed the randomness of that attack on that example; None where nothing fooled the model.
+            that stayed robust, the smallest on any image that an attack returned.
+        seed: Seed of that attack on that example; None where nothing fooled the model.
     """
 
     by: list[str]
@@ -43,14 +44,14 @@ class Broken:
 
 @dataclass(frozen=True)
 class Rows:
-    """What was found on each example at one eps.
+    """Results per example at one eps.
 
     Attributes:
         labels: [N].
-        predictions: [N], of the clean images.
-        robust: For each attack, or column of several, [N]: right on the clean image and on what the attack returned.
-        survivors: [N], whether nothing fooled the model, neither an attack of the suite nor a probe for masking.
-        broken: What did; None of rows read from a file.
+        predictions: [N], classes of the clean images.
+        robust: By attack, or column of several, [N]: correct on the clean image and on what the attack returned.
+        survivors: [N], whether neither an attack of the suite nor a probe for masking fooled the model.
+        broken: What fooled the model; None for rows read from a file.
     """
 
     labels: Tensor
@@ -61,21 +62,21 @@ class Rows:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Accuracies in [0, 1]: "clean", that of each attack, "worst"."""
+        """Accuracies in [0, 1]: "clean", under each attack, "worst"."""
         flags = {"clean": self.predictions == self.labels, **self.robust, "worst": self.survivors}
         return {name: share(flag) for name, flag in flags.items()}
 
 
 def share(flags: Tensor) -> float:
-    """Return the share in [0, 1] of the flags that are set; 0 of none."""
+    """Return the share in [0, 1] of the flags that are set; 0 without flags."""
     return float(flags.double().mean()) if len(flags) else 0.0
 
 
 def csv_text(rows: Rows) -> str:
     """Return the CSV of one eps, a row per example.
 
-    Index, label, clean prediction; for each attack 1 for robust or 0 for broken; the attack that fooled the model
-    first, the steps that this took where known, the margin of the label's logit then, and the seed of its randomness.
+    Its columns are the index, label and clean prediction; 1 for robust or 0 for broken per attack; and the fields of
+    `Broken`.
     """
     broken = rows.broken
     assert broken is not None
@@ -92,7 +93,7 @@ def csv_text(rows: Rows) -> str:
 
 
 def sweep_csv_text(rows: Mapping[str, Rows]) -> str:
-    """Return the CSV of a sweep, a row per example: index, label, clean prediction, the smallest eps that broke it.
+    """Return the CSV of a sweep, a row per example, with the smallest eps per attack that fooled the model.
 
     Args:
         rows: By eps, from the smallest.
@@ -123,7 +124,7 @@ def _csv(columns: Mapping[str, Sequence[Any]]) -> str:
 
 
 def read_rows(result: Result, eps: str) -> Rows | None:
-    """Read the rows next to a result, at one of its eps; None where there is no such file.
+    """Read the rows next to a result, at one of its eps; None if the file is missing.
 
     Raises:
         InputError: The file is cut short, of another version, or of another worst case than the result.
@@ -137,28 +138,47 @@ def read_rows(result: Result, eps: str) -> Rows | None:
         with path.open(newline="", encoding="utf-8") as lines:
             table = list(csv.DictReader(lines))
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV ({one_line(error)}); evaluate anew") from error
+        raise InputError(f"{path} cannot be read as CSV ({one_line(error)}). Evaluate again.") from error
     if len(table) != result.n_examples or any(row.get(last) is None for row in table):
         raise InputError(
-            f"{path} has {len(table)} rows, or no column {last}, for {result.n_examples} test images: it is cut, or of "
-            "another version; evaluate anew"
+            f"{path} has {len(table)} rows, or no column {last}, for {result.n_examples} test images: it is cut short, "
+            "or of another version. Evaluate again."
         )
     if [row.get("index") for row in table] != [str(index) for index in range(len(table))]:
-        raise InputError(f"{path} does not name the test images in their order; evaluate anew")
+        raise InputError(f"{path} does not list the test images in order. Evaluate again.")
     try:
         rows = _rows(table, point, sweep=result.is_sweep)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no whole table of an evaluation ({error!r}); evaluate anew") from error
-    if abs(share(rows.survivors) - point.worst) > ROUNDING:
-        raise InputError(f"{result.path} has another worst case than the rows beside it; evaluate anew")
+    except (InputError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{path} is not a table of an evaluation ({error!r}). Evaluate again.") from error
+    _check_rows(path, result, rows, point)
     return rows
+
+
+def _check_rows(path: Path, result: Result, rows: Rows, point: EpsResult) -> None:
+    """Check the rows against the accuracies of the result, and the columns of each row against each other."""
+    if abs(share(rows.survivors) - point.worst) > ROUNDING:
+        raise InputError(f"{result.path} has another worst case than the rows next to it. Evaluate again.")
+    if rows.robust.keys() != point.accuracy.keys():
+        return  # rows without a column per attack, of earlier versions
+    for name, accuracy in {"clean": point.clean, **point.accuracy}.items():
+        if abs(rows.shares[name] - accuracy) > ROUNDING:
+            raise InputError(
+                f"{path} has another {name} accuracy than {result.path}. Delete the result and evaluate again."
+            )
+    correct, robust = rows.predictions == rows.labels, torch.stack([*rows.robust.values()])
+    impossible = rows.survivors & ~(correct & robust.all(0)) | robust.any(0) & ~correct
+    if impossible.any():
+        raise InputError(
+            f"{path}: example {int(impossible.nonzero()[0])} is robust in one column and not in another. Evaluate "
+            "again."
+        )
 
 
 def _rows(table: Sequence[Mapping[str, str]], point: EpsResult, *, sweep: bool) -> Rows:
     def stayed_robust(row: Mapping[str, str], attack: str) -> bool:
         if not sweep:
             return row["broken_by"] == "" if attack == "worst" else int(row[attack]) == 1
-        # The smallest eps that broke the example is above this one; 0.1 and 1/10 are the same.
+        # Compared as numbers: 0.1 and 1/10 are the same eps.
         return row[attack] == "" or radius_of(row[attack]) > point.radius + ROUNDING
 
     def flags(attack: str) -> Tensor:
@@ -170,18 +190,15 @@ def _rows(table: Sequence[Mapping[str, str]], point: EpsResult, *, sweep: bool) 
 
 
 def read_survivors(results: Iterable[Result], n_examples: int, eps: str) -> Tensor | None:
-    """Return on which of the first N test images nothing fooled the model in any of the evaluations, bool [N].
+    """Return on which of the first N test images no evaluation fooled the model, bool [N]; None if rows are missing.
 
     Args:
         results: Evaluations of the same weights on the first test images, N or another number of them.
         n_examples: N.
         eps: One that all of them have.
 
-    Returns:
-        None where the rows of an evaluation were left out.
-
     Raises:
-        InputError: As `read_rows` does.
+        InputError: See `read_rows`.
     """
     survivors = torch.ones(n_examples, dtype=torch.bool)
     for result in results:
@@ -194,7 +211,7 @@ def read_survivors(results: Iterable[Result], n_examples: int, eps: str) -> Tens
 
 @dataclass(frozen=True)
 class Adversarial:
-    """For each example that is classified right and on which the model was fooled, the first image that did it.
+    """The first image that fooled the model, for each correctly classified example that is not robust.
 
     Attributes:
         index: int64 [M], positions of these examples among all, ascending.
@@ -208,15 +225,15 @@ class Adversarial:
         """Write "index" and "images" as safetensors, atomically; the same content gives the same bytes.
 
         Args:
-            path: Of the file.
-            identity: What the images were found on and how. It is one JSON text in the metadata ("identity"), since
-                safetensors writes several metadata fields in an order that changes.
+            path: File to write.
+            identity: `Result.identity` of the evaluation, written as JSON text into the metadata.
 
         Returns:
             sha256 of the file.
         """
         with atomic_file(path) as beside:
             tensors = {"index": self.index, "images": self.images}
+            # One field: safetensors writes several metadata fields in an order that changes.
             save_file(tensors, beside, metadata={"identity": json.dumps(dict(identity))})
             return sha256_of(beside)
 
@@ -225,12 +242,25 @@ def read_adversarial(result: Result) -> Adversarial:
     """Read the images next to a result.
 
     Raises:
-        InputError: The file is missing, or its sha256 is not the one in the result.
+        InputError: The file is missing or malformed, or its sha256 is not the one in the result.
     """
     path = result.file.with_suffix(ADVERSARIAL)
     if not path.is_file() or sha256_of(path) != result.adversarial_sha256:
         raise InputError(
-            f"{path} is not there, or not what the evaluation wrote (by its sha256); delete the result and evaluate "
-            "anew"
+            f"{path} is missing, or not what the evaluation wrote (by its sha256). Delete the result and evaluate "
+            "again."
         )
-    return Adversarial(**load_file(path))
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}). Delete the result and evaluate again.") from error
+    index, images = tensors.get("index"), tensors.get("images")
+    if index is None or index.dtype != torch.int64 or index.ndim != 1 or (index.diff() <= 0).any():
+        raise InputError(f"{path} has no ascending index of examples. Delete the result and evaluate again.")
+    if images is None or images.dtype != torch.float32 or images.ndim != 4 or len(images) != len(index):
+        raise InputError(
+            f"{path} has no float32 image for each example in its index. Delete the result and evaluate again."
+        )
+    if not ((images >= 0) & (images <= 1)).all():  # NaN fails too
+        raise InputError(f"{path} has pixels outside of [0, 1]. Delete the result and evaluate again.")
+    return Adversarial(index, images)

@@ -1,4 +1,4 @@
-"""Plots of accuracies: what all of them share, and the curve of a sweep over eps."""
+"""Plots of accuracies: their common style, and the curve of a sweep over eps."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
@@ -17,32 +17,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart too (https://jfly.uni-koeln.de/color/), less black,
-# which is for the worst case, and yellow, which is faint on white; the markers tell them apart in grey.
+VERDICT_COLORS = {"sound": "green", "masked": "red", "undecided": "yellow"}  # in the terminal
+# Okabe and Ito's colors, which color-blind readers can distinguish (https://jfly.uni-koeln.de/color/), without black,
+# which is for the worst case, and yellow, which is faint on white; the markers distinguish them in gray.
 POINTS = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"), "osDv^P", strict=True))
-_DASHES = ("-", "--", ":", "-.")  # tell apart what shares a colour
+_DASHES = ("-", "--", ":", "-.")  # distinguish lines of one color
 CLEAN = {"color": "grey", "linewidth": 1.2}
 WORST_CASE = {"color": "black", "linewidth": 4}
 
 
 def require_matplotlib() -> None:
-    """Say before any work that the picture cannot be drawn.
+    """Check, before any work, that plots can be drawn.
 
     Raises:
-        InputError: matplotlib is missing: it is in the extra `report` only.
+        InputError: matplotlib is missing; it is in the extra `report` only.
     """
     if find_spec("matplotlib") is None:
         raise InputError("matplotlib, which draws the pictures, is missing; pip install 'drelu-timm[report]'")
 
 
 def accuracy_axes(title: str) -> tuple["Figure", "Axes"]:
-    """Empty axes with accuracy in % upwards.
+    """Return a figure with empty axes whose y axis is accuracy in %.
 
     Raises:
-        InputError: Matplotlib is not installed.
+        InputError: matplotlib is not installed.
     """
     require_matplotlib()
-    from matplotlib.figure import Figure  # without pyplot there is no global state
+    from matplotlib.figure import Figure  # pyplot would add global state
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
@@ -53,13 +54,13 @@ def accuracy_axes(title: str) -> tuple["Figure", "Axes"]:
 
 
 def attack_styles() -> Iterator[dict[str, Any]]:
-    """A look for every attack's line, one after the other; the first 24 differ."""
-    for dash, (colour, marker) in cycle(product(_DASHES, POINTS)):
-        yield {"color": colour, "linestyle": dash, "linewidth": 1.2, "marker": marker, "markersize": 4}
+    """Yield the style of one attack's line after the other; the first 24 differ."""
+    for dash, (color, marker) in cycle(product(_DASHES, POINTS)):
+        yield {"color": color, "linestyle": dash, "linewidth": 1.2, "marker": marker, "markersize": 4}
 
 
 def legend_outside(axes: "Axes", **content: Any) -> None:
-    """A legend to the right of the axes, of what is on them or of what ``content`` says; the figure grows with it."""
+    """Add a legend right of the axes, of their lines or of ``content``; the figure grows to its height."""
     legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=4, **content)
     labels = [text.get_text() for text in legend.get_texts()]
     inches = sum(0.1 + 0.17 * (label.count("\n") + 1) for label in labels)
@@ -82,15 +83,15 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 def draw_curve(points: Sequence[EpsResult], path: Path, *, title: str) -> None:
-    """Draw accuracy over eps: a thin line per attack, a bold one for the worst case, the verdict beneath every eps.
+    """Draw accuracy over eps: a thin line per attack, a thick one for the worst case, the verdict below every eps.
 
     Args:
         points: From the smallest eps, all under the same attacks.
-        path: The picture, a PNG; written atomically.
-        title: Above it.
+        path: PNG file to write.
+        title: Title of the plot.
 
     Raises:
-        InputError: Matplotlib is not installed.
+        InputError: matplotlib is not installed.
     """
     save_figure(_curve(points, title), path)
 
@@ -107,7 +108,7 @@ def _curve(points: Sequence[EpsResult], title: str) -> "Figure":
     def line(accuracies: Iterable[float], label: str, **style: Any) -> None:
         axes.plot(eps, [100 * accuracy for accuracy in accuracies], label=label, clip_on=False, **style)
 
-    line((point.worst for point in points), "worst case", **WORST_CASE)  # first: attacks may lie upon it
+    line((point.worst for point in points), "worst case", **WORST_CASE)  # first, so that attacks are drawn over it
     for attack, style in zip(points[0].accuracy, attack_styles(), strict=False):
         line((point.accuracy[attack] for point in points), attack, **style)
     line((point.clean for point in points), "clean", **CLEAN)

@@ -20,7 +20,7 @@ from ..command_line import duration
 from ..errors import InputError, one_line
 from ..launch import Launch, Preempted, noticed_sigterm
 from ..reports.evaluated_runs import EvaluatedRun, read_evaluated_runs
-from ..results.display import VERDICT_COLOURS
+from ..results.plotting import VERDICT_COLORS
 from .cell import Cell
 from .jobs import CellJob, Executor, Pending, Refused
 
@@ -269,4 +269,4 @@ def _row(ended: Ended) -> tuple[str, str, str, str]:
     if ended.error or ended.outcome is None:
         return "", "", "", "[red]failed" if ended.error else ""
     at, verdict = ended.outcome.combined, ended.outcome.verdict
-    return at.eps, f"{100 * at.clean:.1f}", f"{100 * at.worst:.1f}", f"[{VERDICT_COLOURS[verdict]}]{verdict}"
+    return at.eps, f"{100 * at.clean:.1f}", f"{100 * at.worst:.1f}", f"[{VERDICT_COLORS[verdict]}]{verdict}"

@@ -1,4 +1,4 @@
-"""What can be attacked by name: runs, timm's models, RobustBench's."""
+"""Models that are evaluated by name: runs, timm models, RobustBench models."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 
 from drelu_timm import robustbench as our_robustbench
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation.subjects import find_subject
+from drelu_timm.evaluation.named_model import find_model
 from drelu_timm.files import write_json
 from drelu_timm.models.weights import load_folder, save_folder
 from drelu_timm.train import train
@@ -22,7 +22,7 @@ IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A model's folder x/model, with the current directory beside x."""
+    """A model's folder x/model, with the current directory next to x."""
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 
 
 class Tiny(nn.Module):
-    """Stands for an architecture of RobustBench."""
+    """Architecture in place of one of RobustBench's."""
 
     def __init__(self):
         super().__init__()
@@ -65,33 +65,33 @@ def test_a_run_comes_first(folder):
     train = {"model": "dense_drelu", "dataset": "digits", "data_dir": None, "norm": "L2", "eps": "0.5"}
     write_json(folder.parent / "config.json", {"train": train, "in_chans": 1, "img_size": 8})
     (folder.parent).rename("resnet18")
-    subject = find_subject("RUN", "resnet18")
-    assert (subject.run, subject.model, subject.defaults) == ("resnet18", "dense_drelu", train)
-    assert (subject.img_size, subject.in_chans, len(subject.digest)) == (8, 1, 64)
-    assert subject.results_folder == Path("resnet18/results")
-    assert subject.load()(IMAGES).shape == (5, 10)
+    found = find_model("RUN", "resnet18")
+    assert (found.name, found.architecture, found.defaults) == ("resnet18", "dense_drelu", train)
+    assert (found.img_size, found.in_chans, len(found.digest)) == (8, 1, 64)
+    assert found.results_folder == Path("resnet18/results")
+    assert found.load()(IMAGES).shape == (5, 10)
 
 
 def test_a_timm_name_brings_its_size():
-    subject = find_subject("RUN", "inception_v3.tv_in1k")
-    assert (subject.run, subject.model) == ("inception_v3.tv_in1k", "inception_v3.tv_in1k")
-    assert (subject.img_size, subject.in_chans, subject.defaults, subject.digest) == (299, 3, {}, None)
-    assert subject.results_folder == Path("runs/inception_v3.tv_in1k/results")
+    found = find_model("RUN", "inception_v3.tv_in1k")
+    assert (found.name, found.architecture) == ("inception_v3.tv_in1k", "inception_v3.tv_in1k")
+    assert (found.img_size, found.in_chans, found.defaults, found.digest) == (299, 3, {}, None)
+    assert found.results_folder == Path("runs/inception_v3.tv_in1k/results")
 
 
 def test_a_timm_model_without_weights_is_named_with_its_flag():
     with pytest.raises(InputError, match=r"^--transfer-from dense has no pretrained weights\. Leave out"):
-        find_subject("--transfer-from", "dense").load()
+        find_model("--transfer-from", "dense").load()
 
 
 def test_a_registered_model_goes_by_its_key_and_by_its_timm_name(robustbench, folder):
     name = register_robust_model("Tester2026-Subject", "digits", "Linf", folder)
     expected = timm.create_model(name, pretrained=True)(IMAGES)
-    for subject in (find_subject("RUN", "Tester2026-Subject"), find_subject("RUN", name)):
-        model = subject.load()
+    for found in (find_model("RUN", "Tester2026-Subject"), find_model("RUN", name)):
+        model = found.load()
         assert torch.equal(model(IMAGES), expected)
         assert not model.training
-    by_key = find_subject("RUN", "Tester2026-Subject", dataset="digits", norm="L2")
+    by_key = find_model("RUN", "Tester2026-Subject", dataset="digits", norm="L2")
     assert by_key.defaults == {"dataset": "digits", "norm": "L2", "eps": None}
     assert by_key.results_folder == Path("runs/Tester2026-Subject_digits_Linf/results")
 
@@ -101,10 +101,10 @@ def test_a_model_of_the_zoo_is_read_from_the_folder_models(zoo):
     path = zoo / "models" / "cifar10" / "Linf" / "Tester2026Zoo.pt"
     path.parent.mkdir(parents=True)
     torch.save(weights.state_dict(), path)
-    subject = find_subject("RUN", "Tester2026Zoo")
-    assert subject.defaults == {"dataset": "cifar10", "norm": "Linf", "eps": "8/255"}
-    assert find_subject("RUN", "Tester2026Zoo", norm="L2").defaults["eps"] == "0.5"
-    assert torch.equal(subject.load()(IMAGES), weights(IMAGES))
+    found = find_model("RUN", "Tester2026Zoo")
+    assert found.defaults == {"dataset": "cifar10", "norm": "Linf", "eps": "8/255"}
+    assert find_model("RUN", "Tester2026Zoo", norm="L2").defaults["eps"] == "0.5"
+    assert torch.equal(found.load()(IMAGES), weights(IMAGES))
 
 
 @pytest.mark.parametrize("content", [None, b"no weights"])
@@ -114,22 +114,20 @@ def test_weights_that_cannot_be_had_are_one_line(zoo, content):
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        find_subject("RUN", "Tester2026Zoo", dataset="cifar10", norm="Linf").load()
+        find_model("RUN", "Tester2026Zoo", dataset="cifar10", norm="Linf").load()
     message = str(caught.value)
     assert message.startswith("RUN 'Tester2026Zoo' is RobustBench's model for cifar10 Linf, which cannot be read (")
-    assert message.endswith("); put its weights at models/cifar10/Linf/Tester2026Zoo.pt")
+    assert message.endswith("). Put its weights at models/cifar10/Linf/Tester2026Zoo.pt.")
     assert "\n" not in message
     assert content or "no network" in message
 
 
 def test_a_key_of_several_boards_needs_dataset_and_norm(zoo):
-    boards = (
-        "RobustBench's name of models for cifar10 L2, cifar10 Linf; give the --dataset and the --norm of one of them"
-    )
+    boards = r"is a RobustBench key for cifar10 L2, cifar10 Linf\. Give the --dataset and the --norm of one of them\."
     for asked in ({}, {"dataset": "cifar10"}, {"dataset": "cifar100"}):
         with pytest.raises(InputError, match=boards):
-            find_subject("RUN", "Tester2026Both", **asked)
-    assert find_subject("RUN", "Tester2026Both", norm="L2").defaults == {
+            find_model("RUN", "Tester2026Both", **asked)
+    assert find_model("RUN", "Tester2026Both", norm="L2").defaults == {
         "dataset": "cifar10",
         "norm": "L2",
         "eps": "0.5",
@@ -139,16 +137,16 @@ def test_a_key_of_several_boards_needs_dataset_and_norm(zoo):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("Carmon2019Unlabelled", "did you mean Carmon2019Unlabeled"),
-        ("resnet_18", "did you mean resnet18"),
-        ("runs/nothing-here", "give a folder made by train"),
+        ("Carmon2019Unlabelled", "Did you mean Carmon2019Unlabeled"),
+        ("resnet_18", "Did you mean resnet18"),
+        ("runs/nothing-here", "Give a folder made by train"),
     ],
 )
 def test_unknown_names_say_what_is_near(robustbench, name, hint):
     with pytest.raises(
-        InputError, match=f"RUN '{name}' is neither a run directory nor a model of timm or Rob.*; {hint}"
+        InputError, match=f"RUN '{name}' is neither a run directory nor a model of timm or Rob.*\\. {hint}"
     ):
-        find_subject("RUN", name)
+        find_model("RUN", name)
 
 
 def test_without_robustbench_the_error_names_the_extra(monkeypatch, tmp_path):
@@ -157,15 +155,15 @@ def test_without_robustbench_the_error_names_the_extra(monkeypatch, tmp_path):
     with pytest.raises(
         InputError, match=r"'Carmon2019Unlabeled' is neither .* pip install .*'drelu-timm\[robustbench\]'"
     ):
-        find_subject("RUN", "Carmon2019Unlabeled")
+        find_model("RUN", "Carmon2019Unlabeled")
     our_robustbench.adapt.cache_clear()
 
 
-def test_the_last_epoch_of_a_run_is_a_subject_of_its_own(tmp_path):
+def test_the_last_epoch_of_a_run_has_its_own_results(tmp_path):
     train(TrainConfig("dense_drelu", "digits", output_dir=tmp_path / "x", epochs=2, n_train=100, batch_size=30))
-    best, last = (find_subject("RUN", str(tmp_path / name)) for name in ("x", "x/last"))
+    best, last = (find_model("RUN", str(tmp_path / name)) for name in ("x", "x/last"))
     assert best.results_folder == tmp_path / "x" / "results"
     assert last.results_folder == tmp_path / "x" / "last" / "results"
-    assert last.run == str(tmp_path / "x" / "last")
+    assert last.name == str(tmp_path / "x" / "last")
     expected = load_folder(tmp_path / "x" / "last").state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in last.load().model.state_dict().items())
