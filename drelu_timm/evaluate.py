@@ -285,6 +285,8 @@ def _show(result: Result, title: str) -> None:
     console.print(f"{heading}: [bold]{point.verdict}[/bold]")
     for sentence in point.verdict.evidence:
         console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+    if point.not_certified is not None:
+        console.print(Text(point.not_certified))
 
 
 def _accuracies(at: EpsResult) -> Table:
@@ -294,17 +296,20 @@ def _accuracies(at: EpsResult) -> Table:
         table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
     table.add_section()
     table.add_row("worst case", "", _percent(at.worst), style="bold")
+    if at.certified is not None:
+        table.add_row("certified", "interval bounds", _percent(at.certified))
     table.add_row("zero input gradients", "", _percent(at.zero_gradient_share))
     return table
 
 
 def _curve(result: Result) -> Table:
     table = Table("eps", caption="accuracy in %", box=SIMPLE)
-    for column in ("clean", *result.points[0].accuracy, "worst"):
+    certified = ["certified"] if result.points[0].certified is not None else []
+    for column in ("clean", *result.points[0].accuracy, "worst", *certified):
         table.add_column(column, justify="right", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     for at in result.points:
-        accuracies = [at.clean, *at.accuracy.values(), at.worst]
+        accuracies = [at.clean, *at.accuracy.values(), at.worst, *([at.certified or 0.0] if certified else [])]
         table.add_row(at.eps, *(f"{100 * accuracy:.1f}" for accuracy in accuracies), verdict_at(at))
     return table
 

@@ -286,7 +286,8 @@ _MONOTONE = (
 )
 _INSPECTED = (
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.stride,
+    Tensor.__len__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous,
+    Tensor.is_floating_point,
 )
 _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(_MONOTONE, _monotone),
