@@ -15,6 +15,7 @@ resumes.
 import hashlib
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -22,15 +23,10 @@ from pathlib import Path
 from shlex import quote
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError
 from torch import nn
 
-from .attacks.suites import ATTACKS, SUITES
+from .attacks.suites import SUITES
 from .attacks.threat_model import ThreatModel
 from .data.datasets import DATASETS, Dataset
 from .data.images import Images
@@ -40,10 +36,11 @@ from .evaluation.checkpoint import Processes, launched
 from .evaluation.config import EvaluateConfig, attacked_in, check_flags, result_path
 from .evaluation.evaluation import Evaluation, evaluate_under
 from .evaluation.named_model import NamedModel, find_model
-from .files import write_json, write_text
+from .files import held, remove_leftovers, write_json, write_text
+from .results.display import show
 from .results.examples import ADVERSARIAL, csv_text, sweep_csv_text
-from .results.plotting import draw_curve, require_matplotlib, verdict_at
-from .results.result import EpsResult, Result, read_result
+from .results.plotting import draw_curve, require_matplotlib
+from .results.result import Result, read_result
 from .results.seal import images_digest, seal
 from .runs import environment
 
@@ -95,6 +92,11 @@ class _Task:
         return result_path(self.target.results_folder, self.config.suite, self.threat_models)
 
     @property
+    def state(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.path.with_suffix(".state")
+
+    @property
     def title(self) -> str:
         """Title of the table and the plot."""
         largest = self.threat_models[-1]
@@ -131,19 +133,24 @@ def evaluate(config: EvaluateConfig) -> Path:
         The .json file; the other files are next to it.
 
     Raises:
-        InputError: A flag that cannot be used, or a result with other settings in the same place.
+        InputError: A flag that cannot be used, a result with other settings in the same place, or another process
+            that evaluates the same.
     """
     check_flags(config)
     with launched().main_process_first():  # which may have to download
         task = _find(config)
     if task.is_sweep:
         require_matplotlib()
-    if task.path.is_file():
-        result, title = _existing(task), f"{task.path} exists. Delete it to evaluate again."
+    is_first, exists = launched().is_main_process, task.path.is_file()
+    if exists and not task.state.exists():
+        result = _existing(task)
     else:
-        result, title = _measure(task), task.title
-    if launched().is_main_process:
-        _show(result, title)
+        lock = task.path.with_name(f".{task.path.name}.lock")
+        # The other processes of a launch wait for the first one in `Processes`, before they write anything.
+        with held(lock, str(task.path)) if is_first else nullcontext():
+            result = _measure(task)
+    if is_first:
+        show(result, f"{task.path} exists. Delete it to evaluate again." if exists else task.title)
     return task.path
 
 
@@ -220,8 +227,15 @@ def _existing(task: _Task) -> Result:
 
 def _measure(task: _Task) -> Result:
     """Evaluate, and let the first process write the files."""
-    config, state = task.config, task.path.with_suffix(".state")
-    processes = Processes(state)
+    config = task.config
+    is_first = launched().is_main_process
+    if is_first:
+        remove_leftovers(task.path.parent, f"{task.path.stem}.*")
+    processes = Processes(task.state)
+    if task.path.is_file():  # of a process that ended before we had the lock, or was killed while it cleaned up
+        if is_first:
+            shutil.rmtree(task.state, ignore_errors=True)
+        return _existing(task)
     model, *source = [each.to(launched().device) for each in task.models]
     evaluations = evaluate_under(
         task.threat_models,
@@ -233,7 +247,7 @@ def _measure(task: _Task) -> Result:
         batch_size=config.batch_size,
         search_dtype=getattr(torch, config.precision),
         transfer_from=source[0] if source else None,
-        state=state,
+        state=task.state,
         called=(f"RUN {config.run}", f"--transfer-from {config.transfer_from}"),
         num_classes=len(task.images.classes),
         processes=processes,
@@ -267,52 +281,5 @@ def _write(task: _Task, result: Result, evaluations: Sequence[Evaluation]) -> Re
             f"{path} and the files next to it cannot be written ({one_line(error)}). What was measured is kept: make "
             "room and run the same command again."
         ) from error
-    shutil.rmtree(path.with_suffix(".state"), ignore_errors=True)
+    shutil.rmtree(task.state, ignore_errors=True)
     return result
-
-
-def _show(result: Result, title: str) -> None:
-    """Print a result: the accuracies, a row per eps for a sweep, and below them the verdict with its evidence."""
-    console, point = Console(), result.points[-1]
-    console.print(Text(title, style="italic"))  # as a Text, since brackets in a name would be read as markup
-    console.print(_curve(result) if result.is_sweep else _accuracies(point))
-    if (cw := point.cw_l2) and not result.is_sweep:
-        needs = "fools the model on fewer than half of the examples"
-        if cw.median_l2 is not None:
-            needs = f"needs a median L2 distance of {cw.median_l2:.3f}"
-        console.print(f"cw-l2 {needs}; accuracy at L2 {cw.budget:.3f}: {_percent(cw.accuracy_at_budget)}")
-    heading = f"verdict at {point.eps}" if result.is_sweep else "verdict on the white-box accuracies"
-    console.print(f"{heading}: [bold]{point.verdict}[/bold]")
-    for sentence in point.verdict.evidence:
-        console.print(Padding(Text(sentence), (0, 0, 0, 2)))
-    if point.not_certified is not None:
-        console.print(Text(point.not_certified))
-
-
-def _accuracies(at: EpsResult) -> Table:
-    table = Table("attack", "kind", "accuracy")
-    table.add_row("none (clean)", "", _percent(at.clean))
-    for name, accuracy in at.accuracy.items():
-        table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
-    table.add_section()
-    table.add_row("worst case", "", _percent(at.worst), style="bold")
-    if at.certified is not None:
-        table.add_row("certified", "interval bounds", _percent(at.certified))
-    table.add_row("zero input gradients", "", _percent(at.zero_gradient_share))
-    return table
-
-
-def _curve(result: Result) -> Table:
-    table = Table("eps", caption="accuracy in %", box=SIMPLE)
-    certified = ["certified"] if result.points[0].certified is not None else []
-    for column in ("clean", *result.points[0].accuracy, "worst", *certified):
-        table.add_column(column, justify="right", overflow="fold")
-    table.add_column("verdict", no_wrap=True)
-    for at in result.points:
-        accuracies = [at.clean, *at.accuracy.values(), at.worst, *([at.certified or 0.0] if certified else [])]
-        table.add_row(at.eps, *(f"{100 * accuracy:.1f}" for accuracy in accuracies), verdict_at(at))
-    return table
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -13,6 +13,7 @@ from .errors import InputError
 # How long processes wait for each other. NCCL's own ten minutes end a launch whose other processes are still busy with
 # the last batch of a long attack, or with decoding a folder of images.
 PATIENCE = timedelta(days=1)
+_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -73,10 +74,17 @@ def launched_on_cpu() -> bool:
     `Accelerator` needs ``cpu=True`` then; without it, each process believes that it is the only one.
 
     Raises:
-        InputError: ``accelerate launch`` was asked for several processes and started one, as it does without a GPU.
+        InputError: ``accelerate launch`` was asked for several processes and started one, as it does without a GPU, or
+            WORLD_SIZE was set without a launcher.
     """
     import torch  # the command line imports this module for `Preempted`, and starts without torch
 
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1" and not (world_size.isdecimal() and all(os.environ.get(name) for name in _BY_LAUNCHER)):
+        raise InputError(
+            f"WORLD_SIZE is {world_size}, but no launcher has set {', '.join(_BY_LAUNCHER)}. "
+            "Use accelerate launch or torchrun, or unset WORLD_SIZE."
+        )
     if torch.cuda.is_available():
         return False
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
@@ -84,4 +92,4 @@ def launched_on_cpu() -> bool:
             "accelerate launch --num_processes starts only one process on a machine without GPUs. "
             "Add --multi_gpu, which starts all of them there too."
         )
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return int(world_size) > 1

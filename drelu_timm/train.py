@@ -25,11 +25,11 @@ from .data.readers import load_images
 from .files import write_json
 from .launch import is_first_process
 from .runs import Run, environment
-from .training.config import TrainConfig, resolve, run_directory, saved
+from .training.config import TrainConfig, check_output, resolve, run_directory, saved
 from .training.distributed import make_accelerator
 from .training.model import check_pretrained, check_start, create_model, recorded_start
 from .training.presets import PRESETS
-from .training.state import read_progress
+from .training.state import held_for_training, read_progress, write_in_main
 from .training.trainer import Trainer
 
 
@@ -63,10 +63,17 @@ def train(config: TrainConfig) -> Path:
     """
     config = resolve(config)
     assert config.output_dir is not None
-    check_start(config)
     accelerator = make_accelerator(config)
-    if (config.output_dir / "model").is_dir():
-        return config.output_dir
+    with held_for_training(accelerator, config.output_dir):
+        check_output(config)  # again: another training may have ended here since `resolve`
+        check_start(config)
+        if not (config.output_dir / "model").is_dir():
+            _train(config, accelerator)
+    return config.output_dir
+
+
+def _train(config: TrainConfig, accelerator: Accelerator) -> None:
+    assert config.output_dir is not None
     check_pretrained(config)
     with accelerator.main_process_first():  # it may have to download
         data = load_images(config.dataset, config.data_dir, "train", img_size=config.img_size)[: config.n_train]
@@ -76,11 +83,8 @@ def train(config: TrainConfig) -> Path:
     resumed = read_progress(config.output_dir) is not None
     model = create_model(replace(config, init_from=None) if resumed else config, data)
     trainer = Trainer(config, data, generated, model, accelerator)
-    if accelerator.is_main_process:
-        _write_config(config, data, generated, accelerator)
-    accelerator.wait_for_everyone()
+    write_in_main(accelerator, config.output_dir, lambda: _write_config(config, data, generated, accelerator))
     trainer.run()
-    return config.output_dir
 
 
 def _open_generated(config: TrainConfig, data: Images) -> GeneratedImages | None:

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from drelu_timm.errors import InputError
-from drelu_timm.evaluation.checkpoint import Checkpoint, Measurement
+from drelu_timm.evaluation.checkpoint import Checkpoint, Measurement, _digest
 
 IDENTITY = {"model": "abc", "eps": (0.1, 0.2), "seed": 0}
 IMAGES = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -54,7 +56,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     [
         ({"model": "xyz"}, r"another model \(abc before, xyz now\)\. Use the earlier value, or delete the folder"),
         ({"eps": [0.1]}, r"another eps \(\[0.1, 0.2\] before, \[0.1\] now\)"),
-        ({"layout": 1}, r"another layout \(3 before, 1 now\)"),
+        ({"layout": 1}, r"another layout \(4 before, 1 now\)"),
         ({"seed": 1, "model": "x"}, r"another model \(abc before, x now\), another seed \(0 before, 1 now\)"),
     ],
 )
@@ -79,6 +81,38 @@ def test_a_file_that_cannot_be_read_is_reported(folder, spoil):
         Checkpoint(6, folder, IDENTITY)
     path.unlink()
     assert not Checkpoint(6, folder, IDENTITY).known("pgd").any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop("examples"), "examples"),
+        (lambda t, m: t.update(examples=t["examples"].float()), "examples are not ascending integers"),
+        (lambda t, m: t.update(examples=t["examples"].flip(0)), "examples are not ascending integers"),
+        (lambda t, m: t.update(examples=t["examples"] + 9), "examples are not all in the evaluation"),
+        (lambda t, m: t.update(kept=torch.tensor([1])), "kept are not all in the evaluation"),
+        (lambda t, m: t.update(kept=torch.tensor([2])), "not one image per kept example"),
+        (lambda t, m: t.update({"column margin": torch.zeros(3)}), "not one value per example"),
+        (lambda t, m: m.update(identity="[" * 100_000), ""),
+        (lambda t, m: m.update(identity="null"), ""),
+        (lambda t, m: m.pop("stage"), "stage"),
+        (lambda t, m: m.pop("sha256"), "sha256"),
+        (lambda t, m: m.update(sha256=""), "its content is not what was written"),
+    ],
+)
+def test_a_malformed_file_is_reported_in_one_line(folder, change, message):
+    path = folder / "pgd-0000000.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    intact = dict(metadata)
+    change(tensors, metadata)
+    if metadata == intact:
+        metadata["sha256"] = _digest("pgd", tensors)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(InputError, match=rf"pgd-0000000\.safetensors cannot be read \(.*{message}") as refused:
+        Checkpoint(6, folder, IDENTITY)
+    assert "\n" not in str(refused.value)
 
 
 @contextmanager

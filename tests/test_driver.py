@@ -3,6 +3,8 @@
 import csv
 import itertools
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import subprocess
@@ -16,13 +18,13 @@ import torch
 from fake_attacks import FakeAttack, only
 from launching import Launched, held_at, wait_for
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from drelu_timm.__main__ import main
 from drelu_timm.attacks.attack import Candidates
 from drelu_timm.attacks.square import Square
-from drelu_timm.attacks.suites import ATTACKS
+from drelu_timm.attacks.suites import ATTACKS, SUITES
 from drelu_timm.data import images as decoded
 from drelu_timm.errors import InputError
 from drelu_timm.evaluation import checkpoint
@@ -147,6 +149,87 @@ def test_other_weights_are_another_model(toy, tmp_path):
         model[1].weight[0, 0] += 1e-6
     with pytest.raises(InputError, match="another model"):
         evaluate_model(model, images, labels, eps=0.1, state=tmp_path)
+
+
+def race(number, model, images, labels, state, starting, refused, outcomes):
+    """Evaluate in a process; hold the lock until the other one was refused."""
+
+    def waits(x):
+        assert refused.wait(60)
+        return model(x)
+
+    starting.wait()
+    try:
+        evaluate_model(waits, images, labels, eps=0.1, suite="none", state=state)
+        outcomes.put((number, os.getpid(), "done"))
+    except InputError as error:
+        refused.set()
+        outcomes.put((number, os.getpid(), str(error)))
+
+
+def test_of_two_evaluations_with_one_state_the_second_is_refused(toy, tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "none", {"fake": {"fake": FakeAttack(lambda model, batch, threat_model: batch.images)}})
+    model, images, labels = toy
+    fork = multiprocessing.get_context("fork")
+    for trial in range(20):
+        starting, refused, outcomes = fork.Barrier(2), fork.Event(), fork.SimpleQueue()
+        common = model, images[:2], labels[:2], tmp_path / str(trial), starting, refused, outcomes
+        racers = [fork.Process(target=race, args=(number, *common)) for number in range(2)]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join()
+        ended = {outcome: pid for _, pid, outcome in (outcomes.get() for _ in racers)}
+        (refusal,) = ended.keys() - {"done"}
+        assert f"state {tmp_path / str(trial)} is in use by process {ended['done']} on " in refusal
+        assert "\n" not in refusal
+
+
+def forged(path, change):
+    """Change the tensors of a file of a checkpoint, and write it with a digest that is right."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    metadata["sha256"] = checkpoint._digest(metadata["stage"], tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+def test_a_forged_checkpoint_does_not_become_a_result(toy, tmp_path):
+    arguments = {"eps": "8/255", "batch_size": 40, "state": tmp_path}
+    result = evaluate_model(*toy, **arguments)
+    assert 0 < result.worst < result.clean
+
+    def breaks_all(tensors):
+        tensors["column broken_at"] = torch.zeros_like(tensors["column broken_at"])
+        tensors["kept"], tensors["images"] = tensors["examples"], toy[1][tensors["examples"]]
+
+    (path,) = tmp_path.glob("apgd-ce-*")
+    forged(path, breaks_all)
+    with pytest.raises(InputError, match=r"adversarial images in the checkpoint do not fool the model inside the eps"):
+        evaluate_model(*toy, **arguments)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(toy, tmp_path):
+    arguments = {"eps": "8/255", "state": tmp_path}
+    evaluate_model(*toy, **arguments)
+    path = next(tmp_path.glob("apgd-ce-*"))
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be read \(its content is not what was written, by its sha256\)"):
+        evaluate_model(*toy, **arguments)
+
+
+def test_a_model_that_changes_during_the_evaluation_is_refused(toy):
+    model, images, labels = toy
+    calls = itertools.count()
+
+    def changes(x):
+        return model(x) * (1 if next(calls) < 30 else -1)
+
+    with pytest.raises(InputError, match=r"the model changed during the evaluation|do not fool the model"):
+        evaluate_model(changes, images, labels, eps="8/255")
 
 
 @pytest.fixture

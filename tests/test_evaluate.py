@@ -12,6 +12,7 @@ import timm
 import torch
 from accelerate import PartialState
 from fake_attacks import FakeAttack, FakeMinimumNormAttack, only
+from launching import Launched, held_at, wait_for
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -333,7 +334,7 @@ def kept(state):
 
 
 def test_a_robust_model_has_no_images(toy, monkeypatch, tmp_path):
-    result = evaluate_model(*toy, eps=1e-9, suite=only(monkeypatch, gives(lambda x: x)), state=tmp_path / "state")
+    result = evaluate_model(*toy, eps=1e-7, suite=only(monkeypatch, gives(lambda x: x)), state=tmp_path / "state")
     assert result.worst == result.clean
     assert result.adversarial.images.shape == (0, 1, 8, 8)
     result.adversarial.save(tmp_path / "none.safetensors", {})
@@ -400,6 +401,19 @@ class Nan(nn.Module):
         ({"norm": "L1"}, "--norm 'L1' is unknown"),
         ({"suite": "standart"}, "--suite 'standart' is unknown; did you mean standard"),
         ({"batch_size": 0}, "batch_size 0 is not possible. Use an integer above 0"),
+        ({"batch_size": True}, "batch_size True is not possible"),
+        ({"seed": "x"}, "seed 'x' is not possible. Use an integer from 0 to"),
+        ({"seed": float("nan")}, "seed nan is not possible"),
+        ({"seed": -1}, "seed -1 is not possible"),
+        ({"seed": 2**63}, "seed 9223372036854775808 is not possible"),
+        ({"suite": None}, "suite None is not possible. Use one of quick"),
+        ({"suite": []}, r"suite \[\] is not possible"),
+        ({"search_dtype": torch.int32}, "search_dtype torch.int32 is not possible. Use one of torch.float32"),
+        ({"state": 3}, "state 3 is not possible. Use a path"),
+        ({"norm": None}, "norm None is not possible. Use Linf or L2"),
+        ({"eps": None}, "--eps 'None' is not a radius"),
+        ({"eps": float("nan")}, "--eps 'nan' is not a radius"),
+        ({"eps": [0.1, 0.2]}, r"--eps '\[0.1, 0.2\]' is not a radius"),
         (
             {"transfer_from": small_model(7)},
             "transfer_from has 7 outputs, the attacked model 6. Use a model of the same",
@@ -414,6 +428,25 @@ class Nan(nn.Module):
 def test_options_that_cannot_be_used(toy, options, message):
     with pytest.raises(InputError, match=message):
         evaluate_model(*toy, **{"eps": 0.1, **options})
+
+
+@pytest.mark.parametrize("eps", ["8/255", 0.1, None, torch.tensor([0.1])])
+def test_the_eps_of_a_sweep_that_are_not_a_list(toy, eps):
+    with pytest.raises(InputError, match=r"eps .* is not possible\. Use a list of radii"):
+        evaluate_sweep(*toy, eps=eps)
+
+
+@pytest.mark.parametrize("arguments", [(None, 1, 2), (0, None, 2), (0, 1, None)])
+def test_arguments_that_are_missing(toy, arguments):
+    given = [value if value is None else toy[value] for value in arguments]
+    with pytest.raises(InputError, match=r"the model is NoneType|images are NoneType|labels are NoneType"):
+        evaluate_model(*given, eps=0.1)
+
+
+@pytest.mark.parametrize("n_examples", [10.0, "10", None, True])
+def test_flags_of_another_type(n_examples):
+    with pytest.raises(InputError, match=r"--n-examples .* is not possible"):
+        verb.evaluate(verb.EvaluateConfig("x", n_examples=n_examples))
 
 
 # The verb
@@ -492,6 +525,13 @@ def test_evaluate_writes_results_and_does_not_repeat_itself(run, capsys):
         (["x", "--norm", "L3"], "--norm 'L3' is unknown"),
         (["x", "--suite", "quik"], "--suite 'quik' is unknown; did you mean quick"),
         (["x", "--n-examples", "0"], "--n-examples 0 is not possible. Use 1 or more"),
+        (["x", "--n-examples", "-1"], "--n-examples -1 is not possible. Use 1 or more"),
+        (["x", "--seed", "-1"], "--seed -1 is not possible. Use an integer from 0 to 2**63 - 1"),
+        (["x", "--eps", ""], "--eps '' is not a radius"),
+        (["x", "--eps", "8/255,"], "--eps '' is not a radius"),
+        (["x", "--eps", "\uff18/255"], "--eps '\uff18/255' is not a radius"),
+        (["x", "--eps", "1_0/255"], "--eps '1_0/255' is not a radius"),
+        (["x", "--eps", "1e-9"], "--eps 1e-9 is below 6e-08, float32's smallest step below 1"),
         (["resnet18_drelu", "--dataset", "digits"], "RUN 'resnet18_drelu' has pretrained weights for all but its head"),
         (["x", "--transfer-from", "resnet18_drelu.a1_in1k"], "--transfer-from 'resnet18_drelu.a1_in1k' has pretrained"),
         (
@@ -580,6 +620,38 @@ def test_a_full_disk_at_the_end_is_reported_and_loses_nothing(run, capsys, monke
     monkeypatch.chdir(run.parent)
     assert main(arguments) == 0
     assert "apgd-ce" not in json.loads(path.read_text())["attack_seconds"], "it was measured again"
+
+
+def test_a_second_evaluation_of_the_same_is_refused_while_the_first_one_runs(run, capsys, tmp_path):
+    reached = tmp_path / "reached"
+    first = Launched("evaluate", str(run), environment=held_at("torch.nn:Module.__call__", 50, reached))
+    wait_for(reached, first)
+    path = run / "results" / "quick-Linf-8_255.json"
+    try:
+        assert main(["evaluate", str(run)]) == 2
+        message = rf"error: {re.escape(str(path))} is in use by process {first.pid} on .* Wait until it ends"
+        assert re.search(message, capsys.readouterr().err)
+        assert path.with_suffix(".state").is_dir()
+    finally:
+        first.kill()
+        first.wait()
+    assert main(["evaluate", str(run), "--n-examples", "1000"]) == 0
+    assert sorted(file.suffix for file in path.parent.iterdir()) == [".csv", ".json", ".safetensors"]
+
+
+def test_what_a_killed_evaluation_left_is_removed(run):
+    path = run / "results" / "quick-Linf-8_255.json"
+    left = [path.with_name(f".{path.name}.0123abcd.part"), path.with_suffix(".state") / ".a.safetensors.0123abcd.part"]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{")
+    assert main(["evaluate", str(run), "--n-examples", "2"]) == 0
+    assert sorted(file.suffix for file in path.parent.iterdir()) == [".csv", ".json", ".safetensors"]
+    left[1].parent.mkdir()
+    left[1].write_text("killed after the result was written")
+    written = path.read_bytes()
+    assert main(["evaluate", str(run), "--n-examples", "2"]) == 0
+    assert not left[1].parent.exists() and path.read_bytes() == written
 
 
 def test_a_result_that_is_cut_short_is_reported(run, capsys):

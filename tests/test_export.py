@@ -282,6 +282,11 @@ def _fewer_rows(run):
     _write_rows(path, list(csv.DictReader(path.open()))[:-1])
 
 
+def _pgd_only(run):
+    accuracy = json.loads((run / "results" / f"{RESULTS}.json").read_text())["accuracy"]
+    _edit(run / "results" / f"{RESULTS}.json", accuracy={"pgd": accuracy["pgd"]})
+
+
 def _results(**changes):
     return lambda run: _edit(run / "results" / f"{RESULTS}.json", **changes)
 
@@ -346,7 +351,7 @@ def _results(**changes):
             r"--as-masked does not match the verdict \((sound|undecided)\)\. Leave it out",
         ),
         (
-            _results(accuracy={"pgd": 0.5}),
+            _pgd_only,
             {"title": None, "venue": None},
             r"entry lacks --title, --venue, AutoAttack's accuracy \(drelu-timm evaluate .* standard\)\. --paper",
         ),
@@ -489,7 +494,8 @@ def break_one_more(run):
     kept = load_file(path)
     index = torch.cat([kept["index"], torch.tensor([int(fallen["index"])])])
     images = torch.cat([kept["images"], torch.full_like(kept["images"][:1], 0.25)])
-    save_file({"index": index, "images": images}, path)
+    order = index.argsort()
+    save_file({"index": index[order], "images": images[order]}, path)
     worst = sum(row["broken_by"] == "" for row in read) / N
     _edit(rows.with_suffix(".json"), worst=worst, adversarial_sha256=sha256_of(path))
     return int(fallen["index"])

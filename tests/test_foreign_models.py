@@ -602,6 +602,12 @@ def test_a_model_computes_in_its_own_dtype(name, images, labels, plain):
     assert abs(result.accuracy["pgd"] - plain.accuracy["pgd"]) <= tolerance
 
 
+def test_large_logits_of_float64_keep_their_differences(images, labels, plain):
+    model = made().double()
+    result = measured(lambda x: 1e9 + model(x.double()), images, labels)
+    assert (result.clean, result.accuracy) == (plain.clean, plain.accuracy)
+
+
 class Masks(Net):
     """Of seven classes, two of which it never answers."""
 
@@ -645,6 +651,10 @@ REFUSED = {
     "one output": (single_output, r"the model has 1 output, .*Return one logit per class"),
     "tuple": (lambda: lambda x: (made()(x), x), r"the model returns tuple for 8 images\. .*lambda images: model\(ima"),
     "dict": (lambda: lambda x: {"out": made()(x), "aux": None}, "the model returns dict of out, aux for 8 images"),
+    "dict of logits": (
+        lambda: lambda x: {"loss": None, "logits": made()(x)},
+        r"returns dict of loss, logits .* such as lambda images: model\(images\)\['logits'\]",
+    ),
     "none": (lambda: lambda x: None, "the model returns NoneType for 8 images"),
     "shape": (lambda: lambda x: made()(x)[None], r"the model returns \[1, 8, 5\] for 8 images\. It must return logits"),
     "KeyError": (lambda: Raises(KeyError("layer")), r"the model cannot run on 1x8x8 images \(KeyError: 'layer'\)"),

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,9 @@ from launching import (
 from PIL import Image
 from safetensors.torch import save_file
 
+from drelu_timm.data.batches import TrainingBatches
 from drelu_timm.errors import InputError
+from drelu_timm.files import held
 from drelu_timm.launch import PREEMPTED_EXIT_CODE
 from drelu_timm.runs import Run
 from drelu_timm.train import train
@@ -94,7 +97,8 @@ def test_a_run_killed_within_epochs_ends_as_an_uninterrupted_one(tmp_path):
     steps = [f"epoch-00000-step-000000{step}" for step in range(8)]
     assert kill_at(killed, STEP, 5) == [steps[4]]
     assert kill_at(killed, "os:fsync", 5) == [steps[4]]  # while the next one is written
-    assert kill_at(killed, "shutil:rmtree", 2) == [steps[4], steps[6]]  # before the old one is deleted
+    # Before the old one is deleted; the first two calls delete the unfinished one, and make room for the next.
+    assert kill_at(killed, "shutil:rmtree", 3) == [steps[4], steps[6]]
     train(killed)
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
@@ -306,7 +310,9 @@ def test_sigterm_to_all_processes_of_the_group_saves_with_workers_too(tmp_path):
 
 def test_leftovers_of_a_process_killed_while_writing_the_config_are_ignored(tmp_path):
     (tmp_path / ".4711.config.json.part").write_text("{")
+    (tmp_path / ".config.json.0123abcd.part").write_text("{")
     train(config(tmp_path, resume=True, epochs=1))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl", "state", "model", "last"}
 
 
 def test_other_precision_is_refused(tmp_path, monkeypatch):
@@ -385,6 +391,161 @@ def test_a_state_cut_short_is_named_and_left_alone(tmp_path, file):
         train(config(tmp_path, ema_decay=0.9, resume=True))
     assert "\n" not in str(error.value)
     assert (state / file).stat().st_size == 50
+
+
+def test_leftovers_of_killed_trainings_are_deleted_and_nothing_else(tmp_path, monkeypatch):
+    settings = interrupted(tmp_path / "run", monkeypatch, after=9)
+    state = tmp_path / "run" / "state"
+    (newest,) = state.glob("epoch-*")
+    for name in (".writing", ".best-00001.0123abcd", ".best-00001.x7_a", "best-00009", "epoch-00000-step-0000001"):
+        (state / name).mkdir(exist_ok=True)
+    (state / "notes").write_text("not ours")
+    train(replace(settings, save_every=0))
+    assert newest.name == "epoch-00001-step-0000001"
+    assert sorted(each.name for each in state.iterdir()) == ["epoch-00002-step-0000000", "notes"]
+    train(replace(settings, output_dir=tmp_path / "whole"))
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_one_of_two_trainings_in_a_folder_is_refused(tmp_path, resume):
+    """In 20 races, the weights are those of the seed in config.json, and the other training names the holder."""
+    both = [config(tmp_path / f"alone{seed}", seed=seed, epochs=1, n_train=64) for seed in (0, 1)]
+    for one in both:
+        train(one)
+    for trial in range(10):
+        folder = tmp_path / str(trial)
+        trainings = [Launched("train", *flags(replace(one, output_dir=folder, resume=resume))) for one in both]
+        errors = [training.communicate()[1] for training in trainings]
+        assert sorted(training.returncode for training in trainings) == [0, 2], errors
+        refusal = errors[trainings[0].returncode == 0].splitlines()[-1]
+        assert re.fullmatch(
+            rf"error: (--output-dir {folder} is in use by process \d+ on \S+ \(.*\. Wait until it ends, .*"
+            rf"|--output-dir {folder} is in use\. Add --resume.*|--resume of {folder} with other settings: seed .*)",
+            refusal,
+        )
+        seed = json.loads((folder / "config.json").read_text())["train"]["seed"]
+        assert_same_weights(tmp_path / f"alone{seed}", folder)
+        assert not (folder / ".lock").exists()
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_written(tmp_path):
+    with held(tmp_path / "run" / ".lock", "x"):
+        process = Launched("train", *flags(config(tmp_path / "run", resume=True)))
+        _, errors = process.communicate()
+        assert process.returncode == 2
+        assert f"--output-dir {tmp_path / 'run'} is in use by process {os.getpid()} on" in errors
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def emptied(log: Path) -> None:
+    log.write_text("")
+
+
+def cut(log: Path) -> None:
+    log.write_bytes(log.read_bytes()[:-40])
+
+
+def edited(log: Path) -> None:
+    log.write_text(log.read_text().replace('"clean": 0.', '"clean": 0.9'))
+
+
+def not_text(log: Path) -> None:
+    log.write_bytes(b"\xff\xfe")
+
+
+@pytest.mark.parametrize("damage", [emptied, cut, edited, not_text, Path.unlink])
+def test_a_damaged_log_is_restored_from_the_state(tmp_path, monkeypatch, capsys, damage):
+    settings = interrupted(tmp_path / "run", monkeypatch, after=9)
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    assert len(before.splitlines()) == 1
+    damage(tmp_path / "run" / "log.jsonl")
+    train(settings)
+    assert "log.jsonl did not match the state, and is restored from it" in capsys.readouterr().out
+    assert (tmp_path / "run" / "log.jsonl").read_bytes().startswith(before)
+    assert [row["epoch"] for row in log(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("damage", [None, emptied, cut, not_text, Path.unlink])
+def test_an_older_state_without_the_log_needs_a_row_for_each_of_its_epochs(tmp_path, monkeypatch, damage):
+    settings = interrupted(tmp_path / "run", monkeypatch, after=9)
+    (state,) = (tmp_path / "run" / "state").glob("epoch-*")
+    content = json.loads((state / "progress.json").read_text())
+    del content["log"]
+    (state / "progress.json").write_text(json.dumps(content))
+    if damage is not None:
+        damage(tmp_path / "run" / "log.jsonl")
+        with pytest.raises(InputError, match=r"run/log\.jsonl(, line 1, is not the row of epoch 1| cannot be read)"):
+            train(settings)
+        return
+    train(settings)
+    assert [row["epoch"] for row in log(tmp_path / "run")] == [1, 2]
+
+
+BROKEN_PROGRESS = [
+    ({"epoch": None}, r"epoch is None\. It must be a whole number"),
+    ({"epoch": -1}, r"epoch is -1\. It must be a whole number"),
+    ({"step": 1.5}, r"step is 1\.5\. It must be a whole number"),
+    ({"best": "high"}, r"best is 'high'\. It must be a number"),
+    ({"best_epoch": "1"}, r"best_epoch is '1'\. It must be a whole number"),
+    ({"rates": 0.1}, r"rates is 0\.1\. It must be a list"),
+    ({"sums": {"loss": "x"}}, r"sums\.loss is 'x'\. It must be a number"),
+    ({"log": [1]}, r"log\[0\] is 1\. It must be a table"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN_PROGRESS, ids=[next(iter(each)) for each, _ in BROKEN_PROGRESS])
+def test_a_malformed_progress_is_a_one_line_error(tmp_path, monkeypatch, changes, message):
+    settings = interrupted(tmp_path / "run", monkeypatch)
+    (state,) = (tmp_path / "run" / "state").glob("epoch-*")
+    content = json.loads((state / "progress.json").read_text())
+    (state / "progress.json").write_text(json.dumps({**content, **changes}))
+    with pytest.raises(InputError, match=rf"{state}/progress\.json: {message}") as error:
+        train(settings)
+    assert "\n" not in str(error.value)
+    for text in ("[]", "[" * 10_000, "", '{"epoch": 1}'):
+        (state / "progress.json").write_text(text)
+        with pytest.raises(InputError, match=rf"{state}/progress\.json (cannot be read|holds no|has no step)"):
+            train(settings)
+
+
+def test_a_killed_worker_is_a_one_line_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingBatches, "batch", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(
+        InputError, match=r"^--workers 1: a process that .* \(DataLoader worker .*\)\. Free .*--workers 0\.$"
+    ):
+        train(config(tmp_path / "run", workers=1))
+
+
+def test_a_full_shared_memory_is_a_one_line_error(tmp_path):
+    """A worker may not write the 8,192 bytes of a batch, as where /dev/shm is full."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+    process = Launched("train", *flags(config(tmp_path / "run", workers=1)), before=limit)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    last = errors.splitlines()[-1]
+    assert re.fullmatch(r"error: --workers 1: a process that .* \(.*unable to .*\)\. Free .*--workers 0\.", last)
+
+
+def test_workers_are_at_most_one_per_core_and_per_batch(tmp_path, monkeypatch):
+    started = []
+    loader = TrainingBatches.loader
+
+    def counted(self, *arguments, workers, **options):
+        started.append(workers)
+        return loader(self, *arguments, workers=0, **options)
+
+    monkeypatch.setattr(TrainingBatches, "loader", counted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(5))
+    train(config(tmp_path / "cores", workers=1000, epochs=1))
+    train(config(tmp_path / "batches", workers=1000, epochs=1, n_train=96))
+    assert started == [5, 2]
+
+
+def test_a_clock_that_stands_still_does_not_stop_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 7.0)
+    train(config(tmp_path))
+    assert [row["seconds"] for row in log(tmp_path)] == [0, 0]
 
 
 def test_resume_after_the_end_changes_nothing(tmp_path):

@@ -200,13 +200,13 @@ BAD = [
     ({"eps": "eight"}, "--eps 'eight' is not a radius. Use a number >= 0 such as 8/255 or 0.1"),
     ({"eps": "8", "objective": "at"}, "--eps 8 is larger than the pixel range"),
     ({"norm": "L2", "objective": "at"}, "--norm L2 needs --eps: the default 0.1 is a radius for Linf"),
-    ({"epochs": 0}, "--epochs 0 must be a number above 0"),
-    ({"lr": -1.0}, "--lr -1.0 must be a number above 0"),
-    ({"lr": float("inf")}, "--lr inf must be a number above 0"),
-    ({"patience": 0}, "--patience 0 must be a number above 0"),
-    ({"step_size": -1.0}, "--step-size -1.0 must be a number above 0"),
-    ({"n_train": -5}, "--n-train -5 must be a number above 0"),
-    ({"seed": 2**40}, "--seed 1099511627776 must be an integer from 0 to 4294967295"),
+    ({"epochs": 0}, "--epochs is 0. It must be a whole number above 0"),
+    ({"lr": -1.0}, "--lr is -1.0. It must be a number above 0"),
+    ({"lr": float("inf")}, "--lr is inf. It must be a number above 0"),
+    ({"patience": 0}, "--patience is 0. It must be a whole number above 0"),
+    ({"step_size": -1.0}, "--step-size is -1.0. It must be a number above 0"),
+    ({"n_train": -5}, "--n-train is -5. It must be a whole number above 0"),
+    ({"seed": 2**40}, "--seed is 1099511627776. It must be an integer from 0 to 4294967295"),
     ({"width": 0}, "width 0 is not a number of units"),
     ({"cap": 0.0}, "cap 0.0 is not a finite number above 0"),
     ({"cap_weight": 0.1, "activation": "relu"}, "--cap-weight 0.1 needs a model with D-ReLUs"),
@@ -215,18 +215,28 @@ BAD = [
         {"batch_size": 1, "model": "preact_resnet18", "width": None},
         "leaves one image per forward pass, too few for BatchNorm",
     ),
-    ({"cap_weight": float("nan")}, "--cap-weight nan must be a number >= 0"),
+    ({"cap_weight": float("nan")}, "--cap-weight is nan. It must be a number >= 0"),
     ({"preset": "wang2023"}, "--preset wang2023 does not fit --dataset digits. It is for cifar10, cifar100"),
     ({"monitor": "acc"}, "--monitor 'acc' is unknown; allowed: loss, pgd"),
     ({"cap_penalty": "square"}, "--cap-penalty 'square' is unknown; did you mean squared?"),
     ({"cap_penalty": "effective", "placement": "all"}, "--cap-penalty effective"),
-    ({"generated_fraction": 1.0}, "--generated-fraction 1.0 must be in [0, 1)"),
+    ({"generated_fraction": 1.0}, "--generated-fraction is 1.0. It must be in [0, 1)"),
     ({"generated_fraction": 0.7}, "--generated-fraction 0.7 needs --generated FILE.npz [FILE.npz ...] as well"),
     ({"generated": (Path("a.npz"),)}, "--generated needs --generated-fraction F"),
     ({"generated": (Path("a.npz"),), "generated_fraction": 0.5}, "a.npz"),
-    ({"ema_decay": 1.0}, "--ema-decay 1.0 must be in [0, 1)"),
-    ({"cutmix": 2.0}, "--cutmix 2.0"),
+    ({"ema_decay": 1.0}, "--ema-decay is 1.0. It must be in [0, 1)"),
+    ({"cutmix": 2.0}, "--cutmix is 2.0. It must be a number from 0 to 1"),
     ({"cutmix": 0.5, "objective": "mart"}, "--objective mart needs one label per image"),
+    ({"seed": "x"}, "--seed is 'x'. It must be an integer from 0 to"),
+    ({"seed": float("nan")}, "--seed is nan. It must be an integer from 0 to"),
+    ({"model": None}, "--model is None. It must be text in quotes"),
+    ({"resume": 1}, "--resume is 1. It must be true or false"),
+    ({"generated": "a.npz"}, "--generated is 'a.npz'. It must be a list"),
+    ({"output_dir": Path("a" * 300)}, "cannot be used ([Errno 36] File name too long"),
+    ({"output_dir": Path("a\0b")}, "--output-dir is 'a\\x00b'. It must be a path in quotes"),
+    ({"output_dir": Path(__file__) / "run"}, "cannot be used ([Errno 20] Not a directory"),
+    ({"cutout": 9}, "--cutout 9 is larger than the images, which are 8 pixels wide"),
+    ({"rand_augment": "rand-m11-n2"}, "--rand-augment rand-m11-n2: timm reduces magnitudes above m10"),
     ({"rand_augment": "rand-q9"}, "--rand-augment 'rand-q9'"),
     ({"grad_accum_steps": 3}, "--batch-size 32 is not a multiple of 3 (processes: 1, --grad-accum-steps: 3)"),
     ({"sync_bn": True}, "--sync-bn works on GPUs only. Leave it out."),
@@ -461,6 +471,14 @@ def test_a_preset_from_python_is_the_one_of_the_command_line(tmp_path):
 def test_accelerate_accumulating_gradients_too_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(InputError, match=r"must be 1\. Use --grad-accum-steps instead"):
+        train(config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("world_size", ["2", "x", "-1"])
+def test_a_world_size_without_a_launcher_is_refused(tmp_path, monkeypatch, world_size):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(InputError, match=rf"WORLD_SIZE is {world_size}, but no launcher has set RANK, .*, or unset"):
         train(config(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

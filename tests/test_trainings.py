@@ -1,6 +1,7 @@
 """The trainings of a command line: flags over a file over a preset over defaults, files that are refused, stages."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from drelu_timm.errors import InputError
 from drelu_timm.files import read_json
 from drelu_timm.train import main, train
-from drelu_timm.training.config import TrainConfig, resolve
+from drelu_timm.training.config import TrainConfig, resolve, run_directory
 from drelu_timm.training.trainings import read_trainings
 
 DIGITS = 'model = "dense_drelu"\ndataset = "digits"\n'
@@ -67,16 +68,16 @@ def test_another_norm_than_the_files_needs_its_own_eps(read):
         ("train = [1]", r"r\.toml: \[\[train\]\] 1: is 1\. It must be a table of names and values\."),
         ("[trian]\n", r"r\.toml: 'trian' is unknown; did you mean train\?"),
         ("[train]\nepoch = 1", r"r\.toml: \[train\] 'epoch' is unknown; did you mean epochs\?"),
-        ("[train]\nepochs = 1.5", r"r\.toml: \[train\] epochs is 1\.5\. It must be a whole number\."),
-        ("[train]\nepochs = true", r"epochs is True\. It must be a whole number\."),
-        ("[train]\nlr = '1'", r"lr is '1'\. It must be a number\."),
-        ("[train]\nseed = '; rm -r /'", r"seed is '; rm -r /'\. It must be a whole number\."),
+        ("[train]\nepochs = 1.5", r"r\.toml: \[train\] epochs is 1\.5\. It must be a whole number above 0\."),
+        ("[train]\nepochs = true", r"epochs is True\. It must be a whole number above 0\."),
+        ("[train]\nlr = '1'", r"lr is '1'\. It must be a number above 0\."),
+        ("[train]\nseed = '; rm -r /'", r"seed is '; rm -r /'\. It must be an integer from 0 to"),
         ("[train]\nmodel = 1979-05-27", r"model is datetime.+\. It must be text in quotes\."),
         ("[train]\ngenerated = 'a.npz'", r"generated is 'a\.npz'\. It must be a list\."),
         ("[train]\ngenerated = [3]", r"generated\[0\] is 3\. It must be a path in quotes\."),
         ('[train]\ndata_dir = "a\\u0000b"', r"data_dir is 'a\\x00b'\. It must be a path in quotes\."),
         (f"[train]\n{DIGITS}preset = 'paper-drleu'", r"--preset 'paper-drleu' is unknown; did you mean paper-drelu"),
-        (f"[[train]]\n{DIGITS}[[train]]\nlr = 'x'", r"\[\[train\]\] 2: lr is 'x'\. It must be a number\."),
+        (f"[[train]]\n{DIGITS}[[train]]\nlr = 'x'", r"\[\[train\]\] 2: lr is 'x'\. It must be a number above 0\."),
         (
             f"[[train]]\n{DIGITS}output_dir = 'x'\n[[train]]\n{DIGITS}",
             r"\[\[train\]\] 1: output_dir is not allowed; the ",
@@ -98,7 +99,7 @@ def test_an_invalid_file_is_a_one_line_error(read, content, message):
     [
         ("{", r"r\.json cannot be read as JSON"),
         ("{}", r"--config \S+r\.json: train is None\. It must be a table of names and values\."),
-        ('{"train": {"epochs": null}}', r"train epochs is None\. It must be a whole number\."),
+        ('{"train": {"epochs": null}}', r"train epochs is None\. It must be a whole number above 0\."),
         ('{"train": {"model": ["x"]}}', r"train model is \['x'\]\. It must be text in quotes\."),
         ('{"train": {"lrr": 1}}', r"train 'lrr' is unknown; did you mean lr"),
         ('{"train": {"norm": "L3", "eps": "0.1"}}', r"L3"),
@@ -178,8 +179,19 @@ def test_each_stage_starts_from_the_one_before(read):
     assert (first.seed, second.seed) == (4, 4)
     assert (first.init_from, first.output_dir, second.init_from) == (Path("start"), Path("y-stage1"), Path("y-stage1"))
     first, second = read(STAGES.replace('output_dir = "x/run"\n', ""))
-    assert second.output_dir is None and resolve(second).output_dir.name == "digits-dense_drelu-at-seed0"
-    assert first.output_dir == Path("runs/digits-dense_drelu-at-seed0-stage1")
+    assert second.output_dir is None and second.init_from == first.output_dir
+    assert re.fullmatch(r"digits-dense_drelu-natural-seed0-[0-9a-f]{8}", first.output_dir.name)
+
+
+def test_default_folders_differ_wherever_the_settings_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = TrainConfig("dense_drelu", "digits", objective="at")
+    others = [{"lr": 0.01}, {"steps": 5}, {"step_size": 0.01}, {"eps": "0.3"}, {"init_from": Path("x")}, {"width": 64}]
+    names = [run_directory(replace(one, **other)).name for other in [{}, *others]]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"digits-dense_drelu-at-seed0-[0-9a-f]{8}", name) for name in names)
+    same = [{"resume": True}, {"workers": 2}, {"grad_accum_steps": 2}, {"eps": "0.1", "step_size": 0.025, "steps": 10}]
+    assert {resolve(replace(one, **each)).output_dir for each in same} == {Path("runs") / names[0]}
 
 
 def test_the_stages_of_a_recipe_are_trained_in_order(tmp_path, capsys):

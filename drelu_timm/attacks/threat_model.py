@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the command line reads norms and radii without torch
     from torch import Tensor
 
 Norm = Literal["Linf", "L2"]
+_SMALLEST = 2.0**-24  # pixels near 1 cannot move by less in float32
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class ThreatModel:
         """
         if norm not in get_args(Norm):
             raise unknown("--norm", norm, get_args(Norm))
-        written = str(eps)
+        written = str(eps).strip()
         value = radius_of(written)
+        if 0 < value < _SMALLEST:
+            raise InputError(
+                f"--eps {written} is below {_SMALLEST:.2g}, float32's smallest step below 1. Use a larger one."
+            )
         if norm == "Linf" and value > 1:
             raise InputError(f"--eps {written} is larger than the pixel range [0, 1]. Use 8/255 for 8 of 255 levels.")
         return cls(norm, value, written)  # pyright: ignore[reportArgumentType]
@@ -100,6 +105,8 @@ def radius_of(written: str) -> float:
         InputError: Text that is not a finite number >= 0.
     """
     try:
+        if not written.isascii() or "_" in written:  # float accepts digits of other scripts, and 1_000
+            raise ValueError
         numerator, _, denominator = written.partition("/")
         value = float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, one_line
-from ..files import atomic_file
+from ..files import atomic_file, remove_leftovers
+from ..hashing import digest
 from ..launch import PATIENCE, launched_on_cpu
 
-LAYOUT = 3  # of the files; layouts 1 and 2 were files of JSON lines
+LAYOUT = 4  # of the files; 3 had no sha256, 1 and 2 were files of JSON lines
 _COLUMN = "column "  # starts the name of a column's tensor
 
 T = TypeVar("T")
@@ -55,6 +56,23 @@ class Measurement:
         columns = {name: column.detach().cpu().double() for name, column in columns.items()}
         kept = torch.empty(0) if images is None else images.detach()[keep.to(images.device)].cpu()
         return cls(examples, columns, examples[keep], kept)
+
+    def check(self, count: int) -> None:
+        """Check the shapes and types of a measurement that was read, of some of ``count`` examples.
+
+        Raises:
+            ValueError: They are not those that `Checkpoint` writes.
+        """
+        examples, kept, images = self.examples, self.kept, self.images
+        for name, index, within in (("examples", examples, torch.arange(count)), ("kept", kept, examples)):
+            if index.dtype != torch.int64 or index.ndim != 1 or (index.diff() <= 0).any():
+                raise ValueError(f"{name} are not ascending integers")
+            if not torch.isin(index, within).all():
+                raise ValueError(f"{name} are not all in the evaluation")
+        if not len(examples) or any(len(one) != len(examples) or one.ndim != 1 for one in self.columns.values()):
+            raise ValueError("its columns have not one value per example")
+        if images is None or len(kept) != (len(images) if images.ndim == 4 else 0):
+            raise ValueError("it has not one image per kept example")
 
     def __getitem__(self, mask: Tensor) -> "Measurement":
         """Return the examples that a mask [B] marks."""
@@ -156,9 +174,10 @@ class Checkpoint:
         tensors = {f"{_COLUMN}{name}": column for name, column in measurement.columns.items()}
         tensors |= {"examples": measurement.examples, "kept": measurement.kept, "images": measurement.images}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        metadata = {"stage": stage, "identity": json.dumps(self._identity), "sha256": _digest(stage, tensors)}
         try:
-            with atomic_file(path) as beside:
-                save_file(tensors, beside, metadata={"stage": stage, "identity": json.dumps(self._identity)})
+            with atomic_file(path) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{path} cannot be written ({one_line(error)}). What was measured is kept: make room and run the same "
@@ -167,27 +186,37 @@ class Checkpoint:
 
     def _read(self, path: Path) -> tuple[str, Measurement]:
         with _reading(path), safe_open(path, "pt") as file:
-            metadata, names = file.metadata(), file.keys()
-            stage, identity = metadata["stage"], json.loads(metadata["identity"])
-            columns = {name.removeprefix(_COLUMN): file.get_tensor(name) for name in names if name.startswith(_COLUMN)}
-            measurement = Measurement(file.get_tensor("examples"), columns, file.get_tensor("kept"), None)
+            metadata = file.metadata()
+            stage, before = metadata["stage"], dict(json.loads(metadata["identity"]))
         now = json.loads(json.dumps(self._identity))  # tuples are lists in JSON
         differing = [
-            f"{name} ({identity.get(name)} before, {now[name]} now)" for name in now if identity.get(name) != now[name]
+            f"{name} ({before.get(name)} before, {now[name]} now)" for name in now if before.get(name) != now[name]
         ]
         if differing:
             raise InputError(
                 f"{path.parent} was started with another {', another '.join(differing)}. Use the earlier value, or "
                 "delete the folder to evaluate from scratch."
             )
-        return stage, measurement
+        with _reading(path), safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata["sha256"] != _digest(stage, tensors):
+                raise ValueError("its content is not what was written, by its sha256")
+            columns = {name.removeprefix(_COLUMN): one for name, one in tensors.items() if name.startswith(_COLUMN)}
+            measurement = Measurement(tensors["examples"], columns, tensors["kept"], tensors["images"])
+            measurement.check(self._count)
+        return stage, replace(measurement, images=None)
+
+
+def _digest(stage: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a sha256 over a stage and its tensors; safetensors has no checksum."""
+    return digest([tensors[name] for name in sorted(tensors)], json.dumps([stage, *sorted(tensors)]))
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} cannot be read ({one_line(error)}). Delete it to measure it again.") from error
 
 
@@ -212,8 +241,9 @@ class Processes:
         self._state = launched()
         self.index, self.count = self._state.process_index, self._state.num_processes
         self._claims = folder / "claims"
-        if self.index == 0:
-            shutil.rmtree(self._claims, ignore_errors=True)  # of processes that were killed
+        if self.index == 0:  # of processes that were killed
+            shutil.rmtree(self._claims, ignore_errors=True)
+            remove_leftovers(folder)
         self.wait()
 
     def claimed(self, stage: str, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:

@@ -59,8 +59,10 @@ def check_flags(config: EvaluateConfig) -> None:
         if value is not None and value not in allowed:
             raise unknown(flag, value, allowed)
     for flag, value in (("--n-examples", config.n_examples), ("--batch-size", config.batch_size)):
-        if value < 1:
+        if type(value) is not int or value < 1:
             raise InputError(f"{flag} {value} is not possible. Use 1 or more.")
+    if type(config.seed) is not int or not 0 <= config.seed < 2**63:
+        raise InputError(f"--seed {config.seed} is not possible. Use an integer from 0 to 2**63 - 1.")
 
 
 def attacked_in(config: EvaluateConfig, default: ThreatModel) -> list[ThreatModel]:

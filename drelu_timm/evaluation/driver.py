@@ -189,6 +189,15 @@ class Driver:
             seconds=time.monotonic() - started if from_scratch else None,
         )
 
+    def count_invalid(self, examples: Tensor, images: Tensor) -> int:
+        """Return how many images [M, C, H, W], of examples [M], do not fool the model in the first threat model."""
+        count = 0
+        for part in torch.arange(len(examples)).split(self.batch_size):
+            batch, adversarial = self._load("", examples[part]), images[part].to(self.device)
+            inside = self.threat_models[0].contains(adversarial, batch.images)
+            count += int((~inside | (self._margin(adversarial, batch.labels) > 0)).sum())
+        return count
+
     def _split(self, examples: Tensor) -> list[Tensor]:
         """Return the positions marked in [N] in batches of similar size, as many for each process."""
         positions = examples.nonzero().squeeze(1)

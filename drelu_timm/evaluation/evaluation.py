@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..attacks.adaptive import Transfer, substitutable_layers
 from ..attacks.attack import Attack
-from ..attacks.suites import Suite, find_suite
+from ..attacks.suites import SUITES, Suite, find_suite
 from ..attacks.threat_model import ThreatModel, parse_threat_models
 from ..errors import DReLUWarning, InputError
+from ..files import held, remove_leftovers
 from ..hashing import digest
 from .checkpoint import Checkpoint, Processes
 from .config import PRECISIONS
@@ -93,6 +94,10 @@ def evaluate_sweep(
     Returns:
         One evaluation per eps, from the smallest.
     """
+    if not isinstance(norm, str):
+        raise InputError(f"norm {norm!r} is not possible. Use Linf or L2.")
+    if not isinstance(eps, list | tuple):
+        raise InputError(f"eps {eps!r} is not possible. Use a list of radii.")
     return evaluate_under(parse_threat_models(norm, eps), model, images, labels, **options)
 
 
@@ -119,13 +124,13 @@ def evaluate_under(
     each of which makes the same call.
     """
     started, caller = time.monotonic(), Defaults.current()
-    processes = processes or Processes()
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size {batch_size} is not possible. Use an integer above 0.")
-    dtypes = [getattr(torch, name) for name in PRECISIONS]
-    if search_dtype not in dtypes:
-        raise InputError(f"search_dtype {search_dtype!r} is not possible. Use one of {', '.join(map(str, dtypes))}.")
+    _check_options(suite, seed, batch_size, search_dtype, state)
+    state = None if state is None else Path(state)
     with float32_settings(), ExitStack() as stack:
+        if processes is None and state is not None:
+            stack.enter_context(held(state / ".lock", f"state {state}"))
+            remove_leftovers(state)
+        processes = processes or Processes()
         images, labels = _checked(images, labels)
         how: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "caller": caller}
         user_model = stack.enter_context(opened(model, images, called=called[0], **how))
@@ -136,34 +141,38 @@ def evaluate_under(
             _check_classes(one, labels, num_classes)
         if hint := channels_hint(images.shape):
             warnings.warn(hint, DReLUWarning, stacklevel=2)
-        columns = _columns(suite, user_model, source)
-        driver = Driver(
-            user_model,
-            images,
-            labels,
-            threat_models,
-            seed,
-            batch_size,
-            Checkpoint(len(labels)),
-            search_dtype,
-            processes,
-        )
+        columns, nothing = _columns(suite, user_model, source), Checkpoint(len(labels))
+        driver = Driver(user_model, images, labels, threat_models, seed, batch_size, nothing, search_dtype, processes)
         identity = _identity(driver, user_model, suite, columns)
-        driver = replace(driver, checkpoint=Checkpoint(len(labels), None if state is None else Path(state), identity))
-        evaluations = run(driver, suite, columns)
-    seconds, dtype = time.monotonic() - started, str(user_model.dtype).removeprefix("torch.")
+        evaluations = run(replace(driver, checkpoint=Checkpoint(len(labels), state, identity)), suite, columns)
+        # A model that draws random numbers ("unsteady") has other logits each time.
+        if evaluations[-1].verdict.numbers.get("unsteady") == 0 and user_model.has_changed():
+            raise InputError(
+                f"{called[0]} changed during the evaluation: its logits of the first images are others than at the "
+                "start. Evaluate a model that stays the same."
+            )
     notes = user_model.notes
     if source is not None:
         notes += tuple(f"Of the model of {source.called}: {note}" for note in source.notes)
+    common = {"seconds": time.monotonic() - started, "model_dtype": str(user_model.dtype).removeprefix("torch.")}
     return [
-        replace(
-            evaluation,
-            seconds=seconds,
-            model_dtype=dtype,
-            verdict=replace(evaluation.verdict, evidence=(*notes, *evaluation.verdict.evidence)),
-        )
-        for evaluation in evaluations
+        replace(one, **common, verdict=replace(one.verdict, evidence=(*notes, *one.verdict.evidence)))
+        for one in evaluations
     ]
+
+
+def _check_options(suite: Any, seed: Any, batch_size: Any, search_dtype: Any, state: Any) -> None:
+    """Check the types and values of options from Python, where annotations bind nobody."""
+    dtypes = [getattr(torch, name) for name in PRECISIONS]
+    for name, value, holds, allowed in (
+        ("suite", suite, isinstance(suite, str), f"one of {', '.join(SUITES)}"),
+        ("seed", seed, type(seed) is int and 0 <= seed < 2**63, "an integer from 0 to 2**63 - 1"),
+        ("batch_size", batch_size, type(batch_size) is int and batch_size > 0, "an integer above 0"),
+        ("search_dtype", search_dtype, search_dtype in dtypes, f"one of {', '.join(map(str, dtypes))}"),
+        ("state", state, state is None or isinstance(state, str | Path), "a path"),
+    ):
+        if not holds:
+            raise InputError(f"{name} {value!r} is not possible. Use {allowed}.")
 
 
 def _columns(suite: str, model: UserModel, source: UserModel | None) -> Suite:

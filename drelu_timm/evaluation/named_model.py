@@ -19,6 +19,7 @@ from ..models.registry import check_tag
 from ..models.weights import check_weights
 from ..robustbench import adapt
 from ..runs import Run
+from ..training.config import variant_base
 from ..zoo.robust_models import robust_model_name
 
 MODEL_DIR = "models"  # RobustBench's folder of checkpoints: models/<dataset>/<norm>/<key>.pt
@@ -88,11 +89,10 @@ def _run(name: str, run: Run) -> NamedModel:
 
 
 def _timm_model(flag: str, name: str) -> NamedModel:
-    architecture = name.partition(".")[0]
-    if architecture.endswith("_drelu"):  # its pretrained cfg is the base's, whose classifier does not fit the new head
+    if (base := variant_base(name)) is not None:  # its pretrained cfg is the base's, whose classifier does not fit
         raise InputError(
             f"{flag} {name!r} has pretrained weights for all but its head, which would be random. Train it and use the "
-            f"run, or evaluate {architecture.removesuffix('_drelu')}."
+            f"run, or evaluate {base}."
         )
     cfg = timm.get_pretrained_cfg(name)
     return NamedModel(

@@ -14,6 +14,7 @@ from ..attacks.attack import Batch
 from ..attacks.suites import Suite, single_attacks
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError
+from ..results.display import as_html, as_text
 from ..results.examples import Adversarial, Broken, Rows, share
 from ..results.result import CarliniWagner, EpsResult, Verdict
 from .certificates import certify
@@ -44,6 +45,15 @@ class Evaluation(EpsResult):
     rows: Rows = field(repr=False)
     adversarial: Adversarial | None = field(repr=False)
     model_dtype: str = "float32"
+
+    def __str__(self) -> str:
+        """Return the table of accuracies, the verdict and its evidence."""
+        how = f"{self.threat_model}, suite {self.suite}, {len(self.labels):,} images, seed {self.seed}"
+        return f"{how}\n{as_text(self)}"
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        return as_html(self)
 
     @property
     def labels(self) -> Tensor:
@@ -241,7 +251,7 @@ def _evaluation(
         suite=suite,
         seed=driver.seed,
         rows=rows,
-        adversarial=_adversarial(driver, broken),
+        adversarial=_adversarial(driver, clean, broken),
         eps=threat_model.written,
         settings=suite_settings(columns),
         clean=shares["clean"],
@@ -291,13 +301,26 @@ def _outcomes(suite_run: SuiteRun, probed: Sequence[ProbeRun]) -> Iterator[tuple
             yield stage, outcome, outcome.broken_at == 0
 
 
-def _adversarial(driver: Driver, broken: Broken) -> Adversarial | None:
-    """Return the images that fooled the model, where the driver kept them."""
+def _adversarial(driver: Driver, clean: CleanPass, broken: Broken) -> Adversarial | None:
+    """Return the images that fooled the model, where the driver kept them.
+
+    Raises:
+        InputError: They do not fool it now: the checkpoint was edited, or the model has changed.
+    """
     if len(driver.threat_models) > 1 or driver.processes.index:
         return None
     stages = {example: by for example, by in enumerate(broken.by) if by not in ("", CLEAN)}
+    index = torch.tensor(list(stages), dtype=torch.int64)
     images = driver.checkpoint.images(stages, driver.images.shape[1:])
-    return Adversarial(torch.tensor(list(stages), dtype=torch.int64), images)
+    # Not of models that draw random numbers. Rounding on other hardware may turn an image at the boundary.
+    if not clean.signals["unsteady"].any() and (wrong := driver.count_invalid(index, images)) > max(
+        1, len(index) // 1000
+    ):
+        raise InputError(
+            f"{wrong} of {len(index)} adversarial images in the checkpoint do not fool the model inside the epsilon "
+            "ball. Either was changed since: delete the checkpoint to evaluate from scratch."
+        )
+    return Adversarial(index, images)
 
 
 def suite_settings(columns: Suite) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ AnyModel = nn.Module | Callable[[Tensor], Tensor]
 
 _SAMPLE = 8  # images
 _ROUNDING = 1e-3  # of the range of an image's logits: more than another memory layout changes them in float32
+_LARGE = 1000  # logits, which float32 resolves to 6e-5
 _BELOW = 10  # logits between a class that the model masks and the lowest other class
 
 
@@ -111,7 +112,7 @@ class UserModel(nn.Module):
         # Of the form in which it is called: dtype of the images, size of the only batches that it accepts (0 if any),
         # whether it masks classes.
         self._input_dtype, self._rows, self._masks = torch.float32, 0, False
-        self._logits = torch.empty(0)  # of the sample
+        self._sample = self._logits = torch.empty(0)
 
     def train(self, mode: bool = True) -> "UserModel":
         """Do nothing: `frozen` sets the mode."""
@@ -145,6 +146,8 @@ class UserModel(nn.Module):
         own = (images if differentiated else images.detach()).to(self.device, self._input_dtype, copy=True)
         with self.caller.applied(), torch.enable_grad():
             logits = self._in_equal_batches(own) if self._rows else self._call(own)
+        if logits.dtype == torch.float64:
+            logits = _shifted(logits)
         logits = logits.to(images.device, torch.float32)
         if self._masks:
             logits = _unmasked(logits)
@@ -174,11 +177,13 @@ class UserModel(nn.Module):
             raise InputError(f"{self.called} cannot run on {size} images ({_described(error)}). {advice}") from error
         logits = getattr(output, "logits", output)  # transformers' models return an object
         if not isinstance(logits, Tensor):
-            kind = type(output).__name__
-            kind += f" of {', '.join(map(str, output))}" if isinstance(output, dict) else ""
+            kind, part = type(output).__name__, "0"
+            if isinstance(output, dict):
+                kind += f" of {', '.join(map(str, output))}"
+                part = repr("logits" if "logits" in output else next(iter(output), "logits"))
             raise InputError(
                 f"{self.called} returns {kind} for {count} images. It must return logits [B, classes]: pass a function "
-                "that picks them, such as lambda images: model(images)[0]."
+                f"that picks them, such as lambda images: model(images)[{part}]."
             )
         if logits.ndim != 2 or len(logits) != count:
             raise InputError(
@@ -194,7 +199,7 @@ class UserModel(nn.Module):
         Raises:
             InputError: It runs in none, or does not return logits of two or more classes.
         """
-        self._logits = self._first_logits(sample, batch_size)
+        self._sample, self._logits = sample, self._first_logits(sample, batch_size)
         if (self._logits == -torch.inf).any():
             self._masks = True
             self._logits = _unmasked(self._logits)
@@ -265,6 +270,14 @@ class UserModel(nn.Module):
                     self._has_gradient(sample)
             except Exception:  # for example of `view`, which cannot flatten channels_last feature maps
                 return False
+        return self._are_same(logits)
+
+    @torch.no_grad()
+    def has_changed(self) -> bool:
+        """Return whether the model has other logits of the sample than in `find_form`, by more than rounding."""
+        return not self._are_same(self(self._sample))
+
+    def _are_same(self, logits: Tensor) -> bool:
         spread = self._logits.amax(dim=1, keepdim=True) - self._logits.amin(dim=1, keepdim=True)
         rounding = max(_ROUNDING, 8 * torch.finfo(self.dtype).eps)
         return bool(((logits - self._logits).abs() <= rounding * spread).all())
@@ -329,6 +342,15 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def _shifted(logits: Tensor) -> Tensor:
+    """Subtract the largest of an image's logits [B, K] if it is so large that float32 would lose the others' distance.
+
+    Attacks and margins depend on differences of logits only. Small logits stay, so that probabilities are recognized.
+    """
+    highest = logits.detach().amax(dim=1, keepdim=True)
+    return logits - highest.where(highest.isfinite() & (highest.abs() > _LARGE), 0)
 
 
 def _unmasked(logits: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ from ..results.result import EpsResult, Further, Result
 from ..training.config import flag_defaults, given_settings
 from .card import Card, percent
 
-OBJECTIVES = {"natural": "natural training", "at": "adversarial training", "trades": "TRADES", "mart": "MART"}
+OBJECTIVES = {
+    "natural": "natural training",
+    "at": "adversarial training",
+    "trades": "TRADES",
+    "mart": "MART",
+    "n-fgsm": "N-FGSM",
+}
 _EVALUATION_DEFAULTS = {"precision": "float32", "transfer_from": None, "seed": 0}
 
 Table = dict[str, Any]

@@ -163,8 +163,12 @@ def reduced(values: Tensor, accelerator: Accelerator, reduction: str) -> Tensor:
     return result
 
 
-def together(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Call ``action`` in every process, and raise in all of them if it fails in one; else they would wait forever."""
+def together(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Call ``action`` in every process, and raise in all of them if it fails in one; else they would wait forever.
+
+    Raises:
+        InputError: The action failed in another process. In the failing one, its own exception is raised.
+    """
     error = None
     try:
         action()
@@ -174,4 +178,4 @@ def together(accelerator: Accelerator, action: Callable[[], None]) -> None:
     if error is not None:
         raise error
     if failed:
-        raise OSError("another process failed")
+        raise InputError("another process of this launch has stopped with an error. See its message.")

@@ -19,6 +19,7 @@ from ..models.surgery import paths, warn_of_small_images
 from ..models.weights import check_weights, load_folder
 from ..runs import Run
 from .config import TrainConfig, model_options, variant_base
+from .ibp import bounded_eps
 
 _START_DIGEST = "init_from_digest"  # in config.json
 
@@ -130,7 +131,7 @@ def check_model(model: nn.Module, images: Tensor, config: TrainConfig, num_proce
         raise InputError(f"--cap-weight {config.cap_weight:g} needs a model with D-ReLUs. Leave it out.")
     check_cap_penalty(config.cap_penalty, model)
     if config.objective == "ibp":
-        certified(model, images, torch.zeros(len(images), dtype=torch.long), config.bounded_eps)
+        certified(model, images, torch.zeros(len(images), dtype=torch.long), bounded_eps(config))
     images_per_pass = config.batch_size // (num_processes * config.grad_accum_steps)
     if images_per_pass == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise InputError(

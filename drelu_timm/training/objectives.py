@@ -1,4 +1,4 @@
-"""What training minimizes: natural training, adversarial training, TRADES, MART, interval bound propagation.
+"""What training minimizes: natural training, adversarial training (by PGD or in a single step), TRADES, MART, IBP.
 
 An objective states what the inner attack maximizes, and the loss on the images that it returns. These are two calls,
 since adversarial weight perturbation evaluates the loss twice on the same adversarial images. The inner attack runs in
@@ -46,6 +46,13 @@ class InnerAttack:
             settings = {"steps": self.steps, "step_size": self.step_size}
             return pgd(model, images, loss, self.threat_model, start=start, **settings)
 
+    def single_step(self, images: Tensor, loss: Loss, noise: Tensor) -> Tensor:
+        """Return N-FGSM's images [B, C, H, W]: one step from twice the noise, clipped to [0, 1] only; see `n_fgsm`."""
+        start = (images + 2 * noise).clamp(0, 1).detach().requires_grad_()
+        with frozen(self.model) as model:
+            (gradient,) = torch.autograd.grad(loss(model(start)).sum(), start)
+        return self.threat_model.ascend(start.detach(), gradient, self.step_size).clamp(0, 1)
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -66,6 +73,7 @@ class Objective:
         raised: Maps (frozen model in eval mode, images [B, C, H, W], labels) to what the inner attack maximizes; None
             for an objective without an attack.
         losses: Maps (model in training mode, images, adversarial images, labels) to the loss; images are [B, C, H, W].
+        single_step: Whether the inner attack is the single step of N-FGSM instead of PGD.
         ramp: Maps the share of the training's steps that are done, in [0, 1], to the ``losses`` of the next step; None
             where they are the same in all steps.
         certifies: Whether the loss is one of interval bounds, so that validation counts what they prove.
@@ -73,6 +81,7 @@ class Objective:
 
     raised: Callable[[nn.Module, Tensor, Tensor], Loss] | None
     losses: LossFunction
+    single_step: bool = False
     ramp: Callable[[float], LossFunction] | None = None
     certifies: bool = False
 
@@ -86,7 +95,7 @@ class Objective:
             return images
         with frozen(attack.model) as model:
             loss = self.raised(model, images, labels)
-        return attack(images, loss, noise)
+        return attack.single_step(images, loss, noise) if self.single_step else attack(images, loss, noise)
 
 
 def natural(label_smoothing: float = 0.0) -> Objective:
@@ -112,6 +121,17 @@ def adversarial_training(label_smoothing: float = 0.0) -> Objective:
         return Losses(loss, {"adversarial_cross_entropy": loss})
 
     return Objective(_cross_entropy, losses)
+
+
+def n_fgsm(label_smoothing: float = 0.0) -> Objective:
+    """Return single-step adversarial training, N-FGSM (de Jorge et al. 2022, https://arxiv.org/abs/2202.01181).
+
+    Cross-entropy on ``x + noise + step_size * sign(gradient)``, with the gradient at ``x + noise`` and noise uniform in
+    [-2 eps, 2 eps]. As in the authors' code, both points are clipped to [0, 1], and neither to the epsilon ball around
+    x, which is what prevents catastrophic overfitting in most cases. Their step is eps long. They compute the gradient
+    in training mode; here it is computed in eval mode, as for every inner attack.
+    """
+    return replace(adversarial_training(label_smoothing), single_step=True)
 
 
 def trades(beta: float, label_smoothing: float = 0.0) -> Objective:
@@ -196,7 +216,7 @@ def ibp(eps: float, clean_weight: float, ramp: float) -> Objective:
 
         return losses
 
-    return Objective(None, losses_after(1), losses_after, certifies=True)
+    return Objective(None, losses_after(1), ramp=losses_after, certifies=True)
 
 
 def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
@@ -237,6 +257,7 @@ def make_objective(
     objectives = {
         "natural": natural(label_smoothing),
         "at": adversarial_training(label_smoothing),
+        "n-fgsm": n_fgsm(label_smoothing),
         "trades": trades(beta, label_smoothing),
         "mart": mart(beta, label_smoothing),
         "ibp": ibp(ibp_eps, ibp_clean_weight, ibp_ramp),

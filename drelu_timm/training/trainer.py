@@ -4,9 +4,11 @@ All randomness is keyed by (seed, epoch, step), see `randomness`. Any step can b
 processes, whatever ran before it in the process.
 """
 
+import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,7 @@ class Trainer:
             Preempted: SIGTERM arrived; the state is saved.
         """
         self.progress = self.states.load()
-        self.log = Log(self.accelerator, self.output_dir, keep=self.progress.epoch)
+        self.log = Log(self.accelerator, self.output_dir, self.progress)
         with (
             noticed_sigterm() as sigterm_arrived,
             tqdm(
@@ -122,8 +124,8 @@ class Trainer:
         The state comes before the validation: a launcher that passes SIGTERM on may not wait until that is done.
         """
         progress, device, steps = self.progress, self.accelerator.device, self.batches.steps_per_epoch
-        loader = iter(self._loader())
-        progress.rates = progress.rates or self.update.rates
+        batches = self._remaining_batches()
+        progress.rates = progress.rates or tuple(self.update.rates)
         self.update.model.train()
         self.sums = defaultdict(lambda: torch.zeros((), device=device))
         self.sums.update({name: torch.tensor(value, device=device) for name, value in progress.sums.items()})
@@ -131,7 +133,7 @@ class Trainer:
         started = time.perf_counter() - progress.seconds
         while progress.step < steps:
             asked = time.perf_counter()
-            images, labels = (each.to(device, non_blocking=True) for each in next(loader))
+            images, labels = (each.to(device, non_blocking=True) for each in next(batches))
             progress.waited += time.perf_counter() - asked
             losses = self.update(images, labels, progress.epoch, progress.step)
             for name, value in {"loss": losses.loss, **losses.parts}.items():
@@ -148,15 +150,31 @@ class Trainer:
             if preempted:
                 raise Preempted(f"SIGTERM arrived: saved after epoch {progress.epoch}, step {progress.step}")
 
-    def _loader(self):
-        return self.batches.loader(
-            self.progress.epoch,
-            self.progress.step,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            workers=self.config.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
+    def _remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's parts of the batches of the epoch that are not done.
+
+        Raises:
+            InputError: A worker was killed, or /dev/shm is full.
+        """
+        left = self.batches.steps_per_epoch - self.progress.step
+        try:
+            yield from self.batches.loader(
+                self.progress.epoch,
+                self.progress.step,
+                process_index=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+                workers=min(self.config.workers, _cores(), left),
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+        except (OSError, RuntimeError) as error:
+            if not self.config.workers:
+                raise
+            # An error in a worker comes with its traceback, whose last line is the message.
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(
+                f"--workers {self.config.workers}: a process that prepares batches has stopped ({reason}). "
+                "Free memory and /dev/shm, or use --workers 0."
+            ) from error
 
     def _is_to_save(self) -> bool:
         every = self.config.save_every
@@ -188,7 +206,8 @@ class Trainer:
         path = self.output_dir / "no-number.json"
         epoch = self.progress.epoch
         if self.accelerator.is_main_process:
-            write_json(path, {"epoch": epoch + 1, "step": step + 1, **self.batches.indices(epoch, step)})
+            with suppress(OSError):  # the message below matters more than a full disk
+                write_json(path, {"epoch": epoch + 1, "step": step + 1, **self.batches.indices(epoch, step)})
         return InputError(
             f"{what} in epoch {epoch + 1}, step {step + 1}. Lower --lr ({self.config.lr:g}) or --cap-weight "
             f"({self.config.cap_weight:g}); {path} names the images of the batch, and the last state is kept."
@@ -203,21 +222,41 @@ class Trainer:
             held_out["held_out_ema"] = self.validation.measure(self.update.average)
         if not isfinite(loss := held_out["held_out"]["loss"]):
             raise self._diverged(f"the held-out loss is {loss} after the step", self.batches.steps_per_epoch - 1)
-        entry = self._log_entry(losses, held_out)
+        row = self._log_row(losses, held_out)
         if isinstance(self.update.scheduler, lr_scheduler.ReduceLROnPlateau):
             self.update.scheduler.step(loss)
         *_, figures = held_out.values()
+        assert progress.log is not None
         self.progress = Progress(progress.epoch + 1, best=progress.best, best_epoch=progress.best_epoch)
-        assert self.config.monitor is not None  # `resolve` filled it in
-        figure = figures[self.config.monitor]
-        self.models.keep_if_best(self.progress, -figure if self.config.monitor == "loss" else figure)
-        self.log.write({**entry, "best_epoch": self.progress.best_epoch})
+        monitor = self.config.monitor or "loss"
+        self.models.keep_if_best(self.progress, -figures["loss"] if monitor == "loss" else figures[monitor])
+        row["best_epoch"] = self.progress.best_epoch
+        self.progress.log = (*progress.log, row)
+        self.log.write(row)
         self._save()
-        penalty = losses["cap_penalty"]
-        shown = f"{losses['loss'] - penalty:.3g}" + (f" + {penalty:.3g} (cap penalty)" if penalty else "")
-        accuracies = f"clean {figures['clean']:.1%}, PGD {figures['pgd']:.1%}"
-        accuracies += f", certified {figures['certified']:.1%}" if "certified" in figures else ""
-        bar.set_postfix_str(f"epoch {self.progress.epoch}, loss {shown}, held out: {accuracies}")
+        self._report(bar, losses, figures)
+
+    def _report(self, bar: tqdm, losses: dict[str, float], figures: dict[str, Any]) -> None:
+        """Show the figures of an epoch, and warn or stop where the model hides gradients."""
+        penalty, epoch = losses["cap_penalty"], self.progress.epoch
+        loss = f"{losses['loss'] - penalty:.3g}" + (f" + {penalty:.3g} (cap penalty)" if penalty else "")
+        attack = "FGSM" if self.update.objective.single_step else "PGD"
+        robust = f"{attack} {figures['pgd']:.1%}"
+        if "margin" in figures:
+            robust += f", margin attack {figures['margin']:.1%}"
+        if "certified" in figures:
+            robust += f", certified {figures['certified']:.1%}"
+        bar.set_postfix_str(f"epoch {epoch}, loss {loss}, held out: clean {figures['clean']:.1%}, {robust}")
+        if not figures.get("hides_gradients"):
+            return
+        alarm = f"epoch {epoch}: {robust}: this training hides gradients"
+        if self.config.on_masking == "stop":
+            raise InputError(
+                f"{alarm}. Stopped by --on-masking stop. Lower --lr, or use --objective at with more --steps; "
+                "--resume --on-masking warn continues."
+            )
+        if self.accelerator.is_main_process:
+            bar.write(alarm)
 
     def _mean_losses(self) -> dict[str, float]:
         """Return the mean of the loss and its parts over the steps of the epoch and the processes."""
@@ -225,8 +264,9 @@ class Trainer:
         means = reduced(sums / self.batches.steps_per_epoch, self.accelerator, "mean").tolist()
         return dict(zip(self.sums, means, strict=True))
 
-    def _log_entry(self, losses: dict[str, float], held_out: dict[str, dict[str, float]]) -> dict[str, Any]:
+    def _log_row(self, losses: dict[str, float], held_out: dict[str, dict[str, float]]) -> dict[str, Any]:
         progress, steps = self.progress, self.batches.steps_per_epoch
+        seconds = max(progress.seconds, 1e-9)  # a clock that stands still would be divided by
         caps = cap_statistics(self.update.bare)
         return {
             "epoch": progress.epoch + 1,
@@ -237,8 +277,8 @@ class Trainer:
             "units": unit_shares(self.update.bare.eval(), self.samples.to(self.accelerator.device)),
             "lr": progress.rates[0],
             **({"cap_lr": progress.rates[-1]} if caps else {}),
-            "images_per_second": steps * self.config.batch_size / progress.seconds,
-            "waited_for_data": progress.waited / progress.seconds,
+            "images_per_second": steps * self.config.batch_size / seconds,
+            "waited_for_data": progress.waited / seconds,
             "seconds": progress.seconds,
         }
 
@@ -252,3 +292,8 @@ class Trainer:
             progress.sums = dict(zip(self.sums, means, strict=True))
         self.states.save(progress)
         self.models.delete_superseded(progress)
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

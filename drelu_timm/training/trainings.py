@@ -105,11 +105,11 @@ def _with_flags(argv: Sequence[str], early: Namespace, table: Table) -> TrainCon
 
 
 def _chained(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
-    """Start each training from the one before it, whose run directory is named after the last one's."""
-    last = run_directory(configs[-1])
+    """Start each training from the one before it, whose run directory is named after the last one's, if given."""
+    last = configs[-1].output_dir
     chained = list(configs[:1])
     for number, config in enumerate(configs[1:], start=1):
-        earlier = last.with_name(f"{last.name}-stage{number}")
+        earlier = last.with_name(f"{last.name}-stage{number}") if last else run_directory(chained[-1])
         chained[-1] = replace(chained[-1], output_dir=earlier)
         chained.append(replace(config, init_from=earlier))
     return chained

@@ -18,6 +18,7 @@ from ..models.drelu import drelu_layers
 from ..randomness import random_generator
 from .config import TrainConfig
 from .distributed import average_gradients, average_statistics, is_sharded
+from .ibp import bounded_eps
 from .objectives import InnerAttack, Losses, Objective, make_objective
 
 Part = tuple[Tensor, Tensor, Tensor]  # images, adversarial images, labels
@@ -64,7 +65,7 @@ class Update:
             config.objective,
             beta=config.beta,
             label_smoothing=config.label_smoothing,
-            ibp_eps=config.bounded_eps,
+            ibp_eps=bounded_eps(config),
             ibp_clean_weight=config.ibp_clean_weight,
             ibp_ramp=config.ibp_ramp,
         )
