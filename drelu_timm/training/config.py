@@ -30,7 +30,6 @@ _SAME_UPDATES = ("grad_accum_steps", "compile")  # ... and these give the same u
 _Positive = Annotated[float, Constraint(lambda value: value > 0, "a number above 0")]
 _NotNegative = Annotated[float, Constraint(lambda value: value >= 0, "a number >= 0")]
 _Fraction = Annotated[float, Constraint(lambda value: 0 <= value < 1, "in [0, 1)")]
-_Share = Annotated[float, Constraint(lambda value: 0 <= value <= 1, "in [0, 1]")]
 _Seed = Annotated[int, Constraint(lambda value: 0 <= value < 2**32, f"an integer from 0 to {2**32 - 1}")]
 _LARGEST_MAGNITUDE = 10  # of timm's RandAugment, which silently reduces larger ones
 
@@ -80,9 +79,9 @@ class TrainConfig:
     """Label smoothing in the loss (not in the attack)."""
     ibp_eps: str | None = None
     """IBP: radius of the bounds in training, such as 0.4 for --eps 0.3; by default --eps."""
-    ibp_clean_weight: _Share = 0.5
+    ibp_clean_weight: Share = 0.5
     """IBP: weight of the loss on clean images after the ramp; the loss on bounds has the rest."""
-    ibp_ramp: _Share = 0.4
+    ibp_ramp: Share = 0.4
     """IBP: fraction of the steps in which the radius rises from 0, and the clean weight falls from 1."""
     ibp_init: bool = False
     """IBP: draw initial weights that keep the width of intervals (Shi et al. 2021)."""
