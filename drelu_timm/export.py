@@ -16,6 +16,9 @@ The folder gets its name only after the model was loaded from it and predicted t
 """
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -114,17 +117,19 @@ def push_exported(config: ExportConfig, repo: str) -> str:
             f"{', '.join(differing)}). Remove it first."
         )
     hub = output_dir / "hub"
-    files = _hub_files(card, hub / WEIGHTS, source=f"hf-hub:{repo}")
-    _check_unchanged(hub, files)
-    commit = push(files, repo)
+    with _locked(output_dir):
+        files = _hub_files(card, hub / WEIGHTS, source=f"hf-hub:{repo}")
+        _check_unchanged(hub, files)
+        commit = push(files, repo)
+        if commit is not None:
+            write_text(hub / README, files[README].decode())
+            write_text(output_dir / "submission" / "new-model.md", new_model(card, repo))
     if commit is None:
         listed = "\n".join(f"  {name}, {len(content):,} bytes" for name, content in files.items())
         return (
             f"Dry run without a token: {len(files)} files would be uploaded to {repo} in one commit\n{listed}\n"
             "Log in with `hf auth login`, or set HF_TOKEN to a token with write access, and push again."
         )
-    write_text(hub / README, files[README].decode())
-    write_text(output_dir / "submission" / "new-model.md", new_model(card, repo))
     return f"uploaded {len(files)} files to {repo} in the commit {commit}"
 
 
@@ -156,19 +161,19 @@ def export(config: ExportConfig) -> Path:
             from the evaluation. Nothing is left behind.
     """
     output_dir = _output_dir(config)
-    if output_dir.exists():
-        raise InputError(f"--output-dir {output_dir} exists already. Pass another one or remove it.")
+    _check_is_new(output_dir)
     run, dataset, threat_model = _entry(config)
     robustbench = _robustbench_or_reason()
     _check_key_is_free(config.key, dataset, threat_model.norm, run, robustbench)
     card, evaluations, test = _read(config, run, dataset, threat_model)
     check_entry(model_info(card))
-    evaluated = read_evaluated(evaluations[0], evaluations[1:], test)
-    with held(output_dir.with_name(f".{output_dir.name}.lock"), f"--output-dir {output_dir}"):
+    evaluated = read_evaluated(evaluations, test)
+    with _locked(output_dir):
+        _check_is_new(output_dir)  # again: another process may have written it
         remove_leftovers(output_dir.parent, output_dir.name)
         with atomic_folder(output_dir) as folder:
             _write_model(folder, card, run)
-            _write_submission(folder / "submission", card, test, evaluated)
+            _write_submission(folder / "submission", card, evaluated)
             checks = verify(folder, card, evaluated, robustbench, config.benchmark_examples)
             write_text(folder / "CHECKS.md", checks_page(card, checks))
     digests = {"sha256": card.weights.sha256, "config_sha256": card.config_sha256}
@@ -177,7 +182,32 @@ def export(config: ExportConfig) -> Path:
 
 
 def _output_dir(config: ExportConfig) -> Path:
-    return config.output_dir or config.run / "export" / config.key
+    """Return the folder to write, whose name the disk must be able to have."""
+    path = config.output_dir or config.run / "export" / config.key
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise InputError(f"--output-dir {str(path)!r} cannot be used ({one_line(error)}). Pass another one.") from error
+    return path
+
+
+def _check_is_new(output_dir: Path) -> None:
+    if os.path.lexists(output_dir):
+        raise InputError(f"--output-dir {output_dir} exists already. Pass another one or remove it.")
+
+
+@contextmanager
+def _locked(output_dir: Path) -> Iterator[None]:
+    """Hold the lock of an exported folder, and report a failed write in one line."""
+    with held(output_dir.with_name(f".{output_dir.name}.lock"), f"--output-dir {output_dir}"):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"--output-dir {output_dir} cannot be written ({one_line(error)}). Free space or pass another one."
+            ) from error
 
 
 def _entry(config: ExportConfig) -> tuple[Run, str, ThreatModel]:
@@ -256,6 +286,7 @@ def _write_model(folder: Path, card: Card, run: Run) -> None:
 
 def _registration(card: Card) -> str:
     """Return register.py, which lets timm and RobustBench load the model from the folder of the file."""
+    named = ", ".join(map(json.dumps, (card.key, card.dataset, card.norm)))
     return f'''\
 """Registers {card.name} with timm, and so with RobustBench.
 
@@ -269,25 +300,27 @@ from drelu_timm import register_robust_model
 SHA256 = "{card.weights.sha256}"
 CONFIG_SHA256 = "{card.config_sha256}"
 SOURCE = Path(__file__).parent / "hub"
-register_robust_model("{card.key}", "{card.dataset}", "{card.norm}", SOURCE, sha256=SHA256, config_sha256=CONFIG_SHA256)
+register_robust_model({named}, SOURCE, sha256=SHA256, config_sha256=CONFIG_SHA256)
 '''
 
 
-def _write_submission(folder: Path, card: Card, test: Images, evaluated: EvaluatedImages) -> None:
+def _write_submission(folder: Path, card: Card, evaluated: EvaluatedImages) -> None:
     """Write what is submitted to RobustBench by hand."""
     write_text(folder / "new-model.md", new_model(card, None))
     write_text(folder / "autoattack.log", autoattack_log(card.results))
     if is_external(card):
         file = f"{card.key}_adversarial.pt"
         write_text(folder / "new-external-evaluation.md", new_evaluation(card, file, evaluated.without_image))
-        images = to_float(test.images)
-        images[evaluated.broken] = evaluated.adversarial
-        _save_tensors(images, folder / file)
+        rest = evaluated.test.images[len(evaluated.predictions) :]
+        _save_tensors(torch.cat([evaluated.worst, to_float(rest)]), folder / file)
 
 
 def _save_tensors(tensors: Any, path: Path) -> None:
     with atomic_file(path) as temporary:
-        torch.save(tensors, temporary)
+        try:
+            torch.save(tensors, temporary)
+        except RuntimeError as error:  # which torch raises where other functions raise OSError
+            raise OSError(f"{path.name}: {error}") from error
 
 
 # What is checked first

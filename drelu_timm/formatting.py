@@ -55,6 +55,13 @@ def _escaped_start(match: re.Match[str]) -> str:
     return f"{start}\\" if start.isdigit() else f"\\{start}"
 
 
+def markdown_code(text: object) -> str:
+    """Return a text as a code span of Markdown; a longer run of backticks than any in the text encloses it."""
+    text = one_line_text(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
 def escape_latex(text: object) -> str:
     """Escape a text for LaTeX, outside math mode; line breaks become spaces."""
     return one_line_text(text).translate(_LATEX)

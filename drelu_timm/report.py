@@ -152,11 +152,12 @@ def _write(config: ReportConfig, folder: Path, groups: Sequence[GroupMethods], r
     for table in tables:
         _write_table(folder / "tables", table)
 
-    sections = [opening(runs, groups), *(Section(table.title, table.caption, table.cells) for table in tables)]
+    relative = _relative(runs, config.runs)
+    sections = [opening(relative, groups), *(Section(table.title, table.caption, table.cells) for table in tables)]
     if config.against_paper:
         sections.append(Section("The paper", f"{SOURCE}." if compared else "It has none of these numbers."))
     for methods in groups:
-        sections += statistics(methods, folder / "figures", runs)
+        sections += statistics(methods, folder / "figures")
         sections += figures(methods, folder / "figures", runs)
     sections += over_eps(groups, folder / "figures")
     sections += papers_statistics(groups) if config.against_paper else []
@@ -188,7 +189,8 @@ def _relative(runs: EvaluatedRuns, paths: Sequence[Path]) -> EvaluatedRuns:
             text = re.sub(found, lambda match, path=path, inside=inside: inside if match[1] else path, text)
         return text
 
-    return replace(runs, broken=[*map(relative, runs.broken)], notes=[*map(relative, runs.notes)])
+    names = ("broken", "notes", "unfinished")
+    return replace(runs, **{name: [*map(relative, getattr(runs, name))] for name in names})
 
 
 def _base(paths: Sequence[Path]) -> Path:
@@ -231,12 +233,18 @@ def write_page(path: Path, sections: Sequence[Section], *, title: str) -> None:
     """
     environment = Environment(finalize=escape_html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    write_text(path, template.render(title=title, sections=sections, rows=_rows, picture=_picture_base64))
+    write_text(path, template.render(title=title, sections=sections, rows=_unbroken, picture=_picture_base64))
 
 
 def _rows(table: pd.DataFrame) -> Iterator[list[str]]:
     for row in table.itertuples(index=False, name=None):
         yield ["" if pd.isna(cell) else str(cell) for cell in row]
+
+
+def _unbroken(table: pd.DataFrame) -> Iterator[list[str]]:
+    """Yield the rows with spaces that keep a number, its sign and its deviation on one line."""
+    for row in _rows(table):
+        yield [cell.replace("≤ ", "≤\u00a0").replace(" ± ", "\u00a0±\u00a0") for cell in row]
 
 
 def _picture_base64(picture: Path) -> str:
@@ -257,8 +265,8 @@ def markdown(sections: Iterable[Section], folder: Path, *, title: str) -> str:
     parts = [f"# {escape_markdown(title)}"]
     for section in sections:
         parts += [f"## {escape_markdown(section.title)}"] if section.title != title else []
-        parts += map(escape_markdown, section.paragraphs)
         parts += [markdown_table(section.table)] if section.table is not None else []
+        parts += map(escape_markdown, section.paragraphs)
         if section.picture is not None:
             parts.append(f"![{escape_markdown(section.title)}]({section.picture.relative_to(folder).as_posix()})")
     return "\n\n".join(parts) + "\n"
@@ -300,7 +308,7 @@ def _print(groups: Sequence[GroupMethods], runs: EvaluatedRuns) -> None:
         console.print(_main_rows(methods))
     if any(method.worst_verdict == "masked" for methods in groups for method in methods.shown):
         console.print("The white-box accuracy of a masked row is not robustness; its worst case is an upper bound.")
-    for title, texts in (("note", runs.notes), ("broken, left out", runs.broken)):
+    for title, texts in (("incomplete", runs.unfinished), ("note", runs.notes), ("broken, left out", runs.broken)):
         for text in texts:
             console.print(f"{title}: {text}", highlight=False, markup=False, soft_wrap=True)
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from .errors import InputError, unknown
-from .files import held, locked
+from .files import held, locked, write_json
 from .flags import SweepConfig
 from .launch import Launch
+from .reports.evaluated_runs import CELLS
 from .sweeps.cell import Cell
 from .sweeps.grids import Grid, read_grid
 from .sweeps.jobs import Executor, LocalExecutor
@@ -62,6 +63,8 @@ def sweep(config: SweepConfig) -> int:
         return 0
     with held(output_dir / ".lock", f"--output-dir {output_dir}"):
         queued = _refuse_running(cells, output_dir, config.cluster)
+        # For `report`, which names the cells that are missing.
+        write_json(output_dir / CELLS, {"cells": {cell.name: len(cell.evaluations) for cell in cells}})
         cells.sort(key=lambda cell: cell.name not in queued)  # queued jobs may be the reason why others are refused
         failed = Scheduler(grid.name, cells, _executor(output_dir, config), launch).run()
     print(f"next: drelu-timm report {shlex.quote(str(output_dir))}")

@@ -38,7 +38,7 @@ from drelu_timm.models.inference import normalized
 from drelu_timm.runs import environment
 from drelu_timm.training.objectives import InnerAttack, make_objective
 
-Name = Literal["natural", "at", "trades"]
+Name = Literal["natural", "at", "n-fgsm", "trades"]
 Dtype = Literal["float32", "bfloat16"]
 Step = Callable[[], None]
 Attack = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor], int], Tensor]
@@ -107,6 +107,12 @@ def plain(config: BenchmarkConfig, objective: Name, attack: Attack) -> Step:
         model.train()
         return F.cross_entropy(model(adversarial), labels)
 
+    def loss_of_n_fgsm() -> Tensor:  # as in the authors' code, in training mode; there is one kind of it
+        model.train()
+        start = (images + torch.empty_like(images).uniform_(-2 * EPS, 2 * EPS)).clamp(0, 1).requires_grad_()
+        gradient = torch.autograd.grad(F.cross_entropy(model(start), labels), start)[0]
+        return F.cross_entropy(model((start.detach() + EPS * gradient.sign()).clamp(0, 1)), labels)
+
     def loss_of_trades() -> Tensor:
         model.eval()
         clean = F.softmax(model(images), dim=1).detach()
@@ -116,7 +122,8 @@ def plain(config: BenchmarkConfig, objective: Name, attack: Attack) -> Step:
         divergence = kl(model(adversarial), F.softmax(logits, dim=1)) / len(images)
         return F.cross_entropy(logits, labels) + BETA * divergence
 
-    loss_of = {"natural": loss_of_natural, "at": loss_of_at, "trades": loss_of_trades}[objective]
+    by_name = {"natural": loss_of_natural, "at": loss_of_at, "n-fgsm": loss_of_n_fgsm, "trades": loss_of_trades}
+    loss_of = by_name[objective]
 
     def step() -> None:
         loss = loss_of()
@@ -160,7 +167,7 @@ def ours(config: BenchmarkConfig, objective: Name, dtype: Dtype) -> Step:
     if config.compile:
         model.compile()
     threat_model = ThreatModel.parse("Linf", EPS)
-    attack = InnerAttack(model, threat_model, config.steps, STEP_SIZE)
+    attack = InnerAttack(model, threat_model, config.steps, EPS if objective == "n-fgsm" else STEP_SIZE)
     minimised = make_objective(objective, beta=BETA)
     device_type = torch.device(config.device).type
 
@@ -261,16 +268,20 @@ def main(config: BenchmarkConfig) -> None:
     )
     print("| objective | loop | images/s | slowest to fastest | x backward | x input gradient | peak MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    names = [loop.name for loop in loops(config)]
+    names, medians_of = [loop.name for loop in loops(config)], {}
     for objective in config.objectives:
         memory = [in_fresh_process(peak_memory, config, objective, index) for index in range(len(names))]
         times = seconds_a_step(config, objective)
-        medians = [statistics.median(rounds) for rounds in times]
+        medians = medians_of[objective] = [statistics.median(rounds) for rounds in times]
         for name, median, rounds, peak in zip(names, medians, times, memory, strict=True):
             speeds = [config.batch_size / seconds for seconds in (median, max(rounds), min(rounds))]
             ratios = [f"{reference / median:.2f}" for reference in medians[:2]]
             cells = [objective, name, f"{speeds[0]:.1f}", f"{speeds[1]:.1f} to {speeds[2]:.1f}", *ratios, f"{peak:.0f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+    if {"at", "n-fgsm"} <= set(medians_of):
+        print(f"\nAn epoch of n-fgsm takes the share of one of at with {config.steps} steps:")
+        for name, single, several in zip(names, medians_of["n-fgsm"], medians_of["at"], strict=True):
+            print(f"{name}: {single / several:.2f}")
 
 
 if __name__ == "__main__":

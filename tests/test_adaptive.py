@@ -14,6 +14,7 @@ from drelu_timm.attacks.adaptive import SUBSTITUTES
 from drelu_timm.attacks.attack import LOSSES, Batch
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.threat_model import ThreatModel
+from drelu_timm.models.activations import KWTA, PACT, RCRAF, FitReLU, Tent
 from drelu_timm.models.drelu import DReLU, SReLU
 from drelu_timm.models.inference import frozen
 
@@ -142,16 +143,28 @@ def test_a_users_layer_is_registered_in_one_line():
 # Attacks
 
 
-def saturated_unit():
-    """Return two classes divided by one unit far above its cap, and images of its class, fooled from eps 0.09."""
+def saturated_unit(layer=None, scale=1.0):
+    """Return two classes divided by one unit far above its cap, images, and its predictions, fooled from eps 0.09."""
     first, second = nn.Linear(16, 1, bias=False), nn.Linear(1, 3)
     with torch.no_grad():
-        first.weight.fill_(1.0)
+        first.weight.fill_(scale)
         second.weight.copy_(torch.tensor([[1.0], [-1.0], [0.0]]))
         second.bias.copy_(torch.tensor([-0.5, 0.5, -9.0]))
-    model = nn.Sequential(nn.Flatten(), first, DReLU(1, cap=1.0), second).eval().requires_grad_(False)
-    images = torch.full((8, 1, 4, 4), 0.1)  # pre-activation 1.6, cap 1, boundary at 0.5
-    return model, images, torch.zeros(8, dtype=torch.long)
+    model = nn.Sequential(nn.Flatten(), first, layer or DReLU(1, cap=1.0), second).eval().requires_grad_(False)
+    images = torch.full((8, 1, 4, 4), 0.1)  # pre-activation 1.6 * scale, cap 1, boundary at 0.5
+    return model, images, model(images).argmax(dim=1)
+
+
+def losing_unit():
+    """Return two classes divided by the winner of two units, one of them constant, images, and its predictions."""
+    first, second = nn.Linear(16, 2), nn.Linear(2, 3, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(torch.stack([torch.zeros(16), torch.ones(16)]))
+        first.bias.copy_(torch.tensor([2.5, 0.0]))
+        second.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-9.0, -9.0]]))
+    model = nn.Sequential(nn.Flatten(), first, KWTA(0.5), second).eval().requires_grad_(False)
+    images = torch.full((8, 1, 4, 4), 0.1)  # 1.6 against 2.5; 3.04 within eps
+    return model, images, model(images).argmax(dim=1)
 
 
 BRIEF = {"loss": "scaled-ce", "steps": 20, "relative_step_size": 0.2}
@@ -175,6 +188,39 @@ def test_adaptive_attacks_pass_a_saturated_unit(attack):
     seen = attack.run(model, batch, THREAT_MODEL)
     assert THREAT_MODEL.contains(seen.images, images).all()
     assert (model(seen.images).argmax(dim=1) != labels).all()
+
+
+HIDING = {
+    "srelu": partial(saturated_unit, SReLU(1.0)),
+    "pact": partial(saturated_unit, PACT(1.0)),
+    "tent": partial(saturated_unit, Tent(1, 1.0)),
+    "fitact": partial(saturated_unit, FitReLU(1, 1.59), scale=10.0),  # from 16.0; its peak is at the 1.6 of eps 0.09
+    "rcr-af": partial(saturated_unit, RCRAF(1.0)),
+    "kwta": losing_unit,
+}
+
+
+@pytest.mark.parametrize("make", HIDING.values(), ids=HIDING)
+def test_adaptive_attacks_pass_the_relatives_of_d_relu(make):
+    model, images, labels = make()
+    batch = Batch(images, labels, range(8))
+    x = images.clone().requires_grad_()
+    assert not torch.autograd.grad(model(x).sum(), x)[0].any(), "the gradient is hidden"
+    blind = adaptive.Restarts(restarts=3, **BRIEF).run(model, batch, THREAT_MODEL)
+    assert (model(blind.images).argmax(dim=1) == labels).all()
+    for name, attack in ATTACKS.items():
+        seen = attack.run(model, batch, THREAT_MODEL)
+        assert THREAT_MODEL.contains(seen.images, images).all()
+        assert (model(seen.images).argmax(dim=1) != labels).all(), name
+
+
+def test_the_substitutes_of_the_relatives_have_their_values_inside():
+    x = torch.linspace(-0.9, 0.9, 40).view(10, 4)
+    for layer in (PACT(1.0), Tent(4, 1.0), RCRAF(1.0), SReLU(1.0)):
+        torch.testing.assert_close(adaptive.backward(layer, x, adaptive.leaky), layer(x))
+    inside = x.clamp(max=0.6)  # a sigmoid of slope 20 is smooth around the bound
+    torch.testing.assert_close(adaptive.backward(FitReLU(4, 1.0), inside, adaptive.leaky), inside.relu())
+    assert torch.equal(adaptive.backward(KWTA(0.5), x, adaptive.leaky)[:, 2:], x[:, 2:])
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+import yaml
+from markdown_it import MarkdownIt
 from measurements import KEY, PUBLISHED, REPOSITORY, having, measured_of, trained
 from safetensors.torch import load_file
 
@@ -18,7 +20,7 @@ from drelu_timm.data.images import to_float
 from drelu_timm.data.readers import load_images
 from drelu_timm.errors import InputError
 from drelu_timm.hashing import sha256_of
-from drelu_timm.publishing.card import AUTOATTACK, SHIPPED, read_card
+from drelu_timm.publishing.card import AUTOATTACK, SHIPPED, Paper, read_card
 from drelu_timm.publishing.card_markdown import VERDICTS, model_card
 from drelu_timm.publishing.leaderboard import (
     autoattack_log,
@@ -30,6 +32,7 @@ from drelu_timm.publishing.leaderboard import (
     new_model,
 )
 from drelu_timm.publishing.recipes import recipe
+from drelu_timm.publishing.verification import Check, checks_page
 from drelu_timm.results.result import Verdict
 from drelu_timm.zoo.robust_models import robust_model_name
 
@@ -215,6 +218,47 @@ def test_the_card_of_a_large_model_has_the_digest_of_its_weights_and_the_recipe(
 @pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
 def test_every_objective_has_a_card(measured, objective):
     assert f"# {KEY}" in model_card(trained(measured, objective=objective))
+
+
+def structure(markdown: str) -> list[str]:
+    """Return the Markdown elements of a text, without the text in them."""
+    body = re.sub(r"\A---\n.*?\n---\n", "", markdown, flags=re.DOTALL)
+    elements = []
+    for token in MarkdownIt("commonmark").enable("table").parse(body):
+        children = [child.type for child in token.children or [] if not child.type.startswith("text")]
+        elements.append(" ".join([token.type, token.tag, *children]))
+    return elements
+
+
+HOSTILE = """<script>alert(1)</script>
+
+---
+# heading
+| a | b |
+| - | - |
+``` `x` *b* [l](u) ![i](u)
+- item
+> q
+&lt; \\ <!-- """
+
+
+def test_texts_from_elsewhere_stay_text(measured):
+    def having_texts(text):
+        paper = Paper(text, text, "https://example.org", text)
+        card = trained(replace(measured, paper=paper), preset=text, monitor=text)
+        card = replace(card, config={**card.config, "dataset_title": text, "hardware": text})
+        versions, settings = {text: text}, {"pgd": {text: text}}
+        card = having(card, dataset_title=text, hardware=text, suite=text, versions=versions, settings=settings)
+        return having(card, verdict=Verdict("sound", (text, text), {}))
+
+    plain, hostile = having_texts("text"), having_texts(HOSTILE)
+    checks = [[Check(text, text, text)] for text in ("text", HOSTILE)]
+    assert structure(checks_page(hostile, checks[1])) == structure(checks_page(plain, checks[0]))
+    for write in (model_card, lambda card: new_model(card, None), lambda card: new_evaluation(card, "images.pt", 1)):
+        assert structure(write(hostile)) == structure(write(plain))
+    _, header, _ = model_card(hostile).split("---\n", 2)
+    assert yaml.safe_load(header)["model-index"][0]["results"][0]["dataset"]["name"] == " ".join(HOSTILE.split())
+    assert len(autoattack_log(hostile.results).splitlines()) == len(autoattack_log(plain.results).splitlines())
 
 
 # RobustBench's forms

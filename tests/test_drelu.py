@@ -278,6 +278,23 @@ def test_every_activation_traces_and_scripts(activation, shape, channel_dim):
     assert torch.allclose(scripted(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_frozen_caps_change_no_gradient_of_the_input(dtype):
+    layer = DReLU(3, 1.0).to(dtype)
+    with torch.no_grad():
+        layer.cap.copy_(torch.tensor([1.0, 0.0, -1.0]))
+    values = [-1.0, -1e-7, 0.0, 1e-7, 0.5, 1 - 2**-8, 1.0, 1 + 2**-7, 3.0, torch.inf]
+    gradients = []
+    for learned in (True, False):
+        layer.cap.requires_grad_(learned)
+        x = torch.tensor(values, dtype=dtype).unsqueeze(1).repeat(1, 3).requires_grad_()
+        layer(x).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    rounded = torch.tensor(values, dtype=dtype).tolist()
+    assert gradients[1][:, 0].tolist() == [float(0 < value <= 1) for value in rounded]
+
+
 def test_gradients_go_to_the_input_below_the_cap_and_to_the_cap_above():
     layer = DReLU(4, 1.0)
     x = torch.tensor([[-1.0, 0.5, 1.0, 2.0]], requires_grad=True)

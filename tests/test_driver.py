@@ -202,7 +202,7 @@ def test_a_forged_checkpoint_does_not_become_a_result(toy, tmp_path):
 
     def breaks_all(tensors):
         tensors["column broken_at"] = torch.zeros_like(tensors["column broken_at"])
-        tensors["kept"], tensors["images"] = tensors["examples"], toy[1][tensors["examples"]]
+        tensors["kept"], tensors["images"] = tensors["examples"].clone(), toy[1][tensors["examples"]]
 
     (path,) = tmp_path.glob("apgd-ce-*")
     forged(path, breaks_all)

@@ -1,7 +1,11 @@
 """Run directories: what is read, and what is left out and reported."""
 
 import json
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 from synthetic_runs import (
@@ -19,6 +23,9 @@ from synthetic_runs import (
 
 from drelu_timm.errors import InputError
 from drelu_timm.reports.evaluated_runs import read_evaluated_runs
+from drelu_timm.reports.methods import methods_of
+from drelu_timm.reports.sections import attacks, opening, origin, trainings
+from drelu_timm.reports.tables import against_paper, all_rows, paper_table, square_tables
 
 
 def evaluated_run(path, result=None, **train):
@@ -188,12 +195,12 @@ def test_broken_images_of_different_evaluations_are_united(tmp_path):
     assert (run.combined.worst, run.combined.at_most) == (0.5, True)
 
 
-def test_unreadable_rows_of_several_evaluations_leave_a_bound(tmp_path):
+def test_an_evaluation_with_unreadable_rows_is_left_out(tmp_path):
     run = write_run(tmp_path / "x")
     write_result(run, suite="paper", worst=0.5)
     write_result(run, suite="quick").with_suffix(".csv").write_text("index\n")
     runs = read_evaluated_runs([tmp_path])
-    assert runs.found[0].combined.at_most and "has 0 rows" in runs.broken[0]
+    assert runs.found[0].combined.worst == 0.5 and "has 0 rows" in runs.broken[0]
 
 
 def test_carlini_wagner_without_a_median_has_an_accuracy(tmp_path):
@@ -456,14 +463,61 @@ def test_a_config_of_another_version_is_named(tmp_path, of_start):
     assert broken == f"{where} has no cap_penalty. The file is cut or of another version; create it again."
 
 
-@pytest.mark.parametrize("log", ["", '{"epoch": 1, "held', '{"epoch": 1}\n', "[1]\n"])
-def test_a_log_cut_short_is_named(tmp_path, log):
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("", ": best_epoch of the last line is None, not an epoch of the log."),
+        ('{"epoch": 1, "held', ":1 is not JSON (Unterminated string"),
+        ('{"epoch": 1}\n', ":1 has no held_out."),
+        ("[1]\n", ":1 is [1]."),
+        ('{"epoch": 1, "held_out": {"pgd": 0.5}}\n', ": best_epoch of the last line is None"),
+        ('{"epoch": 1, "held_out": {"pgd": 0.5}, "best_epoch": 3}\n', ": best_epoch of the last line is 3"),
+        ('{"epoch": 1, "held_out": {"pgd": 0.5}}\n{"epoch": 2, "held_out": {"pgd": "x"}}\n', ":2: held_out.pgd is 'x'"),
+        ('{"epoch": 1, "held_out": {"pgd": 1.5}, "best_epoch": 1}\n', ":1: held_out.pgd is 1.5"),
+        ("[" * 100_000, ":1 is not JSON ("),
+        ("\ud800", " cannot be read ("),
+    ],
+)
+def test_a_broken_log_is_named_with_line_and_field(tmp_path, log, message):
     run = evaluated_run(tmp_path / "x")
-    (run / "log.jsonl").write_text(log)
+    (run / "log.jsonl").write_bytes(log.encode("utf-8", "surrogatepass"))
     (broken,) = read_evaluated_runs([tmp_path]).broken
-    assert broken.startswith(f"{run / 'log.jsonl'} is not a complete log of a training (") and broken.endswith(
-        ". Train again."
-    )
+    assert broken.startswith(f"{run / 'log.jsonl'}{message}") and "\n" not in broken
+
+
+def _mutations(content: bytes, random: Random) -> Iterator[bytes]:
+    """Yield broken variants of a file: cut, empty, flipped, binary, and JSON with other types, keys and numbers."""
+    yield from (b"", content[: len(content) // 2], b"\xff\xfe\x00", b"[" * 50_000, b"null", b"{}", b"[]", b"\n\n")
+    for _ in range(5):
+        where = random.randrange(len(content))
+        yield content[:where] + bytes([random.randrange(256)]) + content[where + 1 :]
+    text = content.decode()
+    values = list(re.finditer(r"(?<=: )[^,{}\[\]\n]+|(?<=,)[^,\n]+", text))
+    for found in random.sample(values, min(4, len(values))):
+        for value in ("null", "[]", "{}", "-1", "1e999", "NaN", '"x"', "true", "10" * 30):
+            yield (text[: found.start()] + value + text[found.end() :]).encode()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "log.jsonl", "results/paper-Linf-0.1.json", "results/paper-Linf-0.1.csv"]
+)
+def test_a_mutated_file_is_a_one_line_error_or_a_correct_table(tmp_path, name):
+    """No exception but InputError, and no table with numbers that are not accuracies."""
+    evaluated_run(tmp_path / "a", start={})
+    run = evaluated_run(tmp_path / "x", objective="at", **RELU)
+    content = (run / name).read_bytes()
+    for mutation in _mutations(content, Random(name)):
+        (run / name).write_bytes(mutation)
+        runs = read_evaluated_runs([tmp_path])
+        for group, of_group in runs.groups().items():
+            methods = methods_of(group, of_group)
+            cells = all_rows(methods).cells
+            paper_table(methods), square_tables([methods]), against_paper(methods)
+            trainings([methods]), attacks([methods]), opening(runs, [methods]), origin(runs, [methods], [])
+            numbers = re.findall(r"[-\d.]+(?= |$)", " ".join(cells["Worst case"]))
+            assert all(0 <= float(number) <= 100 for number in numbers)
+            assert all(one.survivors() is not None for one in of_group)
+        assert all("\n" not in line for line in (*runs.broken, *runs.notes)), mutation[:50]
 
 
 def test_a_sweep_cut_short_leaves_the_rest(tmp_path):
@@ -485,6 +539,49 @@ def test_results_of_other_weights_are_named(tmp_path):
     assert "was measured on other weights than" in broken and broken.endswith(". Delete it and evaluate again.")
 
 
+def edit_json(path, **fields):
+    write_json(path, json.loads(path.read_text()) | fields)
+
+
+@pytest.fixture
+def forged(tmp_path, evaluated):
+    """Copy of a run of evaluate, and its result with the files next to it."""
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run, ignore=shutil.ignore_patterns("export", "sweeps"))
+    return run / "results" / "standard-Linf-0.1.json"
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (lambda path, content: edit_json(path, seed=content["seed"] + 1), "its settings changed after the evaluation"),
+        (lambda path, content: edit_json(path, hardware="8 x H200"), "its content changed after the evaluation"),
+        (lambda path, content: edit_json(path, worst=content["worst"] / 2), "has another worst case than the rows"),
+        (
+            lambda path, content: edit_json(path, accuracy=content["accuracy"] | {"autoattack": content["clean"]}),
+            "accuracy",
+        ),
+        (
+            lambda path, content: edit_json(path, verdict=content["verdict"] | {"verdict": "masked"}),
+            "is masked, but its numbers give",
+        ),
+        (
+            lambda path, _: path.with_suffix(".csv").write_text(
+                path.with_suffix(".csv").read_text().replace(",apgd-ce,", ",,", 1)
+            ),
+            "has another worst case than the rows",
+        ),
+        (lambda path, _: path.with_suffix(".adversarial.safetensors").write_bytes(b"x"), "by its sha256"),
+    ],
+)
+def test_a_forged_result_is_broken_and_not_reported(forged, forge, message):
+    assert len(read_evaluated_runs([forged.parents[1]]).found) == 1
+    forge(forged, json.loads(forged.read_text()))
+    runs = read_evaluated_runs([forged.parents[1]])
+    assert runs.found == []
+    assert message in runs.broken[0] and "\n" not in runs.broken[0]
+
+
 @pytest.mark.parametrize("broken_by", [["", "pgd"], None])
 def test_rows_cut_short_are_named(tmp_path, broken_by):
     run = evaluated_run(tmp_path / "x")
@@ -493,20 +590,18 @@ def test_rows_cut_short_are_named(tmp_path, broken_by):
         path.write_text("index,label\n" + "0,0\n" * 20)
     else:
         write_rows(path, broken_by)
-    (run,) = read_evaluated_runs([tmp_path]).found
-    with pytest.raises(InputError, match=r"rows, or no column broken_by, for 20 test images: it is cut"):
-        run.survivors()
+    (broken,) = read_evaluated_runs([tmp_path]).broken
+    assert broken.startswith(f"{path} has") and "rows, or no column broken_by, for 20 test images" in broken
 
 
 def test_rows_that_contradict_the_result_are_named(tmp_path):
     rows = evaluated_run(tmp_path / "x") / "results" / "paper-Linf-0.1.csv"
     write_rows(rows, [""] * 20)
-    (run,) = read_evaluated_runs([tmp_path]).found
-    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.json has another worst case than the rows next to it"):
-        run.survivors()
+    (broken,) = read_evaluated_runs([tmp_path]).broken
+    assert "paper-Linf-0.1.json has another worst case than the rows next to it" in broken
     write_columns(rows, {**examples(20), "index": range(20, 0, -1), "broken_by": [""] * 16 + ["pgd"] * 4})
-    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.csv does not list the test images in order"):
-        run.survivors()
+    (broken,) = read_evaluated_runs([tmp_path]).broken
+    assert "paper-Linf-0.1.csv does not list the test images in order" in broken
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -528,8 +623,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_rows_that_are_not_text_are_named(tmp_path):
     run = evaluated_run(tmp_path / "x")
     (run / "results" / "paper-Linf-0.1.csv").write_bytes(b"\xff\xfe\x00broken_by\n\x80")
-    with pytest.raises(InputError, match=r"paper-Linf-0\.1\.csv cannot be read as CSV \(.*\)\. Evaluate again"):
-        read_evaluated_runs([tmp_path]).found[0].survivors()
+    (broken,) = read_evaluated_runs([tmp_path]).broken
+    assert "paper-Linf-0.1.csv cannot be read as CSV (" in broken
 
 
 def test_rows_may_be_left_out(tmp_path):

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import warnings
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import timm
@@ -19,7 +21,7 @@ from torch import nn
 
 from drelu_timm import DReLU, DReLUWarning, InputError, load_folder, normalized, save_folder
 from drelu_timm.models.activations import ACTIVATIONS, PReLU, PSSiLU, make_activation
-from drelu_timm.models.drelu import drelu_layers
+from drelu_timm.models.drelu import cap_layers
 
 NEWEST = tuple(int(part) for part in timm.__version__.split(".")[:3]) >= (1, 0, 20)  # knows local-dir
 
@@ -32,7 +34,7 @@ def create(name: str, **kwargs) -> nn.Module:
 def learn_caps(model: nn.Module) -> None:
     """Give every cap a different value, as training does."""
     with torch.no_grad():
-        for layer in drelu_layers(model):
+        for layer in cap_layers(model):
             layer.cap.copy_(torch.rand(layer.cap.shape) * 3 + 0.1)
 
 
@@ -124,13 +126,13 @@ ROUND = [  # linear; two heads; convolutional; token-wise; classifier that is Id
 def test_train_save_and_load_a_model(name, tmp_path):
     model = create(name, width=7)
     learn_caps(model)
-    caps = [layer.cap.detach().clone() for layer in drelu_layers(model)]
+    caps = [layer.cap.detach().clone() for layer in cap_layers(model)]
     x = images(model)
 
     out = model(x)
     logits = out[0] if isinstance(out, tuple) else out  # distilled models train on both
     logits.sum().backward()
-    assert all(layer.cap.grad is not None for layer in list(drelu_layers(model))[:1])
+    assert all(layer.cap.grad is not None for layer in list(cap_layers(model))[:1])
 
     model.eval()
     with torch.no_grad():
@@ -149,7 +151,7 @@ def test_train_save_and_load_a_model(name, tmp_path):
     outputs = model.get_classifier()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     assert [output.weight.shape[:2] for output in outputs] == [(4, 7)] * len(caps)
-    assert all(torch.equal(cap, layer.cap) for cap, layer in zip(caps, drelu_layers(model), strict=True))
+    assert all(torch.equal(cap, layer.cap) for cap, layer in zip(caps, cap_layers(model), strict=True))
 
 
 def test_the_papers_dense_model_on_mnist():
@@ -270,7 +272,7 @@ def test_every_activation_at_every_placement(activation, placement, tmp_path):
     loaded = load_folder(tmp_path / "model")
     assert same(loaded, model)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
-    assert bool(learned) == (activation in ("drelu", "prelu", "pssilu"))
+    assert bool(learned) == (activation in ("drelu", "prelu", "pssilu", "pact", "tent", "fitact"))
 
 
 @pytest.mark.parametrize(
@@ -353,12 +355,12 @@ def test_stem_refuses_patches_by_a_linear_layer():
 def test_all_gives_each_channel_of_each_activation_a_cap():
     model = create("resnet18_drelu", placement="all", cap=5.0).eval()
     assert not [module for module in model.modules() if isinstance(module, nn.ReLU)]
-    assert sorted({layer.cap.numel() for layer in drelu_layers(model)}) == [64, 128, 256, 512]
+    assert sorted({layer.cap.numel() for layer in cap_layers(model)}) == [64, 128, 256, 512]
     plain = timm.create_model("resnet18", num_classes=5).eval()
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.endswith(".cap")})
     x = torch.rand(1, 3, 96, 96)
     with torch.no_grad():
-        for layer in drelu_layers(model):
+        for layer in cap_layers(model):
             layer.cap.fill_(float("inf"))
     assert torch.equal(model(x), plain(x))
 
@@ -374,7 +376,7 @@ def test_all_gives_each_channel_of_each_activation_a_cap():
 )
 def test_all_finds_the_channel_dimension(name, channels, channel_dim):
     model = timm.create_model(f"{name}_drelu", placement="all")
-    first = next(drelu_layers(model))
+    first = next(cap_layers(model))
     assert (first.cap.numel(), first.channel_dim) == (channels, channel_dim)
 
 
@@ -405,7 +407,7 @@ def test_features_only(placement, name):
     size = base.pretrained_cfg["input_size"]
     shapes = [feature.shape for feature in net(torch.rand(1, *size))]
     assert shapes == [feature.shape for feature in base.eval()(torch.rand(1, *size))]
-    assert len(list(drelu_layers(net))) == {"head": 0, "stem": 1}.get(placement, len(list(drelu_layers(net))))
+    assert len(list(cap_layers(net))) == {"head": 0, "stem": 1}.get(placement, len(list(cap_layers(net))))
 
 
 # Small images
@@ -615,22 +617,55 @@ def test_weights_of_another_width_are_refused(trained, num_classes):
 
 
 def test_a_missing_file_of_weights_is_refused():
-    with pytest.raises(
-        InputError, match=r"shallow_cnn_drelu: the weights of nowhere\.safetensors do not fit: FileNotFoundError"
-    ):
+    with pytest.raises(InputError, match=r"the weights of nowhere\.safetensors cannot be loaded: FileNotFoundError"):
         create("shallow_cnn_drelu", pretrained=True, pretrained_cfg_overlay={"file": "nowhere.safetensors"})
 
 
 class Harm:
+    """Object whose unpickling creates a file."""
+
+    def __init__(self, file):
+        self.file = file
+
     def __reduce__(self):
-        return print, ("harm done",)
+        return Path.touch, (self.file,)
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
-    torch.save({"fc.weight": Harm()}, tmp_path / "bad.pth")
-    with pytest.raises(InputError, match="do not fit"):
-        create("shallow_cnn_drelu", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "bad.pth")})
-    assert "harm done" not in capsys.readouterr().out
+@pytest.fixture
+def hostile(tmp_path):
+    """Yield a checkpoint whose unpickling creates a file; the file must not exist afterwards."""
+    torch.save({"fc.weight": Harm(tmp_path / "harm")}, tmp_path / "bad.pth")
+    yield str(tmp_path / "bad.pth")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("overlay", [{}, {"architecture": "shallow_cnn"}])
+@pytest.mark.parametrize("name", ["shallow_cnn_drelu", "shallow_cnn"])
+def test_a_pickle_that_runs_code_is_refused(hostile, name, overlay):
+    with pytest.raises(InputError, match=r"bad\.pth cannot be loaded: (UnpicklingError|RuntimeError)"):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": hostile, **overlay})
+
+
+ROBUST = "drelutimm2026_dense_drelu_at_eps01_mnist_linf"
+
+
+@pytest.mark.parametrize("name", ["shallow_cnn_drelu", "shallow_cnn", "resnet18_drelu", ROBUST])
+def test_a_checkpoint_path_that_runs_code_is_refused(hostile, name):
+    with pytest.raises((InputError, RuntimeError), match=r"contain only weights|weights_only=True blocked"):
+        timm.create_model(name, checkpoint_path=hostile, pretrained=name == ROBUST)
+
+
+@pytest.mark.skipif(NEWEST, reason="this timm unpickles nothing")
+def test_the_checkpoint_path_of_other_models_is_timms(hostile, tmp_path):
+    with pytest.raises(RuntimeError, match="Error"):
+        timm.create_model("resnet18", checkpoint_path=hostile)
+    (tmp_path / "harm").unlink()
+
+
+def test_a_checkpoint_of_timms_training_script(trained, tmp_path):
+    model, _ = trained
+    torch.save({"state_dict": model.state_dict(), "args": Namespace(lr=0.1)}, tmp_path / "last.pth.tar")
+    assert same(create("shallow_cnn_drelu", checkpoint_path=str(tmp_path / "last.pth.tar"), **ARGUMENTS), model)
 
 
 def test_checkpoint_path(trained):
@@ -658,7 +693,7 @@ def test_local_dir(tmp_path, save, placement):
     fewer = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, num_classes=3)
     assert fewer.num_classes == 3
     assert all(
-        torch.equal(ours.cap, theirs.cap) for ours, theirs in zip(drelu_layers(fewer), drelu_layers(model), strict=True)
+        torch.equal(ours.cap, theirs.cap) for ours, theirs in zip(cap_layers(fewer), cap_layers(model), strict=True)
     )
 
 
@@ -768,7 +803,7 @@ def spoil(folder, what: str) -> None:
         ("cut weights", "model.safetensors cannot be read"),
         ("no weights", "model.safetensors cannot be read"),
         ("cut config", "config.json cannot be read"),
-        ("other json", "config.json holds no JSON object"),
+        ("other json", "config.json is not a JSON object"),
         ("unknown architecture", "architecture 'shallow_cnn_dreluu' is unknown; did you mean shallow_cnn_drelu"),
         ("other width", "is not a complete shallow_cnn_drelu .*size mismatch"),
         ("unknown argument", "is not a complete shallow_cnn_drelu .*colour"),
@@ -849,7 +884,7 @@ def test_layer_decay(name):
     model = create(name)
     groups = create_optimizer_v2(model, "adamw", lr=0.1, layer_decay=0.5).param_groups
     scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
-    assert scale[id(next(drelu_layers(model)).cap)] == 1.0 == max(scale.values())
+    assert scale[id(next(cap_layers(model)).cap)] == 1.0 == max(scale.values())
     assert min(scale.values()) < 1.0
 
 

@@ -11,7 +11,7 @@ from drelu_timm.errors import InputError
 from drelu_timm.training.objectives import InnerAttack, make_objective
 
 THREAT_MODEL = ThreatModel.parse("Linf", "0.1")
-NAMES = ("natural", "at", "trades", "mart")
+NAMES = ("natural", "at", "n-fgsm", "trades", "mart")
 
 
 @pytest.fixture
@@ -133,6 +133,21 @@ def test_adversarial_training_is_cross_entropy_on_the_attack(model, batch):
     model.eval()
     losses = losses_of(make_objective("at", beta=6.0), model, images, labels)
     adversarial = inner_attack(model)(images, cross_entropy(labels), noise(images))
+    assert torch.equal(losses.loss, F.cross_entropy(model(adversarial), labels))
+
+
+def test_n_fgsm_equals_the_authors_formula(model, batch):
+    """Noise of twice eps, one step of eps, both clipped to [0, 1] and neither to the epsilon ball."""
+    images, labels = batch
+    model.eval()
+    eta = (2 * noise(images)).clamp(-images, 1 - images).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(images + eta), labels), eta)
+    expected = images + (eta + 0.1 * gradient.sign()).clamp(-images, 1 - images)
+    attack = InnerAttack(model, THREAT_MODEL, steps=1, step_size=0.1)
+    adversarial = make_objective("n-fgsm", beta=6.0).adversarial(images, labels, attack, noise(images))
+    torch.testing.assert_close(adversarial, expected)
+    assert THREAT_MODEL.distance(adversarial, images).max() > 0.2
+    losses = make_objective("n-fgsm", beta=6.0).losses(model, images, adversarial, labels)
     assert torch.equal(losses.loss, F.cross_entropy(model(adversarial), labels))
 
 

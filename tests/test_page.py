@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] += data
+            self.tables[-1][-1][-1] += data.replace("\u00a0", " ")
         if not {"script", "style"} & set(self.open):
             self.words.append(data)
 

@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from drelu_timm import InputError, load_folder, normalized, save_folder
-from drelu_timm.models.drelu import drelu_layers
+from drelu_timm.models.drelu import cap_layers
 
 SMALL = {"depth": 10, "widen_factor": 1}
 ACTIVATIONS = {"wide_resnet28_10": 7, "preact_resnet18": 17}  # of the models of `create`
@@ -160,7 +160,7 @@ def test_other_activations(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_variants_are_saved_and_loaded(name, placement, tmp_path):
     model = create(f"{name}_drelu", placement=placement, width=6, num_classes=5).eval()
-    assert list(drelu_layers(model))
+    assert list(cap_layers(model))
     save_folder(model, tmp_path / "model")
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(load_folder(tmp_path / "model").eval()(x), model(x))
@@ -170,7 +170,7 @@ def test_variants_are_saved_and_loaded(name, placement, tmp_path):
 def test_all_replaces_every_activation(name):
     model = create(f"{name}_drelu", placement="all")
     assert not [module for module in model.modules() if isinstance(module, nn.SiLU | nn.ReLU)]
-    assert len(list(drelu_layers(model))) == ACTIVATIONS[name]
+    assert len(list(cap_layers(model))) == ACTIVATIONS[name]
 
 
 def test_compiles_without_a_graph_break():

@@ -226,3 +226,66 @@ def test_other_test_images_are_refused(run, test_set):
     darker = type(test_set)(test_set.images // 2 * 2, test_set.labels, test_set.classes, test_set.title)
     with pytest.raises(InputError, match=r"images outside of|the test images changed after the evaluation"):
         check(run, darker)
+
+
+# Malformed files
+
+
+def nodes(content, path=()):
+    """Yield the path of every value in a JSON content."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from nodes(value, (*path, key))
+
+
+def replaced(content, path, value):
+    """Return a JSON text with another value, as text, at a path."""
+    content = json.loads(json.dumps(content))
+    *folders, last = path
+    inside = content
+    for key in folders:
+        inside = inside[key]
+    inside[last] = "HERE"
+    return json.dumps(content).replace('"HERE"', value)
+
+
+DEEP = "[" * 5_000 + "]" * 5_000
+VALUES = ["null", '"x"', "-1", "1e999", "9" * 400, "[]", "{}", "true", "NaN", "0.3", '"\\ud800"', DEEP]
+
+
+@pytest.mark.parametrize("folder", ["results", "sweeps"])
+def test_a_value_of_another_type_anywhere_in_a_result_is_one_line_or_is_allowed(run, folder):
+    path = next(file for file in sorted((run / folder).glob("*.json")))
+    content, accepted, messages = json.loads(path.read_text()), [], []
+    for number, node in enumerate(nodes(content)):
+        for value in VALUES[number % 3 :: 3]:
+            path.write_text(replaced(content, node, value))
+            try:
+                check_result(read_result(path))
+                accepted.append((node, value, path.read_text()))
+            except InputError as error:
+                messages.append(str(error))
+    assert [(node, value) for node, value, text in accepted if json.loads(text) != content] == []
+    assert len(messages) > 300
+    assert [one for one in messages if "\n" in one or str(path.with_suffix("")) not in one] == []
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".adversarial.safetensors"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"\xff\xfe" + content,
+        lambda content: b"\0" * 100,
+        lambda content: DEEP.encode(),
+        lambda content: content[:200] + bytes([content[200] ^ 1]) + content[201:],
+    ],
+)
+def test_a_file_of_other_bytes_is_one_line(run, suffix, spoil):
+    path = run / "results" / f"{NAME}{suffix}"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(InputError, match=NAME) as refused:
+        check(run)
+    assert "\n" not in str(refused.value)

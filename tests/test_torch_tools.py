@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from drelu_timm import DReLU, InputError, normalized
-from drelu_timm.models.drelu import drelu_layers
+from drelu_timm.models.drelu import cap_layers
 from drelu_timm.models.head import DReLUHead
 
 # One CNN, one transformer, two heads in distilled models, the heads inside other modules, a 1x1 convolution, ours.
@@ -97,7 +97,7 @@ def test_copies_have_the_class_of_the_model(name, copied):
         other.reset_classifier(3)
         assert other.num_classes == 3
         assert model.num_classes == 5
-        assert len(list(drelu_layers(other))) == len(list(drelu_layers(model)))
+        assert len(list(cap_layers(other))) == len(list(cap_layers(model)))
 
 
 def test_two_mixins_and_a_normalization_are_pickled():
@@ -138,7 +138,7 @@ def test_features_only_with_every_method_of_timm(name, kwargs, placement):
     plain = timm.create_model(name, features_only=True, **kwargs).eval()
     x = torch.rand(1, *plain.pretrained_cfg["input_size"])
     assert [feature.shape for feature in net(x)] == [feature.shape for feature in plain(x)]
-    assert any(drelu_layers(net)) == (placement != "head")
+    assert any(cap_layers(net)) == (placement != "head")
 
 
 def test_feature_extractor_of_torchvision():
@@ -273,7 +273,7 @@ def test_an_unpooled_model_gets_heads_again(name, num_classes):
     created = timm.create_model(f"{name}_drelu", num_classes=0, global_pool="", width=7, **MODELS[name]).eval()
     for unpooled in (model, created):
         unpooled.reset_classifier(0)  # still unpooled: no classifier to remove
-        assert not list(drelu_layers(unpooled))
+        assert not list(cap_layers(unpooled))
         unpooled.reset_classifier(num_classes, "avg")
         assert unpooled.drelu_heads == paths
         assert unpooled(images(model)).shape == (2, num_classes or 7)
@@ -308,7 +308,7 @@ def test_reparameterized_models_give_the_same_output(name):
             nn.init.uniform_(module.running_mean)
     fused = timm.utils.reparameterize_model(model)
     assert same_output(fused, model)
-    assert len(list(drelu_layers(fused))) == len(list(drelu_layers(model)))
+    assert len(list(cap_layers(fused))) == len(list(cap_layers(model)))
 
 
 def test_a_head_has_the_sizes_of_a_classifier():
@@ -319,6 +319,21 @@ def test_a_head_has_the_sizes_of_a_classifier():
     assert not hasattr(model.fc, "in_channels")
     model.reset_classifier(0)
     assert not hasattr(model.fc, "weight")
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "dla46_c"])
+def test_the_weight_and_bias_of_a_head_are_assigned(name):
+    model = create(name)
+    head = next(module for module in model.modules() if isinstance(module, DReLUHead))
+    names = [name for name, _ in model.named_parameters()]
+    weight, bias = nn.Parameter(torch.ones_like(head.weight)), nn.Parameter(torch.full_like(head.bias, 2.0))
+    head.weight, head.bias = weight, bias
+    assert head.output.weight is head.weight is weight
+    assert head.output.bias is head.bias is bias
+    assert [name for name, _ in model.named_parameters()] == names
+    head.reset(0)
+    with pytest.raises(AttributeError, match="a head without classes has no weight"):
+        head.weight = weight
 
 
 def test_a_head_replaced_by_the_users_layer():

@@ -36,9 +36,12 @@ from drelu_timm.training.presets import PRESETS
 from drelu_timm.training.trainer import Trainer
 
 
-@pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
+@pytest.mark.parametrize("objective", ["natural", "at", "n-fgsm", "trades", "mart"])
 def test_every_objective_learns_and_logs(tmp_path, objective):
-    settings = config(tmp_path / "run", objective=objective, n_train=None, epochs=4, cap_weight=1e-3, eps="0.03")
+    steps = 1 if objective == "n-fgsm" else 2
+    settings = config(
+        tmp_path / "run", objective=objective, n_train=None, epochs=4, cap_weight=1e-3, eps="0.03", steps=steps
+    )
     run = Run.open(train(settings))
 
     entries = log(run.path)
@@ -50,7 +53,9 @@ def test_every_objective_learns_and_logs(tmp_path, objective):
     assert run.config["train"]["objective"] == objective
     assert run.config["train"]["eps"] == "0.03"
     assert torch.__version__.startswith(run.config["versions"]["torch"])
-    assert entries[-1]["held_out"].keys() == {"loss", "clean", "pgd"}
+    margin = set() if objective == "natural" else {"margin", "hides_gradients"}
+    assert entries[-1]["held_out"].keys() == {"loss", "clean", "pgd"} | margin
+    assert not any(entry["held_out"].get("hides_gradients") for entry in entries), "an honest training has no alarm"
     assert 0 <= entries[-1]["waited_for_data"] <= 1
     assert run.load_model()(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
@@ -217,7 +222,7 @@ BAD = [
     ),
     ({"cap_weight": float("nan")}, "--cap-weight is nan. It must be a number >= 0"),
     ({"preset": "wang2023"}, "--preset wang2023 does not fit --dataset digits. It is for cifar10, cifar100"),
-    ({"monitor": "acc"}, "--monitor 'acc' is unknown; allowed: loss, pgd"),
+    ({"monitor": "acc"}, "--monitor 'acc' is unknown; allowed: loss, margin, pgd"),
     ({"cap_penalty": "square"}, "--cap-penalty 'square' is unknown; did you mean squared?"),
     ({"cap_penalty": "effective", "placement": "all"}, "--cap-penalty effective"),
     ({"generated_fraction": 1.0}, "--generated-fraction is 1.0. It must be in [0, 1)"),
@@ -227,6 +232,9 @@ BAD = [
     ({"ema_decay": 1.0}, "--ema-decay is 1.0. It must be in [0, 1)"),
     ({"cutmix": 2.0}, "--cutmix is 2.0. It must be a number from 0 to 1"),
     ({"cutmix": 0.5, "objective": "mart"}, "--objective mart needs one label per image"),
+    ({"on_masking": "halt"}, "--on-masking 'halt' is unknown; allowed: stop, warn"),
+    ({"monitor": "margin"}, "--monitor margin is measured for robust objectives only"),
+    ({"objective": "n-fgsm", "steps": 3}, "--steps 3 does not fit --objective n-fgsm, which takes one step"),
     ({"seed": "x"}, "--seed is 'x'. It must be an integer from 0 to"),
     ({"seed": float("nan")}, "--seed is nan. It must be an integer from 0 to"),
     ({"model": None}, "--model is None. It must be text in quotes"),
@@ -404,7 +412,7 @@ def test_patience_ends_a_training_that_no_longer_improves(tmp_path, monitor):
 
 def test_robust_objectives_choose_by_robust_accuracy(tmp_path):
     assert resolve(config(tmp_path / "a")).monitor == "loss"
-    assert resolve(config(tmp_path / "a", objective="mart")).monitor == "pgd"
+    assert resolve(config(tmp_path / "a", objective="mart")).monitor == "margin"
 
 
 @pytest.mark.parametrize(("schedule", "first", "last"), [("constant", 1, 1), ("cosine", 1, 0), ("onecycle", 1 / 25, 0)])

@@ -152,7 +152,7 @@ def test_filled_in_settings_follow_other_flags(tmp_path):
     path = str(saved_run(tmp_path, eps="0.2"))
     (again,) = read_trainings(["--config", path, "--eps", "0.1", "--objective", "at"])
     settings = resolve(replace(again, output_dir=tmp_path / "new"))
-    assert (settings.step_size, settings.monitor) == (0.025, "pgd")
+    assert (settings.step_size, settings.monitor) == (0.025, "margin")
 
 
 def test_a_setting_given_over_the_preset_stays(tmp_path):

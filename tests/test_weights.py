@@ -116,7 +116,9 @@ def test_train_pretrained_without_weights(no_images, tmp_path):
 @pytest.fixture
 def on_the_hub(offline):
     """Return the name of a registered robust model that cannot be fetched."""
-    return register_robust_model("Tester2026Hub", "digits", "Linf", "hf-hub:lab/x")
+    return register_robust_model(
+        "Tester2026Hub", "digits", "Linf", "hf-hub:lab/x", sha256="0" * 64, config_sha256="0" * 64
+    )
 
 
 def test_evaluate_a_timm_model(offline, no_images):
@@ -125,10 +127,14 @@ def test_evaluate_a_timm_model(offline, no_images):
 
 
 def test_evaluate_a_robust_model(on_the_hub, no_images):
-    with pytest.raises(InputError, match=r"^hf-hub:lab/x: config.json cannot be fetched .*cannot be reached: .* Check"):
+    with pytest.raises(
+        InputError, match=r"^hf-hub:lab/x: config.json cannot be downloaded .*cannot be reached: .* Check"
+    ):
         evaluate(EvaluateConfig(on_the_hub, dataset="digits"))
 
 
 def test_transfer_from(on_the_hub, no_images, untrained_run):
-    with pytest.raises(InputError, match=r"^hf-hub:lab/x: config.json cannot be fetched .*cannot be reached: .* Check"):
+    with pytest.raises(
+        InputError, match=r"^hf-hub:lab/x: config.json cannot be downloaded .*cannot be reached: .* Check"
+    ):
         evaluate(EvaluateConfig(str(untrained_run("0.1")), suite="adaptive", transfer_from=on_the_hub))

@@ -13,11 +13,13 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers.activations import HardSigmoid, Sigmoid, Tanh
 from timm.layers.activations_me import HardSigmoidMe
 from torch import Tensor, nn
 
-from ..models.drelu import DReLU, SReLU, along_channels
+from ..models.activations import KWTA, RCRAF, FitReLU, Tent, winners
+from ..models.drelu import CapLayer, DReLU, SReLU, along_channels
 from ..models.inference import frozen
 from .apgd import APGD
 from .attack import LOSSES, Attack, Batch, Candidates, Kind, Loss, targeted_margin
@@ -50,12 +52,24 @@ def backward(layer: nn.Module, x: Tensor, clamp: Clamp) -> Tensor:
     raise TypeError(f"{type(layer).__name__} has no backward substitute. Register one with adaptive.backward.register.")
 
 
-def _drelu(layer: DReLU, x: Tensor, clamp: Clamp) -> Tensor:
-    return clamp(x, 0.0, along_channels(layer.cap.detach().clamp(min=0), x, layer.channel_dim).to(x.dtype))
+def _cap(layer: CapLayer, x: Tensor) -> Tensor:
+    return along_channels(layer.cap.detach().clamp(min=0), x, layer.channel_dim).to(x.dtype)
 
 
-backward.register(DReLU, _drelu)
+backward.register(DReLU, lambda layer, x, clamp: clamp(x, 0.0, _cap(layer, x)))  # and PACT, a subclass
 backward.register(SReLU, lambda layer, x, clamp: clamp(x, 0.0, max(layer.cap, 0.0)))
+# Both slopes of a tent continue below 0, so that a unit outside it returns to it.
+backward.register(Tent, lambda layer, x, clamp: _cap(layer, x) - clamp(x.abs(), 0.0, _cap(layer, x)))
+# A hat of two straight sides, since the true slope underflows a few units above the bound.
+backward.register(
+    FitReLU,
+    lambda layer, x, clamp: (
+        torch.minimum(x.relu(), _cap(layer, x)) - clamp((x - _cap(layer, x)).relu(), 0.0, _cap(layer, x))
+    ),
+)
+backward.register(RCRAF, lambda layer, x, clamp: clamp(F.softplus(x, layer.alpha), 0.0, layer.gamma))
+# Losers pass a tenth of the gradient, so that they can become winners.
+backward.register(KWTA, lambda layer, x, clamp: torch.lerp(winners(x, layer.ratio), x, 0.1))
 # ReLU6 is a subclass of Hardtanh.
 backward.register(nn.Hardtanh, lambda layer, x, clamp: clamp(x, layer.min_val, layer.max_val))
 # With a floor below zero, because these saturate on both sides.

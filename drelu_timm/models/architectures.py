@@ -13,19 +13,15 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import create_classifier, create_conv2d, get_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
+from .surgery import height_and_width
+from .weights import preloaded
 
 Layer = Callable[..., nn.Module]
-
-
-def height_and_width(img_size: int | Sequence[int]) -> tuple[int, int]:
-    """Return an image size as (H, W), given one number for both or a pair."""
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return height, width
 
 
 class Classifier(nn.Module):
@@ -352,6 +348,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(cls: type[Classifier], name: str, pretrained: bool, stages: int, **kwargs: Any) -> nn.Module:
+    cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None))
+    kwargs["pretrained_cfg"] = preloaded(cfg) if pretrained else cfg
     return build_model_with_cfg(cls, name, pretrained, feature_cfg={"out_indices": tuple(range(stages))}, **kwargs)
 
 
@@ -360,7 +358,7 @@ def dense(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Create a model with two hidden layers of 256 ReLU; see `Dense`."""
     if kwargs.get("features_only"):
         raise InputError("features_only: dense has no feature maps. Use shallow_cnn.")
-    return build_model_with_cfg(Dense, "dense", pretrained, **kwargs)
+    return _create(Dense, "dense", pretrained, 0, **kwargs)
 
 
 @register_model

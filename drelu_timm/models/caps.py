@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .drelu import DReLU, along_channels, drelu_layers
+from .drelu import CapLayer, DReLU, along_channels, cap_layers
 from .head import DReLUHead
 
 
 def cap_penalty(model: nn.Module) -> Tensor:
-    """Return the sum of the squared caps of all D-ReLUs (second term of the paper's eq. 1), a scalar >= 0."""
-    return _total([_gathered(layer.cap).square().sum() for layer in drelu_layers(model)])
+    """Return the sum of the squared learnable caps (second term of the paper's eq. 1), a scalar >= 0."""
+    return _total([_gathered(layer.cap).square().sum() for layer in cap_layers(model)])
 
 
 def effective_cap_penalty(model: nn.Module) -> Tensor:
-    """Return the sum over all D-ReLU heads and their units i of ``(cap_i * |W_i|)^2``, a scalar >= 0.
+    """Return the sum over all heads and their units i of ``(cap_i * |W_i|)^2``, a scalar >= 0.
 
     ``W_i`` are the weights from unit i to the logits, so ``cap_i * |W_i|`` is the largest distance (L2) by which the
     unit can move them. Shrinking the caps and scaling up the output layer, which lowers `cap_penalty` but does not
@@ -29,25 +29,25 @@ CAP_PENALTIES: dict[str, Callable[[nn.Module], Tensor]] = {"squared": cap_penalt
 
 
 def check_cap_penalty(name: str, model: nn.Module) -> None:
-    """Check before training that a penalty in `CAP_PENALTIES` covers all D-ReLUs of a model.
+    """Check before training that a penalty in `CAP_PENALTIES` covers all caps of a model.
 
     Raises:
-        InputError: "effective" for a D-ReLU that has no output layer behind it.
+        InputError: "effective" for caps that have no output layer behind them.
     """
-    if name == "effective" and len(_with_output(model)) < len(list(drelu_layers(model))):
+    if name == "effective" and len(_with_output(model)) < len(list(cap_layers(model))):
         raise InputError(
-            "--cap-penalty effective weighs each cap by the output layer behind it, but this model has a D-ReLU "
+            "--cap-penalty effective weighs each cap by the output layer behind it, but this model has caps "
             "without one. Use --cap-penalty squared or --placement head."
         )
 
 
 def _with_output(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return the caps of each D-ReLU head and the weights [K, caps, ...] of the output layer behind them."""
+    """Return the caps of each head that has some and the weights [K, caps, ...] of the output layer behind them."""
     heads = [module for module in model.modules() if isinstance(module, DReLUHead)]
     return [
         (_gathered(head.activation.cap), _gathered(head.output.weight))
         for head in heads
-        if isinstance(head.activation, DReLU) and isinstance(head.output, nn.Linear | nn.Conv2d)
+        if isinstance(head.activation, CapLayer) and isinstance(head.output, nn.Linear | nn.Conv2d)
     ]
 
 
@@ -63,8 +63,8 @@ def _total(penalties: list[Tensor]) -> Tensor:
 
 
 def cap_statistics(model: nn.Module) -> dict[str, float]:
-    """Return the mean, minimum and maximum cap and the share of caps <= 0; empty for a model without D-ReLU."""
-    caps = [_gathered(layer.cap.detach()).flatten() for layer in drelu_layers(model)]
+    """Return the mean, minimum and maximum cap and the share of caps <= 0; empty for a model without caps."""
+    caps = [_gathered(layer.cap.detach()).flatten() for layer in cap_layers(model)]
     if not caps:
         return {}
     values = torch.cat(caps).float()
@@ -85,13 +85,13 @@ def unit_shares(model: nn.Module, images: Tensor) -> dict[str, float]:
     counts: list[Tensor] = []
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, DReLU)
+        assert isinstance(layer, CapLayer)
         (x,) = inputs
         cap = along_channels(layer.cap.clamp(min=0), x, layer.channel_dim).to(x.dtype)
         zero, capped = x <= 0, x > cap
         counts.append(torch.stack([zero.sum(), (~zero & ~capped).sum(), (capped & ~zero).sum()]))
 
-    hooks = [layer.register_forward_pre_hook(count) for layer in drelu_layers(model)]
+    hooks = [layer.register_forward_pre_hook(count) for layer in cap_layers(model) if isinstance(layer, DReLU)]
     try:
         model.forward(images)  # not __call__: a compiled model would skip the hooks
     finally:

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+aten = torch.ops.aten
 
-class DReLU(nn.Module):
-    """``DReLU(x) = max(0, min(m, x))`` with a learnable cap ``m`` per neuron, or per channel of 4-D input.
 
-    A negative cap gives output 0, as in the formula, but receives the gradient of a cap at 0. With the formula's own
-    gradient, which is zero there, a cap that an optimizer step moved below 0 would stay there. For positive caps the
-    gradient is the formula's; at ``x == m`` it goes to ``x``.
+class CapLayer(nn.Module):
+    """Base class of activations with a learnable ``cap`` per neuron, or per channel of 4-D input.
 
     Args:
         num_features: Number of caps; 1 for one cap shared by all units.
@@ -35,14 +33,23 @@ class DReLU(nn.Module):
         self.channel_dim = channel_dim
         self.cap = nn.Parameter(torch.full((num_features,), float(cap)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Clamp ``x`` to [0, cap] of its unit."""
-        return capped(x, self.cap, self.channel_dim)
-
     def extra_repr(self) -> str:
         """Return the number of caps and, if it is not the default, their dimension."""
         channel_dim = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
         return f"{self.cap.numel()}{channel_dim}"
+
+
+class DReLU(CapLayer):
+    """``DReLU(x) = max(0, min(m, x))`` with a learnable cap ``m`` per neuron, or per channel of 4-D input.
+
+    A negative cap gives output 0, as in the formula, but receives the gradient of a cap at 0. With the formula's own
+    gradient, which is zero there, a cap that an optimizer step moved below 0 would stay there. For positive caps the
+    gradient is the formula's; at ``x == m`` it goes to ``x``. See `CapLayer` for the arguments.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clamp ``x`` to [0, cap] of its unit."""
+        return capped(x, self.cap, self.channel_dim)
 
 
 def capped(x: Tensor, cap: Tensor, channel_dim: int | None) -> Tensor:
@@ -52,10 +59,11 @@ def capped(x: Tensor, cap: Tensor, channel_dim: int | None) -> Tensor:
     # In x's dtype: a float32 cap would promote bf16 activations to float32 under autocast.
     cap = along_channels(cap, x, channel_dim).to(x.dtype)
     # TorchScript cannot save `_Capped`, and torch.compile cannot trace it. The last two lines have its values and
-    # gradients, but take ten times as long on a CPU unless a compiler fuses them. `clamp` and `minimum` are no
-    # alternative: for x equal to the cap they divide the gradient, in ways that differ between versions of torch.
+    # gradients, but take ten times as long on a CPU unless a compiler fuses them. `clamp` with a tensor as its bound is
+    # as slow, and `minimum` divides the gradient where x is equal to the cap.
     if not torch.jit.is_scripting() and not (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-        return _Capped.apply(x, cap)
+        transformed = torch._C._are_functorch_transforms_active()
+        return (_CappedInTransforms if transformed else _Capped).apply(x, cap)
     cap = cap - cap.clamp(max=0).detach()  # value of cap.clamp(min=0), gradient of cap
     return torch.where(x > cap, cap, x.relu())
 
@@ -66,19 +74,14 @@ torch.fx.wrap("capped")  # one node in a traced graph, where the rank of x is no
 class _Capped(torch.autograd.Function):
     """``max(0, min(cap, x))`` that saves ``x`` and the caps for its backward pass, where autograd would save copies.
 
-    It can be differentiated twice, in forward mode, and under vmap and torch.func.
+    It can be differentiated twice and in forward mode.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, cap: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cap: Tensor) -> Tensor:
+        ctx.save_for_backward(x, cap)
+        ctx.save_for_forward(x, cap)
         return torch.minimum(x, cap.clamp(min=0)).relu_()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
@@ -90,16 +93,43 @@ class _Capped(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         (gradient,) = gradients
         x, cap = ctx.saved_tensors
-        # threshold_backward returns, in one pass, the gradient where its second argument exceeds the third, else 0.
-        # A cap receives the gradient of the units above max(cap, 0) even if it is negative, so that it can recover.
-        above = x - cap.clamp(min=0)
+        excess = x - cap.clamp(min=0)
         # One buffer for every step: allocating memory costs more than the arithmetic.
-        buffer = {"grad_input": above} if _may_overwrite(gradient) else {}
-        above = torch.ops.aten.threshold_backward(gradient, above, 0, **buffer)
-        # Cloned, because a sum over no dimension returns the buffer itself.
-        to_cap = above.sum_to_size(cap.shape).clone() if ctx.needs_input_grad[1] else None
-        below = torch.sub(gradient, above, out=buffer.get("grad_input"))
-        return torch.ops.aten.threshold_backward(below, x, 0, **buffer), to_cap
+        buffer = excess if _may_overwrite(gradient) else None
+        to_cap = None
+        # Both functions return, in one pass, the gradient or 0. threshold_backward keeps it where its second argument
+        # exceeds its third, hardtanh_backward between its last two; nothing lies between 0 and the least number.
+        if ctx.needs_input_grad[1]:
+            # A cap receives the gradient of the units above max(cap, 0) even if it is negative, so that it can recover.
+            above = _keep(aten.threshold_backward, buffer, gradient, excess, 0)
+            # Cloned, because a sum over no dimension returns the buffer itself.
+            to_cap = above.sum_to_size(cap.shape).clone()
+            below = torch.sub(gradient, above, out=buffer)
+        else:
+            least = 5e-324 if x.dtype == torch.float64 else 1e-45
+            below = _keep(aten.hardtanh_backward, buffer, gradient, excess, -torch.inf, least)
+        return _keep(aten.threshold_backward, buffer, below, x, 0), to_cap
+
+
+class _CappedInTransforms(_Capped):
+    """`_Capped` in the form that vmap and torch.func need, which costs a fifth more on a dense layer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, cap: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.minimum(x, cap.clamp(min=0)).relu_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+
+def _keep(operation: Any, buffer: Tensor | None, *arguments: Any) -> Tensor:
+    """Call an operation, writing into the buffer if there is one."""
+    # By their overloads: to let torch choose one costs a sixth of the time of a dense layer.
+    return operation.default(*arguments) if buffer is None else operation.grad_input(*arguments, grad_input=buffer)
 
 
 def _may_overwrite(gradient: Tensor) -> bool:
@@ -143,6 +173,6 @@ def channel_dim_of(x: Tensor, channel_dim: int | None) -> int:
     return 1 if x.ndim == 4 else -1
 
 
-def drelu_layers(model: nn.Module) -> Iterator[DReLU]:
-    """Yield every D-ReLU of a model once."""
-    return (module for module in model.modules() if isinstance(module, DReLU))
+def cap_layers(model: nn.Module) -> Iterator[CapLayer]:
+    """Yield every layer of a model with learnable caps once."""
+    return (module for module in model.modules() if isinstance(module, CapLayer))

@@ -40,6 +40,15 @@ class DReLUHead(nn.Module):
         self.output: nn.Module = _layer_like(classifier, width, classifier.weight.shape[0])
         self.pre_logits = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A property's setter would not do: nn.Module registers a parameter before it looks for one.
+        if name in ("weight", "bias"):
+            if isinstance(self.output, nn.Identity):
+                raise AttributeError(f"a head without classes has no {name}. Reset it to some classes first.")
+            setattr(self.output, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def reset(self, num_classes: int) -> None:
         """Replace the output layer by a new one for ``num_classes``; 0 for the output of the activation."""
         width = self.dense.weight.shape[0]

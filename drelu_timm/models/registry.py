@@ -1,10 +1,15 @@
 """Registration with timm: `<arch>_drelu` for every architecture that timm knows. Importing this module does it."""
 
+import pickle
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import timm
+import torch
+from timm.models import _factory
 from timm.models._pretrained import DefaultCfg
 from timm.models._registry import (
     _model_default_cfgs,
@@ -16,10 +21,11 @@ from timm.models._registry import (
 )
 from torch import nn
 
-from ..errors import unknown
+from ..errors import InputError, one_line, unknown
 from . import architectures, certifiable
 from .surgery import paths
 from .variants import build
+from .weights import UNPICKLES
 
 MODULE = "drelu_timm"  # in timm.list_models(module=...) and timm.list_modules()
 
@@ -85,6 +91,34 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
     return create
 
 
+def _is_ours(model: nn.Module) -> bool:
+    """Return whether a model is of this package, possibly inside `normalized`."""
+    cfgs = [getattr(part, "pretrained_cfg", None) or {} for part in (model, getattr(model, "model", None))]
+    return any(_model_to_module.get(cfg.get("architecture", "")) == MODULE for cfg in cfgs)
+
+
+def _without_unpickling(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return timm's ``load_checkpoint`` with ``weights_only=True`` for our models."""
+
+    @wraps(load)
+    def load_checkpoint(model: nn.Module, checkpoint_path: str, *args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(model):
+            return load(model, checkpoint_path, *args, **kwargs)
+        try:
+            with torch.serialization.safe_globals([Namespace]):  # the arguments in a checkpoint of timm's train.py
+                return load(model, checkpoint_path, *args, weights_only=True, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"checkpoint_path {checkpoint_path} does not contain only weights ({one_line(error)}). "
+                "Save its state_dict as safetensors."
+            ) from error
+
+    return load_checkpoint
+
+
+if UNPICKLES:
+    # create_model calls it by this name after our entrypoint has returned.
+    _factory.load_checkpoint = _without_unpickling(_factory.load_checkpoint)
 for _name in (*architectures.default_cfgs, *certifiable.default_cfgs):
     _list_as_ours(_name.partition(".")[0])
 for _base in timm.list_models():

@@ -34,6 +34,12 @@ def paths(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
+def height_and_width(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return an image size as (H, W), given one number for both or a pair."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return height, width
+
+
 def replace(model: TimmModel, name: str, module: nn.Module) -> None:
     """Replace the module at the path ``name``."""
     parent, _, child = name.rpartition(".")

@@ -7,18 +7,24 @@ from difflib import get_close_matches
 from typing import Any
 
 import timm
-from timm.models import load_pretrained, load_state_dict, model_entrypoint, resolve_pretrained_cfg
+from timm.models import load_pretrained, model_entrypoint, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import _model_pretrained_cfgs, _model_to_module
 from torch import Tensor, nn
 
 from ..errors import InputError, unknown
 from .activations import ACTIVATIONS
-from .architectures import height_and_width
 from .head import add_head, classifier_names, is_unpooled
 from .inference import TimmModel
-from .surgery import adapt_to_small_images, add_stem, paths, replace_activations, warn_of_small_images
-from .weights import SOURCES, check_weights
+from .surgery import (
+    adapt_to_small_images,
+    add_stem,
+    height_and_width,
+    paths,
+    replace_activations,
+    warn_of_small_images,
+)
+from .weights import SOURCES, check_weights, preloaded
 
 _logger = logging.getLogger(__name__)
 
@@ -167,6 +173,7 @@ class Variant:
     def _build_base(self, *, pretrained: bool) -> TimmModel:
         own = self.registered
         cfg = replace(self.cfg, architecture=self.base, first_conv=own.first_conv, classifier=own.classifier)
+        cfg = preloaded(cfg) if pretrained else cfg
         kwargs = dict(self.kwargs)
         has_head = self.options.placement == "head" and not (kwargs.get("features_only") or self.unpooled)
         if self.without_classes and has_head:
@@ -215,15 +222,13 @@ class Variant:
         Raises:
             InputError: Weights that cannot be read, or that belong to another model.
         """
-        source = {key: getattr(self.cfg, key) for key in (*SOURCES, "source")}
+        loaded = preloaded(replace(self.cfg, custom_load=False))
+        source = {key: getattr(loaded, key) for key in (*SOURCES, "source")}
         cfg = {**model.pretrained_cfg, **source, "custom_load": False, "label_offset": 0}
         if self.in_chans == self.cfg.input_size[0]:
             cfg["first_conv"] = None  # nothing to adapt, but timm 1.0.9 assumes 3 channels for every checkpoint
         check = _checked_features if self.kwargs.get("features_only") else _checked
         try:
-            if self.cfg.file and self.cfg.source != "local-dir":
-                # timm 1.0.9 would unpickle any object.
-                cfg["state_dict"] = load_state_dict(self.cfg.file, weights_only=True)
             load_pretrained(model, cfg, getattr(model, "num_classes", 0), self.in_chans, check)
         except InputError:
             raise

@@ -3,6 +3,8 @@
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import safetensors.torch
 import timm
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from safetensors import SafetensorError
-from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives
+from timm.models import load_state_dict
+from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives, load_state_dict_from_hf
 from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
@@ -129,6 +132,31 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
     forbidden = [key for key in model_args if key in FACTORY_ARGUMENTS]
     if forbidden:
         raise InputError(f"{where}: model_args contains {', '.join(forbidden)}, which would read other files.")
+
+
+# timm 1.0.9 unpickles any object in a checkpoint unless weights_only is set; newer ones have it as their default.
+UNPICKLES = not signature(load_state_dict).parameters["weights_only"].default
+
+
+def preloaded(cfg: PretrainedCfg) -> PretrainedCfg:
+    """Return a cfg with the weights of its file, or of the Hub file that it names, loaded without unpickling objects.
+
+    Raises:
+        InputError: A file that cannot be loaded.
+    """
+    if cfg.state_dict or cfg.custom_load or cfg.source == "local-dir":  # a custom_load reads NumPy arrays
+        return cfg
+    try:
+        if cfg.file:
+            return replace(cfg, state_dict=load_state_dict(cfg.file, weights_only=True))
+        if UNPICKLES and cfg.hf_hub_id and cfg.hf_hub_filename:
+            return replace(cfg, state_dict=load_state_dict_from_hf(cfg.hf_hub_id, cfg.hf_hub_filename, True))
+    except Exception as error:  # every format and every damage has its own
+        where = cfg.file or f"{cfg.hf_hub_id}/{cfg.hf_hub_filename}"
+        raise InputError(
+            f"the weights of {where} cannot be loaded: {type(error).__name__} {one_line(error)}"
+        ) from error
+    return cfg
 
 
 def check_weights(

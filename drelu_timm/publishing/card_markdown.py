@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from ..attacks.suites import ATTACKS
+from ..formatting import escape_markdown, markdown_code, one_line_text
 from ..results.plotting import verdict_at
 from ..results.result import CarliniWagner, EpsResult
 from .card import AUTOATTACK, PROBES, SHIPPED, Card, evaluation_name, percent, spread
@@ -63,6 +64,8 @@ def model_card(card: Card, *, source: str | None = None) -> str:
 
 def _header(card: Card) -> dict[str, Any]:
     """Return the YAML that the Hub reads: of the robust accuracies only the worst case, named with the verdict."""
+    # Not as .eval_results/ too: its entries belong to dataset repositories that are registered as benchmarks, and there
+    # is none for robust accuracy (https://github.com/huggingface/hub-docs/blob/main/docs/hub/eval-results.md).
     preliminary = ", preliminary" if card.preliminary else ""
     robust = f"Robust accuracy, worst case ({card.threat_model}; gradient masking: {card.verdict}{preliminary})"
     metrics = [
@@ -70,6 +73,7 @@ def _header(card: Card) -> dict[str, Any]:
         {"type": "accuracy", "name": robust, "value": round(100 * card.point.worst, 2)},
     ]
     drelu = ["drelu"] if card.has_drelu else []
+    title = one_line_text(card.results.dataset_title)  # a line --- in it would end the header
     return {
         "license": card.license,
         "library_name": "timm",
@@ -81,7 +85,7 @@ def _header(card: Card) -> dict[str, Any]:
                 "results": [
                     {
                         "task": {"type": "image-classification", "name": "Image classification"},
-                        "dataset": {"type": card.dataset, "name": card.results.dataset_title, "split": "test"},
+                        "dataset": {"type": card.dataset, "name": title, "split": "test"},
                         "metrics": metrics,
                     }
                 ],
@@ -92,9 +96,9 @@ def _header(card: Card) -> dict[str, Any]:
 
 def _summary(card: Card) -> str:
     config = card.config
-    return (
+    return escape_markdown(
         f"{card.architecture}, {card.num_parameters:,} parameters, trained on {config['dataset_title']} by "
-        f"{OBJECTIVES[config['train']['objective']]}. Input: images in [0, 1], {config['in_chans']} x "
+        f"{OBJECTIVES[config['train']['objective']]}. Input: images from 0 to 1, {config['in_chans']} x "
         f"{config['img_size']} x {config['img_size']}; normalization is the first layer. Output: logits of "
         f"{config['num_classes']} classes. Threat model: {card.threat_model}. Clean accuracy on the test images below: "
         f"{percent(card.point.clean)} %; worst case over all attacks: {percent(card.point.worst)} %; gradient masking: "
@@ -104,7 +108,7 @@ def _summary(card: Card) -> str:
 
 def _accuracy(card: Card) -> Iterator[str]:
     results, point = card.results, card.point
-    yield (
+    yield escape_markdown(
         f"{card.sample} The worst case is the share of the images that the model classifies correctly under every "
         f"attack and {PROBES}."
     )
@@ -124,7 +128,7 @@ def _accuracy(card: Card) -> Iterator[str]:
     yield _list(point.verdict.evidence)
     yield f"The input gradient is exactly zero for {percent(point.zero_gradient_share)} % of the correct images."
     yield _cw_l2(point.cw_l2)
-    yield (
+    yield escape_markdown(
         f"Evaluation: suite {results.suite}, seed {results.seed}, attacks search in {results.precision}, images are "
         f"judged in float32, {evaluation_time(point)}; {made_with(results.environment)}. Settings of the attacks:"
     )
@@ -142,7 +146,7 @@ def _stages(point: EpsResult) -> Iterator[str]:
     if not left:
         return
     shares = ", ".join(f"{name} {percent(share)}" for name, share in left.items())
-    yield f"AutoAttack, attack by attack, in %: {shares}."
+    yield escape_markdown(f"AutoAttack, attack by attack, in %: {shares}.")
     gained = min(share for name, share in left.items() if name != "square") - left["square"]
     if gained > _SQUARE_FINDS:
         yield (
@@ -171,7 +175,7 @@ def _curve(card: Card) -> Iterator[str]:
     columns = {"eps": "---:", "clean, %": "---:", "worst case, %": "---:", "gradient masking": "---"}
     yield "## Accuracy and eps"
     yield f"![Accuracy under every attack against eps]({card.key}.png)"
-    yield f"{preliminary}{curve.norm}, suite {curve.suite}, the first {curve.n_examples:,} test images:"
+    yield escape_markdown(f"{preliminary}{curve.norm}, suite {curve.suite}, first {curve.n_examples:,} test images:")
     yield _table(columns, ((at.eps, percent(at.clean), percent(at.worst), verdict_at(at)) for at in curve.points))
 
 
@@ -275,7 +279,7 @@ def _training(card: Card) -> str:
         f"Time: {training_time(card)} on {config['hardware']}, {training['images_per_second']:,.0f} images/s.",
         f"Versions: {made_with(config)}.",
     ]
-    command = f"Trained by `{train_command(card, file)}`, with `{file}`:"
+    command = f"Trained by {markdown_code(train_command(card, file))}, with `{file}`:"
     return f"{command}\n\n```toml\n{train_tables(card)}```\n\n{_list(facts)}"
 
 
@@ -299,7 +303,7 @@ def _limits(card: Card) -> str:
 def _license(card: Card) -> str:
     paper = card.paper
     about = ", ".join(text for text in (paper.authors, paper.title, paper.venue, paper.link) if text)
-    return f"{card.license_terms} The model: {about}."
+    return f"{card.license_terms} The model: {escape_markdown(about)}."
 
 
 def _table(columns: dict[str, str], rows: Iterable[Iterable[Any]]) -> str:
@@ -308,4 +312,4 @@ def _table(columns: dict[str, str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _list(items: Iterable[str]) -> str:
-    return "\n".join(f"- {item}" for item in items)
+    return "\n".join(f"- {escape_markdown(item)}" for item in items)

@@ -2,20 +2,23 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
+from statistics import mean
 from typing import Any
 
 from ..attacks.threat_model import ThreatModel
-from ..errors import InputError, unknown
+from ..errors import InputError, one_line, unknown
 from ..files import read_json
 from ..models.caps import cap_statistics
 from ..models.weights import CONFIG, WEIGHTS
 from ..results.combined import Combined
 from ..results.examples import read_survivors
 from ..results.result import EpsResult, Further, Result, best_sweep, read_result
+from ..results.seal import check_result
 from ..runs import Run
+from ..schema import Count, Whole, load
 from .card import AUTOATTACK, Card, Paper, Seed, Weights, evaluation_name
 
 
@@ -84,8 +87,10 @@ def with_further(chosen: Result, further: Sequence[Result]) -> Result:
     """Return an evaluation with the worst case and the worst verdict over all evaluations.
 
     Raises:
-        InputError: The rows of one of them are missing or incomplete.
+        InputError: The files of an evaluation contradict each other or its seal, or are missing or incomplete.
     """
+    for one in (chosen, *further):
+        check_result(one)
     if not further:
         return chosen
     eps = chosen.point.eps
@@ -163,25 +168,43 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """What is needed of a line of log.jsonl."""
+
+    epoch: Count
+    best_epoch: Whole
+    seconds: float
+    images_per_second: float
+
+
 def _training(run: Run) -> dict[str, Any]:
     """Return duration, speed and the epoch of the weights, from log.jsonl."""
     log = run.path / "log.jsonl"
     try:
-        epochs = [json.loads(line) for line in log.read_text().splitlines()]
-        seconds = sum(epoch["seconds"] for epoch in epochs)
-        last = epochs[-1]
-        kept = last["best_epoch"] if run.weights == "model" else last["epoch"]
-        speed = sum(epoch["images_per_second"] for epoch in epochs) / len(epochs)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{log} is not a complete log of a training ({error!r}). Train again.") from error
-    times = {"seconds": round(seconds, 1), "images_per_second": round(speed, 1)}
-    return {"epochs": last["epoch"], "epoch": kept, "weights": run.weights, **times}
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{log} is not a complete log of a training ({one_line(error)}). Train again.") from error
+    epochs = [load(_Epoch, line, f"{log} line {number}") for number, line in enumerate(lines, start=1)]
+    if [epoch.epoch for epoch in epochs] != [*range(1, len(epochs) + 1)] or not epochs:
+        raise InputError(f"{log} is not a complete log of a training (epochs are missing or repeated). Train again.")
+    last = epochs[-1]
+    return {
+        "epochs": last.epoch,
+        "epoch": last.best_epoch if run.weights == "model" else last.epoch,
+        "weights": run.weights,
+        "seconds": round(sum(epoch.seconds for epoch in epochs), 1),
+        "images_per_second": round(mean(epoch.images_per_second for epoch in epochs), 1),
+    }
 
 
 def _curve(run: Run, results: Result) -> Result | None:
     """Return the run's best sweep over eps in the norm of ``results``."""
     best = best_sweep(one for one in _read_all(run, "sweeps") if one.images == results.images)
-    return None if best is None else best.published()
+    if best is None:
+        return None
+    check_result(best)
+    return best.published()
 
 
 def _seeds(run: Run, chosen: Result, results: Result, others: Sequence[Path]) -> tuple[Seed, ...]:

@@ -12,6 +12,7 @@ import jsonschema
 
 from ..attacks.suites import ATTACKS, SUITES
 from ..errors import InputError
+from ..formatting import escape_markdown, markdown_code, one_line_text
 from ..results.result import Result
 from ..schema import dump
 from .card import AUTOATTACK, Card, percent
@@ -95,28 +96,29 @@ Title: [New Model] {card.key}
 
 # Paper Information
 
-- **Paper Title**: {entry["name"]}
-- **Paper URL**: {entry["link"]}
-- **Paper authors**: {entry["authors"]}
+- **Paper Title**: {escape_markdown(entry["name"])}
+- **Paper URL**: {escape_markdown(entry["link"])}
+- **Paper authors**: {escape_markdown(entry["authors"])}
 
 # Leaderboard Claim(s)
 
 ## Model 1
 
-- **Architecture**: {entry["architecture"]}
+- **Architecture**: {escape_markdown(entry["architecture"])}
 - **Threat Model**: {card.norm}
 - **eps**: {entry["eps"]}
 - **Clean accuracy**: {entry["clean_acc"]}
 - **Robust accuracy**: {percent(card.point.worst)}
-- **Additional data**: {additional}
-- **Evaluation method**: {_method(card)}
+- **Additional data**: {escape_markdown(additional)}
+- **Evaluation method**: {escape_markdown(_method(card))}
 - **Checkpoint and code**: {address}, sha256 of model.safetensors {card.weights.sha256}
 
 # Model Zoo:
 
 - [ ] I want to add my models to the Model Zoo (check if true)
 - [x] I use an architecture that is included among those [here]({ZOO}) or in `timm`. If not, I added the link to the \
-architecture implementation so that it can be added. (`{card.architecture}`, in timm after `import drelu_timm`)
+architecture implementation so that it can be added. ({markdown_code(card.architecture)}, in timm after \
+`import drelu_timm`)
 - [ ] I agree to release my model(s) under MIT license (check if true) **OR** under a custom license, located here: \
 {card.license_terms}
 """
@@ -163,16 +165,18 @@ Title: [New evaluation] {card.key}
 ## New evaluation
 + **Link to adversarial images:** (address of {images} after the upload: a tensor as large as the test set, in its \
 order; images that stayed robust, are misclassified anyway, or were not evaluated are clean{missing})
-+ **Robust accuracy:** {percent(card.point.worst)} (AutoAttack: {percent(card.autoattack)}). {card.sample}
-+ **Author(s):** {card.paper.authors}
-+ **Description of the method used:** for every image, the first that fooled the model of {card.attacks}. Gradient \
-masking: {card.verdict}. {" ".join(card.point.verdict.evidence)}
++ **Robust accuracy:** {percent(card.point.worst)} (AutoAttack: {percent(card.autoattack)}). \
+{escape_markdown(card.sample)}
++ **Author(s):** {escape_markdown(card.paper.authors)}
++ **Description of the method used:** for every image, the first that fooled the model of \
+{escape_markdown(card.attacks)}. Gradient \
+masking: {card.verdict}. {escape_markdown(" ".join(card.point.verdict.evidence))}
 """
 
 
 def autoattack_log(result: Result) -> str:
     """Return the log that AutoAttack itself would write for an evaluation."""
-    return "\n".join(_log(result)) + "\n"
+    return "".join(f"{one_line_text(line)}\n" for line in _log(result))
 
 
 def _log(result: Result) -> Iterator[str]:

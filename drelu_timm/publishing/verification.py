@@ -3,7 +3,8 @@
 import runpy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from tqdm import tqdm
 
 from ..data.images import Images, to_float
 from ..errors import InputError
+from ..formatting import escape_markdown
 from ..hashing import sha256_of
 from ..models.weights import WEIGHTS
-from ..results.examples import read_adversarial, read_rows, read_survivors
-from ..results.result import ROUNDING, Result
+from ..results.examples import Adversarial, read_adversarial, read_rows, read_survivors
+from ..results.result import Result
+from ..results.seal import check_result
 from .card import AUTOATTACK, Card
 from .leaderboard import check_entry, model_info
 
 _BATCH = 256
-_AGAIN = "Delete the result and evaluate again."
 
 
 @dataclass(frozen=True)
@@ -36,79 +38,71 @@ class Check:
 
 @dataclass(frozen=True)
 class EvaluatedImages:
-    """The evaluated images, the first N of the test set, with what the evaluation recorded for each.
+    """The evaluated images, the first N of the test set, with what the evaluations recorded for each.
 
     Attributes:
-        images: float32 [N, C, H, W] in [0, 1].
-        labels: int64 [N].
+        test: All test images.
         predictions: int64 [N], predicted classes of the clean images.
         autoattack: bool [N], whether the model stayed robust under AutoAttack.
-        broken: int64 [M], positions of the images that are classified correctly and have an adversarial image.
-        adversarial: float32 [M, C, H, W], those adversarial images.
+        adversarial: The adversarial images of each evaluation by its file, the chosen one first.
         without_image: Number of images that fooled the model only in a sweep over eps, which stores no images.
+        sealed: Whether every evaluation has a seal; see `results.seal`.
     """
 
-    images: Tensor
-    labels: Tensor
+    test: Images
     predictions: Tensor
     autoattack: Tensor
-    broken: Tensor
-    adversarial: Tensor
+    adversarial: dict[Path, Adversarial]
     without_image: int
+    sealed: bool
+
+    @cached_property
+    def images(self) -> Tensor:
+        """Clean images, float32 [N, C, H, W] in [0, 1]."""
+        return to_float(self.test.images[: len(self.predictions)])
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels, int64 [N]."""
+        return self.test.labels[: len(self.predictions)]
 
     @property
     def clean(self) -> float:
         """Clean accuracy in [0, 1]."""
         return (self.predictions == self.labels).double().mean().item()
 
+    @cached_property
+    def worst(self) -> Tensor:
+        """Images [N, C, H, W] with the first adversarial image in the place of each one that has any."""
+        images = self.images.clone()
+        for found in reversed(self.adversarial.values()):
+            within = found.index < len(images)
+            images[found.index[within]] = found.images[within]
+        return images
 
-def read_evaluated(chosen: Result, further: Sequence[Result], test: Images) -> EvaluatedImages:
-    """Read the rows of an evaluation, and the adversarial images that it and further evaluations found.
+
+def read_evaluated(evaluations: Sequence[Result], test: Images) -> EvaluatedImages:
+    """Read rows and adversarial images of evaluations, and check them against each other and the test images.
 
     Args:
-        chosen: The evaluation.
-        further: Other evaluations of the same weights in the same threat model, on more or fewer of the first images.
+        evaluations: Evaluations of the same weights in the same threat model on the first test images, on how many may
+            differ; the chosen one first.
         test: All test images.
 
     Raises:
-        InputError: Files are incomplete, changed, contradict each other, or are of other test images.
+        InputError: Files are missing, cannot be read, or contradict each other, their seals or the test images.
     """
-    point, csv = chosen.point, chosen.file.with_suffix(".csv")
-    rows = read_rows(chosen, point.eps)
-    if rows is None:
-        raise InputError(f"{csv} is missing. {_AGAIN}")
-    n = chosen.n_examples
-    if n > len(test) or not torch.equal(rows.labels, test[:n].labels):
-        raise InputError(f"{csv} has other labels than the test images of {test.title}. Pass their folder: --data-dir.")
-    shares = rows.shares
-    for name, accuracy in {"clean": point.clean, **point.accuracy}.items():
-        if name not in shares or abs(shares[name] - accuracy) > ROUNDING:
-            raise InputError(f"{csv} gives another {name} accuracy than {chosen.path}. {_AGAIN}")
-    broken = _adversarial(chosen)
-    robust = rows.survivors.nonzero().squeeze(1).tolist()
-    for one in further:
-        if not one.is_sweep:
-            others = _adversarial(one)
-            broken |= {at: others[at] for at in robust if at in others and at not in broken}
-    images = to_float(test[:n].images)
-    survivors = read_survivors([chosen, *further], n, point.eps)
-    correct = rows.predictions == rows.labels
-    fooled = n if survivors is None else int(correct.sum()) - int(survivors.sum())
-    return EvaluatedImages(
-        images=images,
-        labels=rows.labels,
-        predictions=rows.predictions,
-        autoattack=rows.robust[AUTOATTACK],
-        broken=torch.tensor(sorted(broken), dtype=torch.int64),
-        adversarial=torch.stack([broken[at] for at in sorted(broken)]) if broken else images[:0],
-        without_image=fooled - len(broken),
-    )
-
-
-def _adversarial(result: Result) -> dict[int, Tensor]:
-    """Return the adversarial images [C, H, W] of an evaluation by their positions in the test set."""
-    found = read_adversarial(result)
-    return dict(zip(found.index.tolist(), found.images, strict=True))
+    sealed = [check_result(one, test) for one in evaluations]
+    chosen, eps = evaluations[0], evaluations[0].point.eps
+    rows, survivors = read_rows(chosen, eps), read_survivors(evaluations, chosen.n_examples, eps)
+    if rows is None or survivors is None or AUTOATTACK not in rows.robust:
+        csv = chosen.file.with_suffix(".csv")
+        raise InputError(f"{csv} is missing or has no column {AUTOATTACK}. Delete the result and evaluate again.")
+    adversarial = {one.file: read_adversarial(one) for one in evaluations if not one.is_sweep}
+    fooled = (rows.predictions == rows.labels) & ~survivors
+    for found in adversarial.values():
+        fooled[found.index[found.index < len(fooled)]] = False
+    return EvaluatedImages(test, rows.predictions, rows.robust[AUTOATTACK], adversarial, int(fooled.sum()), all(sealed))
 
 
 def verify(
@@ -135,6 +129,11 @@ def verify(
         _check_predictions("timm.create_model", model, evaluated),
         _check_adversarial(model, evaluated, card),
         Check(
+            "result files",
+            "accuracies, worst case and verdict derived again; seal of every file, which is not a signature",
+            f"equal; {'unbroken' if evaluated.sealed else 'without a seal, from an earlier version'}",
+        ),
+        Check(
             "input gradients",
             "share of the correct images whose gradient is exactly zero, in the evaluation",
             f"{100 * card.point.zero_gradient_share:.2f} %; gradient masking: {card.verdict}",
@@ -150,11 +149,12 @@ def verify(
 
 def checks_page(card: Card, checks: list[Check]) -> str:
     """Return the text of CHECKS.md."""
-    rows = "\n".join(f"| {check.what} | {check.how} | {check.result} |" for check in checks)
+    cells = [[escape_markdown(cell) for cell in astuple(check)] for check in checks]
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     return f"""\
 # Checks of {card.key}
 
-Made by `drelu-timm export` on the files in this folder. {card.sample}
+Made by `drelu-timm export` on the files in this folder. {escape_markdown(card.sample)}
 
 | what | how | result |
 | --- | --- | --- |
@@ -200,28 +200,26 @@ def _check_predictions(loader: str, model: nn.Module, evaluated: EvaluatedImages
             f"{loader} loads a model other than the evaluated one ({equal} of {n} predictions are equal, {accuracy}). "
             "Evaluate the run again."
         )
-    return Check(f"`{loader}`", "its predictions", f"{equal:,} of {n:,} as in the evaluation; {accuracy}")
+    return Check(loader, "its predictions", f"{equal:,} of {n:,} as in the evaluation; {accuracy}")
 
 
 def _check_adversarial(model: nn.Module, evaluated: EvaluatedImages, card: Card) -> Check:
-    """Check that the images of an external evaluation are within eps and [0, 1] and give the worst case."""
-    images, clean = evaluated.adversarial, evaluated.images[evaluated.broken]
-    threat_model = card.threat_model
-    inside = threat_model.contains(images, clean) & (images.flatten(1).amin(1) >= 0) & (images.flatten(1).amax(1) <= 1)
-    if not inside.all():
-        raise InputError(
-            f"{int((~inside).sum())} adversarial images are outside eps or [0, 1]. Evaluate the run again."
-        )
-    predictions = evaluated.predictions.clone()
-    predictions[evaluated.broken] = _predictions(model, images)
-    n, worst = len(predictions), card.point.worst
-    left = (predictions == evaluated.labels).double().mean().item()
+    """Check that the adversarial images of every evaluation fool the model, and give the worst case together."""
+    for path, found in evaluated.adversarial.items():
+        robust = found.index[_predictions(model, found.images) == evaluated.test.labels[found.index]]
+        if len(robust) > _tolerance(len(found.index)):
+            raise InputError(
+                f"{len(robust)} of the {len(found.index)} adversarial images of {path} do not fool the model (example "
+                f"{robust[0]} first). Evaluate the run again."
+            )
+    n, worst = len(evaluated.predictions), card.point.worst
+    left = (_predictions(model, evaluated.worst) == evaluated.labels).double().mean().item()
     if abs(round((left - worst) * n) - evaluated.without_image) > _tolerance(n):
         raise InputError(
             f"The accuracy on the adversarial images is {100 * left:.2f} %, in the evaluation {100 * worst:.2f} %. "
             "Evaluate the run again."
         )
-    result = f"all within {threat_model} and in [0, 1]; {100 * left:.2f} %, the worst case {100 * worst:.2f} %"
+    result = f"all within {card.threat_model} and in [0, 1]; {100 * left:.2f} %, the worst case {100 * worst:.2f} %"
     if evaluated.without_image:
         result += f"; {evaluated.without_image} found only in a sweep over eps, which stores no images"
     return Check("adversarial images", "distance from the clean images, and accuracy", result)

@@ -6,16 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..attacks.threat_model import radius_of, radius_written
 from ..errors import InputError, one_line
+from ..files import read_json
 from ..hashing import sha256_of
 from ..models.weights import CONFIG, WEIGHTS
 from ..results.combined import Combined
 from ..results.examples import read_survivors
 from ..results.result import EpsResult, Result, best_sweep, read_result
+from ..results.seal import check_result
+from ..schema import Whole, load
 from .training_settings import TrainingSettings, read_held_out, read_settings
+
+CELLS = "cells.json"  # of a sweep: the number of evaluations of each cell
+
+
+@dataclass(frozen=True)
+class _Cells:
+    cells: dict[str, Whole]
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,7 @@ class EvaluatedRun(TrainingSettings):
         return tuple(with_it) or tuple(result.file for result in combined.results)
 
     def survivors(self) -> np.ndarray | None:
-        """Return 1 for each test image on which the model stayed robust, else 0, [N]; None if rows were left out.
-
-        Raises:
-            InputError: Rows that are cut short or of another version.
-        """
+        """Return 1 for each test image on which the model stayed robust, else 0, [N]; None if rows were left out."""
         survivors = read_survivors(self.combined.all, self.combined.n_examples, self.group.eps)
         return None if survivors is None else survivors.int().numpy()
 
@@ -99,11 +104,13 @@ class EvaluatedRuns:
         found: One entry per run and threat model.
         broken: One line per file that was skipped, with the reason.
         notes: Other remarks for the reader, one line each.
+        unfinished: One sentence per sweep that is not finished, with its missing cells.
     """
 
     found: list[EvaluatedRun] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
 
     def skip(self, error: InputError) -> None:
         """Record a file that cannot be used, once."""
@@ -164,9 +171,28 @@ def _run_folders(folder: Path, runs: EvaluatedRuns) -> Iterator[Path]:
         return
     if is_run:
         yield folder
+    elif (folder / CELLS).is_file():
+        _read_cells(folder, runs)
     for inner in inside:
         if not inner.name.startswith("."):
             yield from _run_folders(inner, runs)
+
+
+def _read_cells(folder: Path, runs: EvaluatedRuns) -> None:
+    """Record which cells of a sweep lack evaluations."""
+    try:
+        cells = load(_Cells, read_json(folder / CELLS), folder / CELLS).cells
+    except InputError as error:
+        runs.skip(error)
+        return
+    evaluated = {
+        name: sum(1 for inside in ("results", "sweeps") for _ in (folder / name / inside).glob("*.json"))
+        for name in cells
+    }
+    if missing := [name for name, count in cells.items() if evaluated[name] < count]:
+        done = f"{len(cells) - len(missing)} of {len(cells)} cells"
+        name = folder.resolve().name
+        runs.unfinished.append(f"{done} of the sweep {name} are done; missing: {', '.join(missing)}.")
 
 
 def _read_run(folder: Path, runs: EvaluatedRuns) -> list[EvaluatedRun]:
@@ -203,7 +229,10 @@ def _read_run(folder: Path, runs: EvaluatedRuns) -> list[EvaluatedRun]:
 
 
 def _read_results(folder: Path, inside: str, runs: EvaluatedRuns) -> list[Result]:
-    """Read the result files of a run's weights, with the most attacks first, and record what cannot be used."""
+    """Read and check the result files of a run's weights, with the most attacks first.
+
+    A result is recorded as broken if it contradicts the rows or the adversarial images next to it, or its seal.
+    """
     read = []
     weights = folder / "model" / WEIGHTS
     try:
@@ -216,6 +245,7 @@ def _read_results(folder: Path, inside: str, runs: EvaluatedRuns) -> list[Result
             result = read_result(path)
             if digest not in (None, result.model_digest):
                 raise InputError(f"{path} was measured on other weights than {weights}. Delete it and evaluate again.")
+            check_result(result)
         except InputError as error:
             runs.skip(error)
         else:
@@ -252,18 +282,8 @@ def _combine(
             f"{100 * point.worst:.2f} % of {one.n_examples} examples, {point.verdict}; another evaluation of {folder} "
             f"has {most} examples."
         )
-    return Combined(group.eps, tuple(kept), tuple(others), _common_survivors((*kept, *others), group, runs))
-
-
-def _common_survivors(results: Sequence[Result], group: Group, runs: EvaluatedRuns) -> Tensor | None:
-    """Return the survivors of several evaluations; None if the rows of one are missing or cannot be read."""
-    if len(results) == 1:
-        return None
-    try:
-        return read_survivors(results, results[0].n_examples, group.eps)
-    except InputError as error:
-        runs.skip(error)
-        return None
+    survivors = read_survivors((*kept, *others), most, group.eps) if len(evaluations) > 1 else None
+    return Combined(group.eps, tuple(kept), tuple(others), survivors)
 
 
 def _choose_sweep(folder: Path, group: Group, sweeps: Sequence[Result], runs: EvaluatedRuns) -> Result | None:

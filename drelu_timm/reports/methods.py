@@ -269,7 +269,7 @@ def choose_cap_weights(methods: Sequence[Method]) -> tuple[list[Method], list[st
         best = max(among, key=lambda one: (round(held_out[one.training].mean, 9), -(one.first.cap_weight or 0)))
         shown.append(best)
         passed_over = [one for one in family if one not in among]
-        fewer = f"; {_cap_weights(passed_over)} have fewer seeds with a log" if passed_over else ""
+        fewer = f"; fewer seeds with a log: {_cap_weights(passed_over)}" if passed_over else ""
         seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
         accuracy = f"{held_out[best.training].mean:.2f} %, {seeds}"
         choices.append(f"{best.label} (of {_cap_weights(among)}; {accuracy}{fewer})")

@@ -63,12 +63,18 @@ def opening(runs: EvaluatedRuns, groups: Sequence[GroupMethods]) -> Section:
         "; ".join(dict.fromkeys(method.label for method in shown if method.worst_verdict == verdict))
         for verdict in ("masked", "undecided")
     )
-    text = ["The worst case is the robust accuracy: the share of the test images on which nothing fooled the model."]
+    text = [f"This report is incomplete. {' '.join(runs.unfinished)}"] if runs.unfinished else []
+    text.append(
+        "The worst case is the robust accuracy: the share of the test images on which nothing fooled the model."
+    )
     if masked:
         text.append(
             "The accuracy of a masked row under gradient attacks is not robustness: the model hides its gradients, so "
             f"these attacks fail where others succeed. Masked: {masked}."
         )
+    if not masked and not undecided:
+        without = "" if any(method.first.cap_weight is not None for method in shown) else " No model has a D-ReLU."
+        text.append(f"The verdict on all rows of the main tables is sound.{without}")
     if undecided:
         text.append(f"For these rows the probes show neither a sound nor a masked accuracy: {undecided}.")
     if len(groups) > 1:
@@ -80,14 +86,8 @@ def opening(runs: EvaluatedRuns, groups: Sequence[GroupMethods]) -> Section:
 # Statistics
 
 
-def statistics(methods: GroupMethods, folder: Path, runs: EvaluatedRuns) -> list[Section]:
-    """Return whether the methods differ: under the paper's attacks, in the worst case, and pair by pair.
-
-    Args:
-        methods: The group.
-        folder: Folder for the pictures.
-        runs: Where rows that cannot be read are recorded.
-    """
+def statistics(methods: GroupMethods, folder: Path) -> list[Section]:
+    """Return whether the methods differ: under the paper's attacks, in the worst case, and pair by pair."""
     without_natural = replace(methods, shown=[one for one in methods.shown if one.first.method != "natural"])
     worst, remarks = scores(methods, ["worst"])
     return [
@@ -106,7 +106,7 @@ def statistics(methods: GroupMethods, folder: Path, runs: EvaluatedRuns) -> list
             folder / f"methods-worst-{slug(methods.group)}.png",
             "A block is a model.",
         ),
-        _pairs(methods, runs),
+        _pairs(methods),
     ]
 
 
@@ -162,50 +162,37 @@ def _mean_ranks(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(table | {f"p against {method}": [f"{value:.2g}" for value in p[method]] for method in methods})
 
 
-def _pairs(methods: GroupMethods, runs: EvaluatedRuns) -> Section:
+def _pairs(methods: GroupMethods) -> Section:
     """Return McNemar's test of every two methods of a model, on the test images of the first seed that both have."""
     title = f"Pairs of methods in the worst case: {methods.group}"
     rows: list[dict[str, str]] = []
-    untested: dict[str, list[str]] = {}
+    untested: list[str] = []
     for first, second in (pair for shown in methods.by_architecture.values() for pair in combinations(shown, 2)):
-        try:
-            pair = _pair(first, second)
-        except InputError as error:
-            runs.skip(error)
-            pair = "rows that cannot be read"
-        if isinstance(pair, str):
-            untested.setdefault(pair, []).append(f"{first.label} and {second.training}")
+        if row := _pair(first, second):
+            rows.append(row)
         else:
-            rows.append(pair)
+            untested.append(f"{first.label} and {second.training}")
+    needed = "a common seed with rows per example on the same number of test images"
     if not rows:
-        reason = "No two methods of a model have a common seed with rows for each test image."
-        return Section(title, missing=reason)
+        return Section(title, missing=f"No two methods of a model have {needed}.")
     text = (
         "McNemar's exact test on the test images of the first common seed, and the difference of the two accuracies in "
         "percentage points with its 95 % interval. An image counts as correct if no evaluation fooled the model on it. "
         "p is for one pair, not corrected for the number of pairs, and for these two trained models, not other seeds."
     )
-    text = f"{text} {attack_differences(methods.shown)}".strip()
-    if untested:
-        text += "\n\nNot tested: " + "; ".join(f"{', '.join(pairs)} ({why})" for why, pairs in untested.items()) + "."
-    return Section(title, text, pd.DataFrame(rows))
+    without = f"\n\nNot tested, without {needed}: {'; '.join(untested)}." if untested else ""
+    return Section(title, f"{text} {attack_differences(methods.shown)}".strip() + without, pd.DataFrame(rows))
 
 
-def _pair(first: Method, second: Method) -> dict[str, str] | str:
-    """Return a row of the table, or why there is none.
-
-    Raises:
-        InputError: Rows per example that cannot be read.
-    """
+def _pair(first: Method, second: Method) -> dict[str, str] | None:
+    """Return a row of the table; None if the two cannot be tested."""
     common = [seed for seed in first.seeds if seed in second.seeds]
     if not common:
-        return "no common seed"
+        return None
     one, other = (next(run for run in method.runs if run.seed == common[0]) for method in (first, second))
-    if one.combined.n_examples != other.combined.n_examples:
-        return "different numbers of test images"
     correct = one.survivors(), other.survivors()
-    if correct[0] is None or correct[1] is None:
-        return "no rows for each test image"
+    if correct[0] is None or correct[1] is None or len(correct[0]) != len(correct[1]):
+        return None
     pair = compare_pair(correct[0], correct[1])
     return {
         "Model": model_name(first.architecture),
@@ -224,13 +211,7 @@ def _pair(first: Method, second: Method) -> dict[str, str] | str:
 
 
 def figures(methods: GroupMethods, folder: Path, runs: EvaluatedRuns) -> list[Section]:
-    """Return accuracy over cap weights, and the learned caps.
-
-    Args:
-        methods: The group.
-        folder: Folder for the pictures.
-        runs: Where weights that cannot be read are recorded.
-    """
+    """Return accuracy over cap weights, and the learned caps. Weights that cannot be read are recorded in ``runs``."""
     group, sections = methods.group, []
     for family in families(methods.all):
         if len(family) > 1:
@@ -325,7 +306,7 @@ def trainings(groups: Iterable[GroupMethods]) -> Section:
         f"Shared by all rows: {', '.join(shared)}. The presets paper-drelu, paper-at and paper-trades of train have "
         "the settings that the paper states."
     )
-    return Section("How the models were trained", text, table)
+    return Section("How the models were trained", text, _without_constant(table))
 
 
 def _settings(settings: TrainingSettings) -> list[str]:
@@ -341,23 +322,40 @@ def _settings(settings: TrainingSettings) -> list[str]:
 
 
 def attacks(groups: Iterable[GroupMethods]) -> Section:
-    """Return the settings of each attack, by group, with the number of rows where they differ."""
-    rows: dict[tuple[str, str, str], set[str]] = {}
+    """Return the settings of each attack, by group, and the methods or runs attacked by it if they are not all."""
+    rows: list[tuple[str, str, str, str]] = []
     for methods in groups:
-        for method in methods.all:
-            for run in method.runs:
-                for attack, settings in run.combined.tried:
-                    rows.setdefault((str(methods.group), attack, settings), set()).add(method.label)
-    table = pd.DataFrame(
-        [(group, attack, settings or "none", len(labels)) for (group, attack, settings), labels in rows.items()],
-        columns=["Group", "Attack", "Settings", "Rows"],
-    ).sort_values(["Group", "Attack", "Settings"])
+        tried: dict[tuple[str, str], list[EvaluatedRun]] = {}
+        for run in (run for method in methods.all for run in method.runs):
+            elsewhere = {(name, f"{settings}, {n} images") for name, settings, n in run.combined.tried_elsewhere}
+            for attack in sorted(run.combined.tried | elsewhere):
+                tried.setdefault(attack, []).append(run)
+        for (attack, settings), by in sorted(tried.items()):
+            rows.append((str(methods.group), attack, settings or "none", _named_runs(by, methods.all)))
+    table = pd.DataFrame(rows, columns=["Group", "Attack", "Settings", "Attacked"])
     several = table[table.duplicated(["Group", "Attack"], keep=False)]
     text = "The driver projects what an attack returns into the threat model and judges it on the model itself."
     if len(several):
         names = ", ".join(dict.fromkeys(several["Attack"]))
-        text += f" Rows were attacked differently by {names}: their accuracies under it are not comparable."
-    return Section("How the models were attacked", text, table.reset_index(drop=True).astype(str))
+        text += f" Runs were attacked differently by {names}: their accuracies under it are not comparable."
+    return Section("How the models were attacked", text, _without_constant(table))
+
+
+def _named_runs(runs: Sequence[EvaluatedRun], methods: Sequence[Method]) -> str:
+    """Return "all", or the methods that some runs are of, with the seeds if these are not all of a method."""
+    names = []
+    for method in methods:
+        seeds = [str(run.seed) for run in method.runs if run in runs]
+        if seeds:
+            names.append(method.label if len(seeds) == len(method.runs) else f"{method.label} seed {', '.join(seeds)}")
+    return "all" if names == [method.label for method in methods] else "; ".join(names)
+
+
+def _without_constant(table: pd.DataFrame) -> pd.DataFrame:
+    """Drop the column of the group if there is one group, and columns without any text."""
+    return table.drop(
+        columns=[name for name in table if set(table[name]) == {""} or (name == "Group" and table[name].nunique() == 1)]
+    )
 
 
 def origin(runs: EvaluatedRuns, groups: Sequence[GroupMethods], files: Iterable[str]) -> list[Section]:

@@ -21,7 +21,7 @@ from scipy import stats
 from ..attacks.suites import ATTACKS
 from ..errors import InputError
 from ..results.combined import worst_verdict
-from .evaluated_runs import EvaluatedRun
+from ..results.result import share_interval
 from .methods import HEADINGS, GroupMethods, Method, by_architecture
 from .paper import model_name
 
@@ -33,14 +33,25 @@ def incomparable(methods: Iterable[Method], columns: Iterable[str]) -> set[tuple
     """Return each (architecture, column) in which the methods cannot be ranked.
 
     They can be ranked if all of their runs have the column by the same attack with the same settings on the same
-    number of test images; in the worst case, if `attack_differences` finds none.
+    number of test images; in the worst case, if all runs were attacked in the same way.
     """
     return {
         (architecture, column)
         for architecture, same in by_architecture(methods).items()
         for column in columns
-        if (_differences(same) if column == "worst" else len(_conditions(same, column)) > 1)
+        if (not _same_attacks(same) if column == "worst" else len(_conditions(same, column)) > 1)
     }
+
+
+def attack_differences(methods: Iterable[Method]) -> str:
+    """Return a sentence on the models whose methods were attacked differently, or ""."""
+    different = [model_name(model) for model, same in by_architecture(methods).items() if not _same_attacks(same)]
+    if not different:
+        return ""
+    return (
+        f"{', '.join(different)}: the worst cases have no rank, since the methods, or the seeds of one, were not "
+        "attacked in the same way on the same number of test images (see How the models were attacked)."
+    )
 
 
 def _conditions(methods: Sequence[Method], column: str) -> set[tuple[bool, int, frozenset[str]]]:
@@ -56,67 +67,28 @@ def _conditions(methods: Sequence[Method], column: str) -> set[tuple[bool, int, 
     }
 
 
-def attack_differences(methods: Iterable[Method]) -> str:
-    """Return a sentence on methods that lack attacks or test images which others of their architecture have, or "".
+def _same_attacks(methods: Sequence[Method]) -> bool:
+    """Return whether all runs have the same attacks with the same settings on the same number of test images.
 
-    The same attack with other settings is another attack. Adaptive attacks are not missing where they do not apply.
+    Adaptive attacks count only between runs that they apply to. Attacks on other numbers of images count only between
+    runs of one seed.
     """
-    listed = "; ".join(
-        f"{', '.join(labels)}: {what}"
-        for same in by_architecture(methods).values()
-        for what, labels in _differences(same).items()
+    runs = [run for method in methods for run in method.runs]
+    applicable = [run for run in runs if run.activation in _ADAPTIVE_FOR]
+    elsewhere: dict[int, set[frozenset[str]]] = {}
+    for run in runs:
+        more = frozenset(str(one) for one in run.combined.tried_elsewhere if one[:2] not in run.combined.tried)
+        elsewhere.setdefault(run.seed, set()).add(more)
+    return not (
+        len({run.combined.n_examples for run in runs}) > 1
+        or len({frozenset(one for one in run.combined.tried if not _is_adaptive(one[0])) for run in runs}) > 1
+        or len({frozenset(one for one in run.combined.tried if _is_adaptive(one[0])) for run in applicable}) > 1
+        or any(len(different) > 1 for different in elsewhere.values())
     )
-    if not listed:
-        return ""
-    return f"Worst cases have no rank where methods, or seeds of one, were attacked differently: {listed}."
 
 
-def _differences(methods: Sequence[Method]) -> dict[str, list[str]]:
-    """Return what methods of one architecture lack or have differently, with the labels of those methods."""
-    missing = [_missing_attacks(method, methods) for method in methods]
-    known = frozenset().union(*missing, *(run.combined.tried for method in methods for run in method.runs))
-    images = {count for method in methods for count in method.n_examples}
-    differences: dict[str, list[str]] = {}
-    for method, attacks in zip(methods, missing, strict=True):
-        if attacks:
-            named = ", ".join(sorted(_with_settings(attack, known) for attack in attacks))
-            differences.setdefault(f"without {named}", []).append(method.label)
-        if len(images) > 1:
-            counts = " or ".join(map(str, method.n_examples))
-            differences.setdefault(f"{counts} test images", []).append(method.label)
-    return differences
-
-
-def _missing_attacks(method: Method, methods: Sequence[Method]) -> set[tuple[str, str]]:
-    """Return the attacks, with their settings, that other methods have and a run of this method lacks.
-
-    What was tried on other images is compared between runs of the same seed only.
-    """
-    others = [run for other in methods for run in other.runs]
-    missing: set[tuple[str, str]] = set()
-    for run in method.runs:
-        here, elsewhere = run.combined.tried, run.combined.tried_elsewhere
-        missing |= {attack for other in others for attack in other.combined.tried - here}
-        missing |= {
-            (attack, f"{settings}, on {images} images")
-            for other in others
-            if other.seed == run.seed
-            for attack, settings, images in other.combined.tried_elsewhere - elsewhere
-            if (attack, settings) not in here
-        }
-    return {(attack, settings) for attack, settings in missing if _is_applicable(attack, method.first)}
-
-
-def _is_applicable(attack: str, run: EvaluatedRun) -> bool:
-    adaptive = attack in ATTACKS and ATTACKS[attack].kind == "adaptive"
-    return not adaptive or run.activation in _ADAPTIVE_FOR
-
-
-def _with_settings(attack: tuple[str, str], known: frozenset[tuple[str, str]]) -> str:
-    """Return the name of an attack, with its settings if it was run with several."""
-    name, settings = attack
-    unique = sum(other == name for other, _ in known) == 1
-    return name if unique else f"{name} ({settings or 'settings not known'})"
+def _is_adaptive(attack: str) -> bool:
+    return attack in ATTACKS and ATTACKS[attack].kind == "adaptive"
 
 
 def scores(methods: GroupMethods, columns: Sequence[str]) -> tuple[pd.DataFrame, str]:
@@ -201,7 +173,7 @@ class PairComparison:
         only_second: Number of examples that only the second method classifies correctly.
         p: p value of McNemar's exact test.
         difference: Accuracy of the first minus that of the second, in percentage points.
-        interval: Newcombe's interval of the difference at the confidence 1 - ``alpha``, in percentage points.
+        interval: Newcombe's 95 % interval of the difference, in percentage points.
     """
 
     n_examples: int
@@ -293,13 +265,12 @@ def _critical_difference(n_blocks: int, n_methods: int, alpha: float) -> float:
     return float(q * math.sqrt(n_methods * (n_methods + 1) / (6 * n_blocks)))
 
 
-def compare_pair(first: np.ndarray, second: np.ndarray, *, alpha: float = 0.05) -> PairComparison:
-    """Compare two methods on the same examples by McNemar's exact test and Newcombe's interval of the difference.
+def compare_pair(first: np.ndarray, second: np.ndarray) -> PairComparison:
+    """Compare two methods on the same examples by McNemar's exact test and Newcombe's 95 % interval of the difference.
 
     Args:
         first: 1 for each example that the first method classifies correctly (under attack), else 0, [N].
         second: The same for the second method, in the same order.
-        alpha: 1 minus the confidence.
 
     Raises:
         InputError: No examples, different numbers of examples, or values other than 0 and 1.
@@ -320,24 +291,24 @@ def compare_pair(first: np.ndarray, second: np.ndarray, *, alpha: float = 0.05) 
         only_second=only_second,
         p=float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0,
         difference=100 * (only_first - only_second) / first.size,
-        interval=_newcombe(table, alpha),
+        interval=_newcombe(table),
     )
 
 
-def _newcombe(table: np.ndarray, alpha: float) -> tuple[float, float]:
+def _newcombe(table: np.ndarray) -> tuple[float, float]:
     """Return the interval of method 10, in percentage points: Wilson's intervals combined by their correlation."""
     n = int(table.sum())
     counts = int(table[0].sum()), int(table[:, 0].sum())  # correct by the first method, by the second
     first, second = (count / n for count in counts)
-    wilson = [stats.binomtest(count, n).proportion_ci(1 - alpha, method="wilson") for count in counts]
+    (first_low, first_high), (second_low, second_high) = (share_interval(count, n) for count in counts)
     phi = _correlation(table)
 
     def span(a: float, b: float) -> float:
         return math.sqrt(max(a**2 - 2 * phi * a * b + b**2, 0))
 
     difference = first - second
-    low = difference - span(first - wilson[0].low, wilson[1].high - second)
-    high = difference + span(wilson[0].high - first, second - wilson[1].low)
+    low = difference - span(first - first_low, second_high - second)
+    high = difference + span(first_high - first, second - second_low)
     return 100 * low, 100 * high
 
 

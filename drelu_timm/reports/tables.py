@@ -106,13 +106,15 @@ def _square_table(number: int | None, groups: Sequence[GroupMethods]) -> Table:
         own = _values(methods.shown, columns, ranked=columns)
         sentences = (_columns_without_ranks(own), attack_differences(methods.shown))
         remarks += [f"{title}: {sentence}" for sentence in sentences if sentence]
-        own["training"] = [methods.short_name(method) for method in methods.shown]
+        # Without the cap weight, which may differ between datasets, if the table has several.
+        short = [methods.short_name(method) if len(groups) > 1 else method.training for method in methods.shown]
+        own["training"] = short
         values.append(own.set_index(["net", "training"]).add_prefix(f"{title} "))
         cells.append(_cells(own, len(methods.seeds)).set_index(["Model", "Training"]).add_prefix(f"{title} "))
         names += [
-            f"{title}, {model_name(method.architecture)}: {methods.short_name(method)} is {method.training}."
-            for method in methods.shown
-            if methods.short_name(method) != method.training
+            f"{title}, {model_name(method.architecture)}: {name} is {method.training}."
+            for name, method in zip(short, methods.shown, strict=True)
+            if name != method.training
         ]
     first = groups[0].group
     where = f"{first.norm}, eps {first.eps}" + (", with generated images" if first.generated else "")
@@ -120,7 +122,7 @@ def _square_table(number: int | None, groups: Sequence[GroupMethods]) -> Table:
     return Table(
         name=f"table-{number}-square-{slug(where)}" if number else f"table-square-{slug(first)}",
         title=f"Table {number}: Square, {where}" if number else f"Square: {first}",
-        caption="\n\n".join([_joined([_UNITS, _RANKS, _WORST, *remarks, *other_eps]), *names]),
+        caption=_joined([_UNITS, _RANKS, _WORST, *remarks, *other_eps, *names]),
         cells=pd.concat(cells, axis=1).fillna(NONE).reset_index(),
         values=pd.concat(values, axis=1).reset_index(),
     )

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..attacks.threat_model import radius_written
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import read_json
 from ..formatting import written
 from ..results.result import Eps
-from ..schema import Text, Whole, load
+from ..schema import Count, Share, Text, Whole, load
 
 Flags = dict[str, Any]
 
@@ -161,7 +161,10 @@ def read_settings(path: Path) -> TrainingSettings:
     Raises:
         InputError: The file is cut short or of another version.
     """
-    return _settings(path, read_json(path))
+    try:
+        return _settings(path, read_json(path))
+    except RecursionError as error:
+        raise InputError(f"{path}: init_from is nested too deeply. Restore the file or train again.") from error
 
 
 def _settings(path: Path, content: dict[str, Any]) -> TrainingSettings:
@@ -175,6 +178,21 @@ def _settings(path: Path, content: dict[str, Any]) -> TrainingSettings:
     return TrainingSettings(flags, None if config.init_from is None else _settings(path, config.init_from))
 
 
+@dataclass(frozen=True)
+class _HeldOut:
+    pgd: Share
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Line of log.jsonl."""
+
+    epoch: Count
+    held_out: _HeldOut
+    held_out_ema: _HeldOut | None = None
+    best_epoch: Count | None = None
+
+
 def read_held_out(run: Path) -> float | None:
     """Read the accuracy in [0, 1] under the inner attack on held-out training images, at the epoch that was kept.
 
@@ -184,17 +202,25 @@ def read_held_out(run: Path) -> float | None:
         None without a log.
 
     Raises:
-        InputError: The log is cut short.
+        InputError: The log is cut short, or a line has another field or type; with the number of the line.
     """
     log = run / "log.jsonl"
     if not log.is_file():
         return None
     try:
-        epochs = {line["epoch"]: line for line in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
-        kept = epochs[epochs[max(epochs)]["best_epoch"]]
-        held_out = kept.get("held_out_ema", kept["held_out"])["pgd"]
-        if not 0 <= held_out <= 1:
-            raise ValueError(f"pgd is {held_out!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{log} is not a complete log of a training ({error!r}). Train again.") from error
-    return held_out
+        lines = log.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{log} cannot be read ({one_line(error)}). Restore it or train again.") from error
+    epochs: dict[int, _Epoch] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{log}:{number} is not JSON ({one_line(error)}). Restore it or train again.") from error
+        epoch = load(_Epoch, content, f"{log}:{number}")
+        epochs[epoch.epoch] = epoch
+    best = epochs[max(epochs)].best_epoch if epochs else None
+    if best not in epochs:
+        raise InputError(f"{log}: best_epoch of the last line is {best}, not an epoch of the log. Train again.")
+    kept = epochs[best]
+    return (kept.held_out_ema or kept.held_out).pgd

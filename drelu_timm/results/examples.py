@@ -158,7 +158,7 @@ def _check_rows(path: Path, result: Result, rows: Rows, point: EpsResult) -> Non
     """Check the rows against the accuracies of the result, and the columns of each row against each other."""
     if abs(share(rows.survivors) - point.worst) > ROUNDING:
         raise InputError(f"{result.path} has another worst case than the rows next to it. Evaluate again.")
-    if rows.robust.keys() != point.accuracy.keys():
+    if not rows.robust or rows.robust.keys() != point.accuracy.keys():
         return  # rows without a column per attack, of earlier versions
     for name, accuracy in {"clean": point.clean, **point.accuracy}.items():
         if abs(rows.shares[name] - accuracy) > ROUNDING:

@@ -346,6 +346,9 @@ def _check_verdict(what: str, verdict: Verdict) -> None:
     numbers = verdict.numbers
     if not numbers:
         return
+    for name, value in numbers.items():
+        if not 0 <= value <= (1e9 if name == "examples" else 1):
+            raise InputError(f"{what} has a number {name} that is neither a count nor a share. Evaluate again.")
     for name in (*GAPS, "stuck") if numbers.get("examples") else ():
         examples, low_and_high = round(numbers["examples"]), (f"{name}_low", f"{name}_high")
         if missing := [one for one in ("chance", "unsteady", name, *low_and_high) if one not in numbers]:

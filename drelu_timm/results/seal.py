@@ -141,4 +141,4 @@ def _parts(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _link(before: str, name: str, part: str) -> str:
-    return hashlib.sha256("\n".join((before, name, part)).encode()).hexdigest()
+    return hashlib.sha256("\n".join((before, name, part)).encode(errors="surrogatepass")).hexdigest()

@@ -99,11 +99,12 @@ class TrainConfig:
     placement: str | None = field(default=None, metadata=group("layer", "The added layer of a *_drelu model."))
     """Where a *_drelu model has its D-ReLUs: head (the default), stem or all."""
     activation: str | None = None
-    """Activation there: drelu (the default), pact (one cap a layer), srelu, relu, relu6, silu, gelu, prelu, pssilu."""
+    """Activation there: drelu (the default), srelu, relu, relu6, silu, gelu, prelu, pssilu, bounded-relu, pact, tent,
+    fitact, rcr-af or kwta."""
     width: int | None = None
     """Units of the added dense layer, or channels of the added convolution; by default 128."""
     cap: float | None = None
-    """Initial cap of a D-ReLU or PACT, fixed cap of an S-ReLU; by default 100."""
+    """Initial cap of a D-ReLU, pact, tent or fitact, fixed cap of srelu, bounded-relu or rcr-af; by default 100."""
     cap_weight: _NotNegative = 0.0
     """Weight of the penalty on caps in the loss (the paper's balancer, lambda)."""
     cap_penalty: str = "squared"
@@ -242,8 +243,7 @@ def _filled(config: TrainConfig) -> TrainConfig:
 def saved(config: TrainConfig) -> dict[str, Any]:
     """Return what config.json holds of a config: JSON values of all settings that change the result."""
     left_out = _NOT_SAVED if config.objective == "ibp" else (*_NOT_SAVED, *IBP)  # runs from before IBP stay equal
-    content = {key: value for key, value in asdict(config).items() if key not in left_out}
-    return json.loads(json.dumps(content, default=str))
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in left_out}, default=str))
 
 
 def given_settings(saved: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ..data.images import Images
 from ..errors import InputError, one_line
 from ..files import read_json
 from ..models.caps import check_cap_penalty
-from ..models.drelu import drelu_layers
+from ..models.drelu import cap_layers
 from ..models.inference import normalized
 from ..models.intervals import certified, initialize_for_ibp
 from ..models.surgery import paths, warn_of_small_images
@@ -127,7 +127,7 @@ def check_model(model: nn.Module, images: Tensor, config: TrainConfig, num_proce
         raise InputError(
             f"--model {config.model} cannot run on {size} images ({one_line(error)}). Try --small-images."
         ) from error
-    if config.cap_weight and not any(drelu_layers(model)):
+    if config.cap_weight and not any(cap_layers(model)):
         raise InputError(f"--cap-weight {config.cap_weight:g} needs a model with D-ReLUs. Leave it out.")
     check_cap_penalty(config.cap_penalty, model)
     if config.objective == "ibp":

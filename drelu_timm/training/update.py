@@ -14,7 +14,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from ..errors import InputError
 from ..models.caps import CAP_PENALTIES
-from ..models.drelu import drelu_layers
+from ..models.drelu import cap_layers
 from ..randomness import random_generator
 from .config import TrainConfig
 from .distributed import average_gradients, average_statistics, is_sharded
@@ -173,7 +173,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     Raises:
         InputError: timm has no optimizer of that name, or it needs second derivatives.
     """
-    caps = [layer.cap for layer in drelu_layers(model)]
+    caps = [layer.cap for layer in cap_layers(model)]
     known = {id(cap) for cap in caps}
     # Without weight decay the names are not asked for: saved states depend on the order of the groups' parameters.
     named = _named_without_decay(model) if config.weight_decay else ()

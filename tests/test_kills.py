@@ -1,0 +1,131 @@
+"""Processes of every verb, killed when they change a file: the same command then ends as if nothing had happened.
+
+The events are those of Python's audit hooks, so a kill depends on what the process does, not on the machine's speed.
+"""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killed import kill_at
+from launching import Launched
+
+GRID = """
+title = "digits"
+source = "a test"
+[train]
+dataset = "digits"
+model = "dense_drelu"
+epochs = 1
+n_train = 256
+cap_weight = 0.1
+[[evaluate]]
+n_examples = 20
+"""
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _figures(result: Path) -> list:
+    content = _json(result)
+    points = content.get("curve", [content])
+    return [(point["clean"], point["accuracy"], point["worst"], point["verdict"]["verdict"]) for point in points]
+
+
+# Verb -> (flags for a folder, figures that it must have given)
+VERBS: dict[str, tuple[Callable[[Path], list[str]], Callable[[Path], Any]]] = {
+    "train": (
+        lambda folder: [
+            *(
+                "train",
+                "--model",
+                "dense_drelu",
+                "--dataset",
+                "digits",
+                "--output-dir",
+                str(folder / "new"),
+                "--resume",
+            ),
+            *("--n-train", "256", "--epochs", "2", "--width", "16"),
+        ],
+        lambda folder: (
+            [(folder / "new" / name / "model.safetensors").read_bytes() for name in ("model", "last")]
+            + [len((folder / "new" / "log.jsonl").read_text().splitlines())]
+        ),
+    ),
+    "evaluate": (
+        lambda folder: ["evaluate", str(folder / "run"), "--suite", "quick", "--n-examples", "20"],
+        lambda folder: _figures(folder / "run" / "results" / "quick-Linf-0.1.json"),
+    ),
+    "export": (
+        lambda folder: [
+            *(
+                "export",
+                str(folder / "run"),
+                "--key",
+                "Tester2026Kills_dense",
+                "--output-dir",
+                str(folder / "exported"),
+            ),
+            *("--title", "T", "--authors", "A", "--link", "https://example.org", "--venue", "N/A"),
+            *("--benchmark-examples", "0"),
+        ],
+        lambda folder: sorted(str(path.relative_to(folder)) for path in (folder / "exported").rglob("*")),
+    ),
+    "report": (
+        lambda folder: ["report", str(folder / "run"), "--output-dir", str(folder / "report")],
+        lambda folder: [_json(folder / "report" / "numbers.json"), (folder / "report" / "report.html").is_file()],
+    ),
+    "sweep": (
+        lambda folder: ["sweep", str(folder / "grid.toml"), "--output-dir", str(folder / "sweep")],
+        lambda folder: [_figures(path) for path in sorted((folder / "sweep").glob("*/results/*.json"))],
+    ),
+}
+
+
+def run(arguments: list[str], folder: Path, number: int | None, counted: Path) -> tuple[int | None, str]:
+    process = Launched(*arguments, before=partial(kill_at, folder, number, counted))
+    printed = "\n".join(process.communicate())
+    return process.returncode, printed
+
+
+def check_kills(verb: str, evaluated: Path, tmp_path: Path, kills: int) -> None:
+    """Kill a verb at some of its events, evenly spaced; each time the next process ends with the same figures."""
+    flags, figures = VERBS[verb]
+    expected, events = None, 0
+    for kill in range(kills + 1):
+        folder = tmp_path / f"kill-{kill}"
+        folder.mkdir()
+        shutil.copytree(evaluated, folder / "run")
+        (folder / "grid.toml").write_text(GRID)
+        if kill:
+            number = 1 + (kill - 1) * events // kills
+            code, printed = run(flags(folder), folder, number, tmp_path / "unused")
+            assert code == -signal.SIGKILL, f"event {number} of {events}: {printed}"
+        code, printed = run(flags(folder), folder, None, tmp_path / f"events-{kill}")
+        assert code == 0, f"kill {kill}: {printed}"
+        if expected is None:
+            expected, events = figures(folder), (tmp_path / "events-0").stat().st_size
+            assert events >= kills
+        assert figures(folder) == expected, f"kill {kill}"
+        leftovers = [path for path in folder.rglob("*") if path.name.endswith((".part", ".state", ".lock"))]
+        assert not [path for path in leftovers if path.name != ".lock"], leftovers
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_killed_verb_is_repeated(verb, evaluated, tmp_path):
+    check_kills(verb, evaluated, tmp_path, kills=2 if verb != "sweep" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_killed_a_hundred_times(verb, evaluated, tmp_path):
+    """20 kills of each of five verbs."""
+    check_kills(verb, evaluated, tmp_path, kills=20)
