@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from launching import STEP, Launched, assert_same_weights, config, flags, held_at, log, train_by_processes, wait_for
 
 from drelu_timm.errors import InputError
-from drelu_timm.models.drelu import drelu_layers
+from drelu_timm.models.drelu import cap_layers
 from drelu_timm.models.intervals import certified
 from drelu_timm.models.weights import load_folder, save_folder
 from drelu_timm.runs import Run
@@ -102,7 +102,7 @@ def test_cnn7_is_the_model_of_the_literature():
 
 def test_cnn7_has_a_variant_with_caps_everywhere(tmp_path):
     model = timm.create_model("cnn7_drelu", placement="all", cap=0.5, channels=4, img_size=8).eval()
-    assert [layer.cap.numel() for layer in drelu_layers(model)] == [4, 4, 8, 8, 8, 32]
+    assert [layer.cap.numel() for layer in cap_layers(model)] == [4, 4, 8, 8, 8, 32]
     save_folder(model, tmp_path / "model")
     images = torch.rand(2, 1, 8, 8)
     assert torch.equal(load_folder(tmp_path / "model").eval()(images), model(images))
