@@ -80,6 +80,6 @@ warnings.filterwarnings("ignore", "`torch.jit.interface` is deprecated", FutureW
 # `import timm.models` imports timm first, so this works for it too.
 @when_imported("timm")
 def _register(_: ModuleType) -> None:
-    """Register the models with timm: at once where timm is imported already, else when its import ends."""
+    """Register the models with timm: now if timm is imported already, else at the end of its import."""
     import_module(".models.registry", __name__)
     import_module(".zoo.robust_models", __name__).register_published()

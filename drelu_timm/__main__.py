@@ -1,13 +1,16 @@
 """Command line, `drelu-timm VERB ...` or `python -m drelu_timm VERB ...`: import the module of a verb and run it."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 from . import __version__
-from .errors import InputError, unknown
+from .errors import InputError, one_line, unknown
 from .launch import PREEMPTED_EXIT_CODE, Preempted
 
 VERBS = {
@@ -38,13 +41,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success, 1 if doctor, sweep or report found something broken, 2 for input that cannot be used, 75 after
         SIGTERM, 130 after Ctrl-C, 141 if the reader of the output has closed it (`| head -1`).
     """
+    _prepare_streams()
     try:
         code = _main(argv)
         sys.stdout.flush()
+        return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
-        return 128 + 13
+        code = 128 + 13
+    except OSError as error:  # a disk that is full or read-only, or a path that is not possible
+        with suppress(OSError):
+            print(f"{_process()}error: {one_line(error)}", file=sys.stderr)
+        code = 1
+    with suppress(OSError, ValueError):  # the flush at exit would fail once more
+        sys.stdout.flush()
+        return code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def _prepare_streams() -> None:
+    """Replace closed standard streams (`>&-`), and let names be printed that the encoding of the output lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # also so that no other file gets its number, to which C code may print
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _main(argv: Sequence[str] | None) -> int:

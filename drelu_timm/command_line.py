@@ -1,13 +1,16 @@
 """Flags: how every verb reads them into its config, a frozen dataclass, and writes them into commands."""
 
+import io
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from copy import copy
 from dataclasses import fields, make_dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import tyro
 
-from .errors import unknown
+from .errors import InputError, unknown
 
 Config = TypeVar("Config")
 
@@ -37,7 +40,7 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
         default: Values of missing flags, in place of the defaults of the dataclass.
 
     Raises:
-        InputError: An unknown flag. For other errors tyro prints a message and exits.
+        InputError: A flag that is unknown or missing, or a value of another type.
     """
     _check_names(config, argv)
     groups = _groups(config)
@@ -50,17 +53,38 @@ def read_flags(config: type[Config], verb: str, argv: Sequence[str], default: Co
             for part, (_, names) in zip(parts, groups, strict=True)
         ]
         given["default"] = shown(*values) if len(parts) > 1 else values[0]
-    flags = tyro.cli(
-        shown,
-        prog=f"drelu-timm {verb}",
-        args=argv,
-        **given,
-        config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
-    )
+    flags = _parsed(shown, verb, argv, given)
     read = vars(flags).values() if len(parts) > 1 else [flags]
     return config(
         **{name: getattr(part, name) for part, (_, names) in zip(read, groups, strict=True) for name in names}
     )
+
+
+def _parsed(shown: type, verb: str, argv: Sequence[str], given: Mapping[str, Any]) -> Any:
+    """Call tyro, and turn its error, a box of several lines, into one line."""
+    markers = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(shown, prog=f"drelu-timm {verb}", args=argv, **given, config=markers)
+    except SystemExit as exit_:
+        if not exit_.code:  # of --help
+            raise
+        error = " ".join(_first_part(box.getvalue())).rstrip(".")
+        raise InputError(f"{error}. drelu-timm {verb} --help shows all options.") from None
+
+
+def _first_part(box: str) -> list[str]:
+    """Return the lines of a box of tyro between its first two rules, without the texts of options."""
+    parts: list[list[str]] = [[]]
+    for line in box.replace("│", " ").splitlines():
+        if re.search("[─-]{3}", line):
+            parts.append([])
+        elif line.strip():
+            parts[-1].append(line)
+    first = parts[min(1, len(parts) - 1)]
+    indents = [len(line) - len(line.lstrip()) for line in first]  # 4 more for an option, 8 more for its text
+    return [line.strip() for line, indent in zip(first, indents, strict=True) if indent < indents[0] + 8]
 
 
 def _check_names(config: type, argv: Sequence[str]) -> None:
@@ -88,12 +112,15 @@ def written_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> l
 
 
 def duration(seconds: float) -> str:
-    """Format seconds for reading: 42 s, 12 min, 3.4 h, 2.5 days."""
+    """Format seconds for reading: 42 s, 12 min, 3.4 h, 2.5 days, 195 years."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 6000:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    days = seconds / 86400
+    return f"{days:.1f} days" if days < 2 * 365 else f"{days / 365.25:,.0f} years"
 
 
 def _groups(config: type) -> list[tuple[tuple[str, str], list[str]]]:

@@ -49,7 +49,7 @@ from .hashing import sha256_of
 from .models.weights import CONFIG, WEIGHTS
 from .publishing.card import AUTOATTACK, SHIPPED, Card, Paper
 from .publishing.card_markdown import model_card
-from .publishing.evaluations import choose_evaluation, further_evaluations, make_card, with_further
+from .publishing.evaluations import choose_evaluation, further_evaluations, make_card, open_run, with_further
 from .publishing.leaderboard import (
     autoattack_log,
     card_record,
@@ -212,7 +212,7 @@ def _locked(output_dir: Path) -> Iterator[None]:
 
 def _entry(config: ExportConfig) -> tuple[Run, str, ThreatModel]:
     """Return the run, RobustBench's name of its dataset, and the threat model of the entry."""
-    run = Run.open(config.run)
+    run = open_run(config.run)
     train = run.config["train"]
     threat_model = ThreatModel.parse(config.norm or train["norm"], config.eps or train["eps"])
     trained_on = train["dataset"]
@@ -233,7 +233,7 @@ def _read(config: ExportConfig, run: Run, dataset: str, threat_model: ThreatMode
     paper = _paper(config, chosen)
     train = run.config["train"]
     size = {"img_size": run.config["img_size"], "in_chans": run.config["in_chans"]}
-    test = load_images(train["dataset"], config.data_dir or train["data_dir"], "test", **size)
+    test = load_images(train["dataset"], config.data_dir or train.get("data_dir"), "test", **size)
     card = make_card(run, chosen, results, key=config.key, paper=paper, other_seeds=config.seeds, test_size=len(test))
     return replace(card, results=replace(card.results, dataset=dataset)), [chosen, *further], test
 

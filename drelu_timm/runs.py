@@ -14,7 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,48 @@ from .files import read_json
 from .hashing import sha256_of
 from .models.inference import normalized
 from .models.weights import WEIGHTS, load_folder
+from .schema import Count, Text, field_types, load, parse
+from .training.config import TrainConfig
 
+_REQUIRED_SETTINGS = ("model", "dataset", "norm", "eps", "seed", "objective", "monitor")
 _PACKAGES = ("drelu-timm", "torch", "timm", "accelerate", "pyautoattack", "foolbox", "robustbench")
+
+
+@dataclass(frozen=True)
+class _Config:
+    """Schema of config.json, without the settings in ``train``, which are those of `TrainConfig`."""
+
+    train: dict[str, Any]
+    in_chans: Count
+    img_size: Count
+    num_classes: Count | None = None
+    dataset_title: Text | None = None
+    classes: tuple[str, ...] = ()
+    launch: dict[str, Any] = field(default_factory=dict)
+    generated: dict[str, Any] | None = None
+    init_from: dict[str, Any] | None = None
+    init_from_digest: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: str = ""
+    command: str = ""
+    git_revision: str | None = None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a run's config.json and check the types of its fields. Those of other versions are ignored.
+
+    Raises:
+        InputError: The file is missing or is cut short, a field that every verb needs is missing, or a field has
+            another type. The line names the file and the field.
+    """
+    content = read_json(path)
+    config = load(_Config, content, path)
+    types = field_types(TrainConfig)
+    if missing := [name for name in _REQUIRED_SETTINGS if config.train.get(name) is None]:
+        raise InputError(f"{path}: train has no {', '.join(missing)}. Restore the file, or train again.")
+    for name in types.keys() & config.train.keys():
+        parse(types[name], config.train[name], f"{path}: train.{name}")
+    return content
 
 
 @dataclass(frozen=True)
@@ -51,7 +91,7 @@ class Run:
         """Open a run directory, or ``RUN/last`` for the model of its last epoch.
 
         Raises:
-            InputError: There is no config.json in the folder, or it cannot be read.
+            InputError: There is no config.json in the folder, or `read_config` refuses it.
         """
         path = Path(path)
         if path.name == "last" and (path.parent / "config.json").is_file():
@@ -59,7 +99,7 @@ class Run:
         config = path / "config.json"
         if not config.is_file():
             raise InputError(f"{path} is not a run directory (it has no config.json). Use a folder written by train.")
-        return cls(path, read_json(config))
+        return cls(path, read_config(config))
 
     @property
     def model_folder(self) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError, unknown
-from .files import held, locked, write_json
+from .files import held, locked, remove_leftovers, write_json
 from .flags import SweepConfig
 from .launch import Launch
 from .reports.evaluated_runs import CELLS
@@ -62,6 +62,8 @@ def sweep(config: SweepConfig) -> int:
             print(f"--generated has to name the generated images, here {_PLACEHOLDER}, before the sweep can run")
         return 0
     with held(output_dir / ".lock", f"--output-dir {output_dir}"):
+        for folder in (output_dir, output_dir / "jobs"):
+            remove_leftovers(folder)
         queued = _refuse_running(cells, output_dir, config.cluster)
         # For `report`, which names the cells that are missing.
         write_json(output_dir / CELLS, {"cells": {cell.name: len(cell.evaluations) for cell in cells}})
@@ -120,7 +122,7 @@ def _refuse_running(cells: Sequence[Cell], output_dir: Path, cluster: str) -> Co
             except BlockingIOError as error:
                 raise InputError(
                     f"--output-dir {output_dir}: cell {cell.name} of a sweep that was killed still runs. "
-                    f"Wait, or end it (fuser {cell.log} lists its processes)."
+                    f"Wait, or end it (fuser {shlex.quote(str(cell.log))} lists its processes)."
                 ) from error
     return queued
 

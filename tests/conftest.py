@@ -92,7 +92,8 @@ def untrained_run(tmp_path, monkeypatch) -> Callable[[str], Path]:
             model = timm.create_model("dense_drelu", num_classes=10, in_chans=1, img_size=8)
         path = tmp_path / "x"
         save_folder(model, path / "model", model_args={"img_size": 8})
-        train = {"model": "dense_drelu", "dataset": "digits", "data_dir": None, "norm": "Linf", "eps": eps}
+        train = {"model": "dense_drelu", "dataset": "digits", "data_dir": "data", "norm": "Linf", "eps": eps}
+        train |= {"seed": 0, "objective": "natural", "monitor": "loss"}
         config = {"train": train, "dataset_title": "Digits", "num_classes": 10, "in_chans": 1, "img_size": 8}
         (path / "config.json").write_text(json.dumps(config))
         return path

@@ -285,7 +285,7 @@ def test_loader(generated, workers):
         assert equal(batch, made.batch(3, step, 1, 2))
 
 
-@pytest.mark.slow  # the worker imports everything anew
+@pytest.mark.slow  # the worker imports everything again
 def test_loader_with_a_spawned_worker(generated):
     made = mixed(generated)
     made.batch(0, 0)  # shuffles, in place, what a spawned process gets

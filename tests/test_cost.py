@@ -50,10 +50,11 @@ def test_an_attack_costs_at_most_what_its_settings_predict(name):
     assert attack_cost(attack) <= 2 * model.count + GRADIENT + 2
 
 
-@pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
+@pytest.mark.parametrize("objective", ["natural", "at", "n-fgsm", "trades", "mart"])
 @pytest.mark.parametrize("awp_gamma", [0.0, 0.01])
 def test_the_bound_of_a_training_holds(tmp_path, objective, awp_gamma, monkeypatch):
     settings = config(tmp_path / "x", objective=objective, awp_gamma=awp_gamma, epochs=1)
+    settings = replace(settings, steps=1) if objective == "n-fgsm" else settings
     forwards, gradients = count_images(monkeypatch)
     train(settings)
     passes = sum(forwards) + (GRADIENT - 1) * sum(gradients)

@@ -185,7 +185,7 @@ def test_the_doctor_runs_where_what_we_need_does_not_import(broken, package):
 def test_the_doctor_runs_by_its_command_too(broken):
     script = shutil.which("drelu-timm", path=Path(sys.executable).parent)
     if script is None:
-        pytest.skip("no drelu-timm beside this Python")
+        pytest.skip("no drelu-timm next to this Python")
     assert "\ntorch cannot be imported" in broken("torch", script, "doctor").stdout
 
 

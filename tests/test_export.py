@@ -285,6 +285,11 @@ def _fewer_rows(run):
     _write_rows(path, list(csv.DictReader(path.open()))[:-1])
 
 
+def _initialize(run):
+    config = json.loads((run / "config.json").read_text())
+    _edit(run / "config.json", init_from=config)
+
+
 def _pgd_only(run):
     accuracy = json.loads((run / "results" / f"{RESULTS}.json").read_text())["accuracy"]
     _edit(run / "results" / f"{RESULTS}.json", accuracy={"pgd": accuracy["pgd"]})
@@ -416,7 +421,7 @@ def test_an_invalid_paper_file_is_refused(run, text, message):
             _results(verdict={"verdict": "masked", "evidence": []}),
             r"seed1 has masked gradients, which",
         ),
-        (lambda run: _edit(run / "config.json", init_from={"train": {}}), r"in more than the seed \(init_from\)"),
+        (_initialize, r"in more than the seed \(init_from\)"),
         (
             lambda run: shutil.rmtree(run / "results"),
             r"seed1 has no evaluation\. Make one: drelu-timm evaluate .*seed1",

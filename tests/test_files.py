@@ -4,20 +4,24 @@ import multiprocessing
 import os
 import re
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from launching import Launched, become_a_colleague
 from safetensors.torch import save_file
 
 from drelu_timm.errors import InputError
 from drelu_timm.files import atomic_file, atomic_folder, held, remove_leftovers
+from drelu_timm.train import train
+from drelu_timm.training.config import TrainConfig
 
 
 @pytest.mark.parametrize("name", ["config.json", "rows.csv", "picture.png"])
 def test_an_incomplete_file_has_no_known_suffix_and_is_hidden(tmp_path, name):
-    with atomic_file(tmp_path / name) as beside:
-        beside.touch()
+    with atomic_file(tmp_path / name) as temporary:
+        temporary.touch()
         assert not list(tmp_path.glob(f"*{Path(name).suffix}"))
         assert all(path.name.startswith(".") for path in tmp_path.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -36,8 +40,8 @@ def test_a_file_is_synced_before_it_is_renamed_and_its_folder_after(tmp_path, mo
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", renamed)
-    with atomic_file(tmp_path / "x") as beside:
-        beside.write_text("whole")
+    with atomic_file(tmp_path / "x") as temporary:
+        temporary.write_text("whole")
     assert events == [(tmp_path / "x").stat().st_ino, "renamed", tmp_path.stat().st_ino]
 
 
@@ -151,3 +155,18 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     assert (tmp_path / ".lock").exists()
     with held(tmp_path / ".lock", "--output-dir runs/x"):
         pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.usefixtures("umask_002")
+def test_a_colleague_can_evaluate_a_run(monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which is closed to other users
+        monkeypatch.chdir(folder)
+        Path(folder).chmod(0o775)
+        run = train(TrainConfig("dense_drelu", "digits", output_dir=Path(folder) / "x", epochs=1, n_train=256, width=8))
+        flags = ["evaluate", str(run), "--suite", "quick", "--n-examples", "4"]
+        evaluated = Launched(*flags, environment={"HOME": folder}, before=become_a_colleague)
+        assert evaluated.wait() == 0, evaluated.communicate()
+        assert {path.stat().st_uid for path in (run / "results").iterdir()} == {65534}
+        closed = [path for path in run.rglob("*") if path.is_file() and mode(path) != "0o664"]
+        assert not closed

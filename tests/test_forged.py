@@ -37,11 +37,11 @@ def run(evaluated, tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(evaluated, tmp_path_factory) -> Path:
-    return export(config(evaluated, tmp_path_factory.mktemp("exports") / "exported"))
+    return export(settings(evaluated, tmp_path_factory.mktemp("exports") / "exported"))
 
 
-def config(run: Path, output_dir: Path, **settings) -> ExportConfig:
-    return ExportConfig(run, KEY, output_dir=output_dir, **{**PAPER, "benchmark_examples": 0, **settings})
+def settings(run: Path, output_dir: Path, **changes) -> ExportConfig:
+    return ExportConfig(run, KEY, output_dir=output_dir, **{**PAPER, "benchmark_examples": 0, **changes})
 
 
 # Results
@@ -133,7 +133,7 @@ def other_predictions(run: Path) -> str:
 def test_forged_results_are_not_exported(run, tmp_path, change):
     message = change(run)
     with pytest.raises(InputError, match=message) as caught:
-        export(config(run, tmp_path / "exported", as_masked=False))
+        export(settings(run, tmp_path / "exported", as_masked=False))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "exported").exists()
 
@@ -195,7 +195,7 @@ def test_changed_folders_are_not_pushed(evaluated, exported, tmp_path, monkeypat
     folder = Path(shutil.copytree(exported, tmp_path / "exported"))
     message = change(folder / "hub")
     with pytest.raises(InputError, match=message) as caught:
-        push_exported(config(evaluated, folder), "tester/dense")
+        push_exported(settings(evaluated, folder), "tester/dense")
     assert "\n" not in str(caught.value) and sent == []
 
 
@@ -204,7 +204,7 @@ def test_a_push_sends_the_files_of_the_export_and_a_card_made_again(evaluated, e
     monkeypatch.setattr("drelu_timm.zoo.hub.push", lambda files, repo: sent.update(files) or "https://commit")
     folder = Path(shutil.copytree(exported, tmp_path / "exported"))
     (folder / "hub" / "README.md").write_text("changed by hand")
-    text = push_exported(config(evaluated, folder), "tester/dense")
+    text = push_exported(settings(evaluated, folder), "tester/dense")
     assert text == "uploaded 4 files to tester/dense in the commit https://commit"
     assert sent == {path.name: path.read_bytes() for path in (folder / "hub").iterdir()}
     assert b'"hf-hub:tester/dense"' in sent["README.md"] and b"changed by hand" not in sent["README.md"]
@@ -228,7 +228,7 @@ def file_size_limit(size: int):
 @pytest.mark.parametrize("size", [1000, 20_000])
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(evaluated, tmp_path, size):
     with file_size_limit(size), pytest.raises(InputError, match=r"^--output-dir .* cannot be writ") as caught:
-        export(config(evaluated, tmp_path / "exported"))
+        export(settings(evaluated, tmp_path / "exported"))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -243,7 +243,7 @@ def test_torch_reports_a_full_disk_as_an_os_error(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line(run, name):
     before = sorted(run.rglob("*"))
     with pytest.raises(InputError, match=r"^--output-dir .* cannot be (used|written to) \(") as caught:
-        export(config(run, run / name))
+        export(settings(run, run / name))
     assert "\n" not in str(caught.value)
     assert sorted(run.rglob("*")) == before
 
@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(run, name):
 def test_an_export_that_was_killed_is_swept_by_the_next(evaluated, tmp_path):
     (tmp_path / ".exported.0123abcd.part" / "hub").mkdir(parents=True)
     (tmp_path / ".other.0123abcd.part").mkdir()
-    export(config(evaluated, tmp_path / "exported"))
+    export(settings(evaluated, tmp_path / "exported"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.0123abcd.part", "exported"]
 
 
@@ -270,14 +270,14 @@ def test_a_second_export_to_the_folder_is_refused_with_the_holder(run, tmp_path)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(InputError, match=rf"^--output-dir .*exported is in use by process {holder.pid} on "):
-            export(config(run, tmp_path / "exported"))
+            export(settings(run, tmp_path / "exported"))
     assert not (tmp_path / "exported").exists()
 
 
 def test_a_link_in_the_place_of_the_folder_is_not_followed(run, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=r"--output-dir .*link exists already"):
-        export(config(run, tmp_path / "link"))
+        export(settings(run, tmp_path / "link"))
 
 
 # Metadata
@@ -303,5 +303,41 @@ def test_a_broken_log_names_line_and_field(run, tmp_path, line, message):
     lines = log.read_text().splitlines()[:4]
     log.write_text("\n".join([*lines, line]), errors="surrogateescape")
     with pytest.raises(InputError, match=message) as caught:
-        export(config(run, tmp_path / "exported"))
+        export(settings(run, tmp_path / "exported"))
+    assert "\n" not in str(caught.value)
+
+
+def edit_train(**changes):
+    return lambda config: config["train"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            edit_train(seed="0; touch /tmp/x"),
+            r"config\.json: train seed is '0; touch /tmp/x'\. It must be an integer",
+        ),
+        (edit_train(seed=None), r"config\.json: train seed is None\. It must be"),
+        (edit_train(eps=0.1), r"config\.json: train eps is 0\.1\. It must be text in quotes"),
+        (edit_train(sede=3), r"config\.json: train 'sede' is unknown; did you mean seed"),
+        (lambda config: config["train"].pop("model"), r"config\.json: train has no model\."),
+        (lambda config: config.pop("train"), r"config\.json has no train\."),
+        (lambda config: config.update(train=[]), r"config\.json: train is \[\]\. It must be a table"),
+        (lambda config: config.update(img_size="8"), r"config\.json: img_size is '8'\. It must be a whole number"),
+        (lambda config: config.update(versions={"a": 1}), r"config\.json: versions\.a is 1\. It must be text"),
+        (
+            lambda config: config.update(launch={"num_processes": "$(id)"}),
+            r"json: launch has no mixed_precision",
+        ),
+        (lambda config: config.update(init_from={"train": {}}), r"config\.json: init_from has no dataset_title"),
+    ],
+)
+def test_a_config_with_other_types_names_the_field(run, tmp_path, change, message):
+    path = run / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message) as caught:
+        export(settings(run, tmp_path / "exported"))
     assert "\n" not in str(caught.value)

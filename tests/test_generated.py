@@ -1,3 +1,4 @@
+import os
 import pickle
 import re
 import shutil
@@ -80,7 +81,7 @@ def test_compressed_file_is_converted_once(tmp_path, capsys):
     assert f"{path} is compressed and needs an uncompressed copy, {copy} of 0.0 GB: writing it once" in (
         capsys.readouterr().err
     )
-    assert sorted(tmp_path.iterdir()) == [path, copy]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".a.stored.npz.verified", path, copy]
     written = copy.stat().st_mtime_ns
     assert_reads(opened(path), pixels(20), SORTED)
     assert copy.stat().st_mtime_ns == written
@@ -114,8 +115,8 @@ def test_conversion_without_space(tmp_path, monkeypatch):
 def test_conversion_that_cannot_be_written(tmp_path, monkeypatch):
     path = write(tmp_path / "a.npz", save=np.savez_compressed)
 
-    def copy_members(_archive, _members, beside):
-        beside.write_text("a part")
+    def copy_members(_archive, _members, temporary):
+        temporary.write_text("a part")
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(generated_module, "_copy_members", copy_members)
@@ -249,6 +250,38 @@ def test_member_cut_short(tmp_path):
         short.writestr("image.npy", whole.read("image.npy")[:-1])
     with pytest.raises(InputError, match=r"image.npy has 1087 bytes, which is not what its header says"):
         opened(tmp_path / "b.npz")
+
+
+def test_a_flipped_bit_in_stored_images_is_found_once_and_noted(tmp_path):
+    path = write(tmp_path / "a.npz")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the images
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match=r"a.npz is not a complete .npz \(Bad CRC-32 for file 'image.npy'\)\. Copy"
+        ):
+            opened(path)
+
+
+def test_a_file_is_verified_again_only_after_a_change(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.npz")
+    opened(path)
+    note = tmp_path / ".a.npz.verified"
+    written = note.stat().st_mtime_ns
+    opened(path)
+    assert note.stat().st_mtime_ns == written
+    os.utime(path, ns=(0, 0))
+    opened(path)
+    assert "changed at 0 ns" in note.read_text()
+
+
+def test_a_folder_that_is_not_writable_is_read(tmp_path, monkeypatch):
+    def write_text(path: Path, text: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(generated_module, "write_text", write_text)
+    assert len(opened(write(tmp_path / "a.npz"))) == 20
 
 
 def test_shortened_while_it_is_read(tmp_path):

@@ -1,4 +1,4 @@
-"""Grids: their product, its names, their short versions, what is refused, and those that come with the package."""
+"""Grids: product, names, short versions, errors, and the grids in the package."""
 
 import re
 from pathlib import Path
@@ -197,7 +197,7 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
         ('source = "a test"', "", r'needs source = "\.\.\.", not empty'),
         ("[[evaluate]]", "[[smoke.evaluate]]", r"needs \[\[evaluate\]\], not empty"),
         ("[0, 1]", "[]", r"\[train\] seed is \[\]\. It must be one value, or a list of values\."),
-        ("[0, 1]", '["a"]', r"\[train\] seed\[0\] is 'a'\. It must be a whole number\."),
+        ("[0, 1]", '["a"]', r"\[train\] seed\[0\] is 'a'\. It must be an integer from 0 to 4294967295\."),
         ("[0, 1]", "[0, 0]", "g has two cells called dense-natural-seed0. Give them other names or values"),
         ("cap_lr = 1", "cap_lr = true", r"\[train\] cap_lr is True\. It must be a number or a list\."),
         ("cap_lr = 1", "eps = 0.1", r"\[train\] eps is 0\.1\. It must be text in quotes or a list\."),
@@ -208,7 +208,7 @@ def test_a_preset_can_be_what_mixes_them_in(grid_of):
         ('init_from = "natural"', 'init_from = "drelu"', 'init_from = "drelu" fits 2 cells'),
         ('name = "at"', 'name = "a/t"', r"\[\[method\]\] needs a name of letters, digits and \. _ \+ -, not 'a/t'"),
         ('model = "dense_drelu"', "", r"cell dense-natural-seed0: it has no model. Set it in \[train\] or \[\[net\]\]"),
-        ("cap_lr = 1", "cap_lr = -1", "g, cell dense-natural-seed0: --cap-lr -1.0 must be a number above 0"),
+        ("cap_lr = 1", "cap_lr = -1", r"\[train\] cap_lr is -1\. It must be a number above 0\."),
         ('suite = "quick"', 'suite = "quik"', "g, cell dense-natural-seed0: --suite 'quik' is unknown; did you mean"),
         ('"0,0.05,0.1"', '"0,x"', "g, cell dense-natural-seed0: .*'x'"),
         ('"0,0.05,0.1"', '"0.1,0.10"', "--eps 0.1,0.10 names 0.10 twice. Name each radius once"),

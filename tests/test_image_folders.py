@@ -1,8 +1,9 @@
-"""Folders and tars of images: which files are read, how they are labelled, and what is said of the rest."""
+"""Folders and tars of images: which files are read, their labels, and what is printed about the others."""
 
 import tarfile
 import zipfile
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -58,6 +59,33 @@ def test_only_a_folder_named_as_the_split_is_not_a_class(tmp_path):
     with pytest.raises(InputError, match=r"train has one class \(animals\). Give one folder for each of at least 2"):
         read(tmp_path)
     assert not holds("folder", tmp_path)
+
+
+def test_a_test_set_without_labels_names_val(tmp_path):
+    write_splits(tmp_path, FLAT)
+    write(tmp_path / "test", {"1.png": 10})
+    with pytest.raises(
+        InputError, match=r"Put one folder per class there\. To use .*/val as the test set, rename test\."
+    ):
+        read(tmp_path, "test")
+
+
+@pytest.mark.parametrize("name", ["train.tar.gz", "train.tgz", "train.zip"])
+def test_a_compressed_archive_is_named(tmp_path, name):
+    write_splits(tmp_path, FLAT)
+    (tmp_path / "train").rename(tmp_path / name)
+    with pytest.raises(InputError, match=rf"has no train, but {name}\. Unpack it: only \.tar files that are not comp"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_class_name_is_the_same_however_its_accents_are_stored(tmp_path, packed):
+    names = [normalize(form, "é") for form in ("NFC", "NFD")]
+    for split, name in zip(("train", "val"), names, strict=True):
+        write(tmp_path / split, {f"{name}/1.png": 10, "dog/1.png": 20})
+    if packed:
+        pack(tmp_path, ".")
+    assert read(tmp_path).classes == read(tmp_path, "test").classes == ("dog", names[0])
 
 
 def test_classes_are_numbered_in_natural_order(tmp_path):

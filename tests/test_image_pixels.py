@@ -56,7 +56,7 @@ def test_a_tiff_of_12_bits_is_scaled_by_its_own_maximum(tmp_path):
 
 
 def test_a_tiff_in_which_white_is_0_is_refused(tmp_path):
-    """Pillow inverts such images of 8 bits, and leaves those of 16 as they are."""
+    """Pillow inverts such images of 8 bits, but not of 16."""
     content = encoded(Image.fromarray(RAMP.astype(np.uint16) * 257), "TIFF", tiffinfo={262: 0})
     with pytest.raises(InputError, match="has pixels of Pillow's mode 'I;16' in a file of format TIFF"):
         decoded(tmp_path, content, "tif")

@@ -20,9 +20,10 @@ from drelu_timm.evaluation.masking import (
     PGDFromImage,
     farthest,
     probes,
+    probing_order,
     signals,
-    verdict,
 )
+from drelu_timm.evaluation.verdicts import verdict
 from drelu_timm.models.drelu import DReLU
 
 THREAT_MODEL = ThreatModel.parse("Linf", 0.1)
@@ -89,8 +90,10 @@ def test_the_probes_cost_what_their_documentation_states(monkeypatch):
     monkeypatch.setitem(SUITES, "none", {"noise": {"noise": ATTACKS["noise"]}})
     model = Frugal()
     evaluate_model(model, torch.rand(1, 1, 2, 2), torch.zeros(1, dtype=torch.long), eps=0.1, suite="none")
-    assert model.gradients <= 255 + 2 + 1  # two signals, and one check whether there is a gradient
-    assert model.images - model.gradients <= 570  # Square's queries, and judging the images found
+    # Two signals, the comparison with differences, a check whether there is a gradient, and the layer that has none.
+    assert model.gradients <= 255 + 2 + 1 + 1 + 1
+    # Square, the estimated gradients, the differences, and judging the images found.
+    assert model.images - model.gradients <= 500 + 1225 + 48 + 130
 
 
 # The verdict of given flags
@@ -100,21 +103,46 @@ def flags(count, total):
     return torch.arange(total) < count
 
 
-def decided(*, total=200, pgd=0, rescaled=0, margin=0, other=0, far=None, unsteady=0, classes=10, by="square", suite=0):
-    """The verdict if each attack fools the model on so many examples, ``other`` on some that white-box PGD left."""
+def decided(
+    *,
+    total=200,
+    pgd=0,
+    rescaled=0,
+    restarts=0,
+    margin=0,
+    other=0,
+    far=None,
+    unsteady=0,
+    misleading=0,
+    not_finite=0,
+    labels=None,
+    by="square",
+    suite=0,
+    looked=True,
+):
+    """The verdict if each attack fools the model on so many examples, ``other`` on some that white-box PGD left.
+
+    ``looked``: whether the probe for suspicious models ran.
+    """
+    labels = torch.arange(total) % 10 if labels is None else labels
     names = {"pgd": pgd, "rescaled": rescaled, "margin": margin, "far": total if far is None else far}
     broken = {name: flags(count, total) for name, count in names.items()}
-    broken |= {name: flags(0, total) for name in ("noise", "restarts", "averaged", "square")}
+    broken |= {name: flags(0, total) for name in ("noise", "averaged", "square", *(["estimated"] if looked else []))}
     white_box = broken["pgd"] | broken["rescaled"] | broken["margin"]
+    broken["restarts"] = flags(int(white_box.sum()) + restarts, total) & ~white_box
+    white_box = white_box | broken["restarts"]
     broken[by] = flags(int(white_box.sum()) + other, total) & ~white_box
     own = {"zero_gradient_ce": 0, "zero_gradient_margin": 0, "unsteady": unsteady, "changed": 0}
     own = {name: flags(count, total) for name, count in own.items()}
-    return verdict(torch.arange(total) % classes, own, broken, flags(white_box.sum() + suite, total) & ~white_box)
+    gradients = {"misleading": flags(misleading, 60), "not_finite": flags(not_finite, 60)}
+    return verdict(labels, own, gradients, broken, flags(white_box.sum() + suite, total) & ~white_box)
 
 
 @pytest.mark.parametrize(
     ("other", "total", "expected"),
     [
+        (0, 99, "undecided"),  # fewer than 100
+        (0, 100, "sound"),
         (0, 200, "sound"),
         (6, 200, "sound"),  # 3 %: a difference of attacks on honest models
         (20, 200, "masked"),
@@ -147,20 +175,50 @@ def test_a_saturated_softmax_is_masked_though_the_margin_fools_it():
     assert decided(pgd=100, rescaled=8).verdict == "sound"  # long-trained ReLU models
 
 
+def shares(count):
+    """Labels of 200 examples, so many of the first of 20 classes, the rest of the others."""
+    return torch.cat([torch.zeros(count, dtype=torch.long), torch.arange(200 - count) % 19 + 1])
+
+
 @pytest.mark.parametrize(
-    ("left", "classes", "expected"),
+    ("left", "chance", "expected"),
     [
-        (20, 10, "sound"),  # chance
-        (60, 10, "sound"),  # adversarially trained with caps
-        (90, 10, "undecided"),
-        (140, 10, "masked"),
-        (140, 2, "sound"),  # half of them may be correct
-        (200, 2, "masked"),
-        (200, 1, "sound"),  # all may
+        (20, 0.1, "sound"),  # chance
+        (60, 0.1, "sound"),  # adversarially trained with caps
+        (80, 0.1, "undecided"),  # at the limit, chance + (1 - chance) / 3 = 0.4
+        (140, 0.1, "masked"),
+        (110, 0.5, "sound"),  # half of them may be correct
+        (170, 0.5, "masked"),
+        (200, 0.5, "masked"),
+        (200, 0.69, "masked"),  # chance + 1/3 would be above 1
+        (200, 0.75, "sound"),  # cannot be told
+        (200, 1.0, "sound"),  # all may be correct
     ],
 )
-def test_only_chance_stays_correct_at_an_eps_that_reaches_the_gray_image(left, classes, expected):
-    assert decided(far=200 - left, classes=classes).verdict == expected
+def test_at_an_eps_that_reaches_the_gray_image_only_chance_stays_correct(left, chance, expected):
+    assert decided(far=200 - left, labels=shares(round(200 * chance))).verdict == expected
+
+
+def test_several_gaps_below_their_limits_count_together():
+    assert decided(pgd=50, rescaled=8).verdict == "sound"
+    several = decided(pgd=50, rescaled=10, restarts=10, other=10)
+    assert all(several.numbers[f"{gap}_low"] < 0.05 for gap in ("broken_by_rescaled", "broken_by_restarts", "hidden"))
+    assert (several.verdict, several.numbers["any_gap"]) == ("masked", 0.15)
+
+
+@pytest.mark.parametrize("reason", [{"misleading": 10}, {"not_finite": 10}, {"other": 5}, {"margin": 30}])
+def test_a_suspicious_model_is_sound_only_after_the_stronger_probe(reason):
+    assert decided(**reason, looked=False).verdict == "undecided"
+    assert decided(**reason).verdict == "sound", "a wrong gradient alone is not masking"
+
+
+def test_probed_examples_have_the_classes_shares_whatever_the_order_of_the_images():
+    labels = torch.cat([torch.zeros(600), torch.ones(300), torch.full((100,), 2.0)]).long()
+    correct = torch.arange(1000) % 10 != 0
+    order = probing_order(labels, correct, seed=0)
+    assert sorted(order.tolist()) == correct.nonzero().squeeze(1).tolist()
+    assert labels[order[:100]].bincount().tolist() == pytest.approx([60, 30, 10], abs=1)
+    assert not torch.equal(order, probing_order(labels, correct, seed=1))
 
 
 def test_a_model_that_changes_its_answers_is_never_sound():
@@ -325,5 +383,9 @@ def test_averaged_gradients_cross_a_flat_region():
 
 def test_the_adaptive_probe_is_only_for_models_with_layers_to_substitute():
     names = [probe.name for probe in probes(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), THREAT_MODEL, 4)]
-    assert names == ["pgd", "rescaled", "margin", "restarts", "far", "noise", "averaged", "square"]
-    assert [probe.name for probe in probes(nn.Sequential(DReLU(4)), THREAT_MODEL, 4)] == [*names, "annealing"]
+    assert names == ["pgd", "rescaled", "margin", "restarts", "far", "noise", "averaged", "square", "estimated"]
+    assert [probe.name for probe in probes(nn.Sequential(DReLU(4)), THREAT_MODEL, 4)] == [
+        *names[:-1],
+        "annealing",
+        "estimated",
+    ]

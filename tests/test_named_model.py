@@ -62,7 +62,8 @@ def zoo(robustbench, monkeypatch, tmp_path):
 
 
 def test_a_run_comes_first(folder):
-    train = {"model": "dense_drelu", "dataset": "digits", "data_dir": None, "norm": "L2", "eps": "0.5"}
+    train = {"model": "dense_drelu", "dataset": "digits", "data_dir": "data", "norm": "L2", "eps": "0.5"}
+    train |= {"seed": 0, "objective": "natural", "monitor": "loss"}
     write_json(folder.parent / "config.json", {"train": train, "in_chans": 1, "img_size": 8})
     (folder.parent).rename("resnet18")
     found = find_model("RUN", "resnet18")

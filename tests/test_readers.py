@@ -58,7 +58,7 @@ def write_folder(folder: Path, classes, n: int, **options) -> Path:
 
 
 def pack(folder: Path) -> Path:
-    """Move a folder into a tar beside it."""
+    """Move a folder into a tar next to it."""
     with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
         tar.add(folder, ".")
     for file in folder.rglob("*.*"):
@@ -287,7 +287,7 @@ def test_no_files_and_no_network(tmp_path, offline, dataset, files):
 
 @pytest.fixture
 def downloads(monkeypatch) -> list[str]:
-    """torchvision with a slow download of MNIST; when it began and ended."""
+    """Give torchvision a slow download of MNIST that notes its start and end."""
     import torchvision.datasets
 
     did: list[str] = []
@@ -477,8 +477,8 @@ def test_broken_files_are_not_held(tmp_path, offline):
 
 def test_tiny_imagenet_is_held_by_its_zip_and_folder(tmp_path):
     write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet_files())
-    (tmp_path / "beside" / "tiny-imagenet-200").mkdir(parents=True)
-    assert held_by(tmp_path) == held_by(tmp_path / "beside") == {"tiny_imagenet"}
+    (tmp_path / "other" / "tiny-imagenet-200").mkdir(parents=True)
+    assert held_by(tmp_path) == held_by(tmp_path / "other") == {"tiny_imagenet"}
     write_zip(tmp_path / "tiny-imagenet-200-part.zip", tiny_imagenet_files())
     assert held_by(tmp_path) == set()
 

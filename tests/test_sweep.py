@@ -39,7 +39,7 @@ from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig
 
 GRID = """
-title = "three small nets"
+title = "three small models"
 source = "a test"
 [train]
 dataset = "digits"
@@ -98,7 +98,11 @@ def stamp(path: Path, name: str, until: str = "") -> str:
 
 def test_a_cell_waits_for_the_one_that_it_begins_with(tmp_path):
     notes = tmp_path / "notes"
-    programs = {"b": stamp(notes, "b"), "a": stamp(notes, "a", "c begins"), "c": stamp(notes, "c")}  # a beside c
+    programs = {
+        "b": stamp(notes, "b"),
+        "a": stamp(notes, "a", "c begins"),
+        "c": stamp(notes, "c"),
+    }  # a at the same time as c
     assert not run(stubs(tmp_path / "x", programs, {"b": "a"}), jobs=2)
     order = notes.read_text().splitlines()
     assert order.index("a ends") < order.index("b begins")
@@ -150,19 +154,19 @@ def test_every_job_has_gpus_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize("how", ["sigterm", "interrupt"])
 def test_what_stops_a_sweep_reaches_its_cells(tmp_path, monkeypatch, how):
-    saved, began = tmp_path / "saved", tmp_path / "began"
+    saved, started = tmp_path / "saved", tmp_path / "started"
     program = (
         f"import pathlib, signal, sys, time\n"
         f"def save(*_):\n    pathlib.Path({str(saved)!r}).touch(); sys.exit(75)\n"
-        f"signal.signal(signal.SIGTERM, save)\npathlib.Path({str(began)!r}).touch()\ntime.sleep(60)"
+        f"signal.signal(signal.SIGTERM, save)\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)"
     )
     sleep = time.sleep
 
     def stop_when_begun(seconds: float) -> None:
         sleep(seconds)
-        if began.exists() and how == "sigterm":
+        if started.exists() and how == "sigterm":
             os.kill(os.getpid(), signal.SIGTERM)
-        elif began.exists():
+        elif started.exists():
             raise KeyboardInterrupt
 
     monkeypatch.setattr("drelu_timm.sweeps.scheduler.time.sleep", stop_when_begun)
@@ -202,12 +206,12 @@ def test_a_preempted_job_saves_before_it_is_put_back(tmp_path):
 
 def test_a_terminal_s_ctrl_c_does_not_reach_a_training(tmp_path):
     CellJob([["python", "-c", "import os; print('group', os.getpgrp() - os.getpid())"]], tmp_path / "log")()
-    assert "group 0" in (tmp_path / "log").read_text()  # its own, so that it hears of it by `stop` alone
+    assert "group 0" in (tmp_path / "log").read_text()  # its own, so that only `stop` ends it
 
 
-def test_every_cell_is_told_to_stop():
-    class Told(CellJob):
-        """Ends as soon as it is told to, so that it is taken out of what runs while the others are told."""
+def test_every_cell_is_stopped():
+    class Stopping(CellJob):
+        """Ends as soon as it is stopped, while the others are still being stopped."""
 
         def __call__(self, environment: Mapping[str, str] | None = None) -> str:
             while not self._stopped:
@@ -218,13 +222,13 @@ def test_every_cell_is_told_to_stop():
             self._stopped = True
             time.sleep(0.05)
 
-    executor, told = LocalExecutor(8, 1), [Told([], Path(str(number))) for number in range(8)]
-    pending = [executor.submit("x", job) for job in told]
+    executor, jobs = LocalExecutor(8, 1), [Stopping([], Path(str(number))) for number in range(8)]
+    pending = [executor.submit("x", job) for job in jobs]
     threading.Thread(target=executor.stop, daemon=True).start()
     try:
         assert [job.result(60) for job in pending] == [""] * 8
     finally:
-        for job in told:
+        for job in jobs:
             job.stop()
 
 
@@ -301,7 +305,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, grid, capsys, mo
     monkeypatch.chdir(tmp_path)
     assert main(read("sweep", [str(grid), "--dry-run", "--jobs", "2"])) == 0
     text = capsys.readouterr().out
-    assert "g: three small nets\na test\n" in text
+    assert "g: three small models\na test\n" in text
     assert re.search(r"^drelu: [\d,]+ forward passes to train, [\d,]+ to evaluate$", text, re.MULTILINE)
     assert "    python -m drelu_timm evaluate runs/g/drelu --n-examples 20" in text
     assert re.search(
@@ -572,7 +576,7 @@ def swept(grid: Path, output_dir: Path, *flags: str) -> subprocess.Popen:
 
 
 def result(run: Path) -> tuple[dict, str]:
-    """What an evaluation says, and its rows, but for times, and what names the folder."""
+    """Return the result and rows of an evaluation, without times and without the name of the folder."""
     (path,) = run.glob("results/*.json")
     content = json.loads(path.read_text())
     named = ("seconds", "attack_seconds", "command", "git_revision", "run", "adversarial_sha256")

@@ -66,6 +66,7 @@ def test_another_norm_than_the_files_needs_its_own_eps(read):
         ("", r"r\.toml needs a table \[train\], or several \[\[train\]\]"),
         ("train = []", r"r\.toml needs a table \[train\]"),
         ("train = [1]", r"r\.toml: \[\[train\]\] 1: is 1\. It must be a table of names and values\."),
+        ("epochs = 5\n[train]\n", r"r\.toml: epochs is outside of a table\. Put it below a line \[train\]\."),
         ("[trian]\n", r"r\.toml: 'trian' is unknown; did you mean train\?"),
         ("[train]\nepoch = 1", r"r\.toml: \[train\] 'epoch' is unknown; did you mean epochs\?"),
         ("[train]\nepochs = 1.5", r"r\.toml: \[train\] epochs is 1\.5\. It must be a whole number above 0\."),
@@ -124,11 +125,10 @@ def test_numbers_too_large_for_a_float_are_refused_in_one_line(read):
         resolve(*read(f"[train]\n{DIGITS}lr = 1{'0' * 400}"))
 
 
-def test_a_value_that_is_missing_is_reported_with_the_help_of_train(capsys):
+def test_a_value_that_is_missing_is_one_line():
     for name in ("--config", "--preset", "--eps"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(InputError, match=f"^Missing value for argument '{name}'. .*--help shows all options.$"):
             read_trainings(["--model", "dense_drelu", "--dataset", "digits", name])
-        assert name in capsys.readouterr().err
 
 
 def test_a_config_json_repeats_its_run(tmp_path):

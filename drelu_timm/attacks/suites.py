@@ -4,6 +4,7 @@ from ..errors import unknown
 from .adaptive import BPDA, Annealing, BPDAWithAPGD, Restarts, Surrogate, TargetedAnnealing, Transfer
 from .apgd import APGD, TargetedAPGD
 from .attack import Attack
+from .estimated import EstimatedPGD
 from .minimum_norm import CarliniWagner, TargetedFAB
 from .pgd import FGSM, PGD, SignNoise
 from .square import Square
@@ -19,6 +20,7 @@ ATTACKS: dict[str, Attack] = {
     "fab-t": TargetedFAB(),
     "cw-l2": CarliniWagner(),
     "square": Square(),
+    "estimated": EstimatedPGD(n_queries=4850, samples=48),
     "noise": SignNoise(),
     "restarts": Restarts(),
     "bpda": BPDA(),
@@ -45,7 +47,7 @@ _SHORT_APGD: dict[str, Attack] = {"apgd-ce": APGD(n_iter=20), "apgd-t": Targeted
 # Run on every model with layers that they know, so that a white-box accuracy is never reported alone.
 _ADAPTIVE = _single("bpda", "bpda-soft", "twin")
 _ALL_ADAPTIVE = _single("restarts", "noise") | _ADAPTIVE
-_ALL_ADAPTIVE |= _single("bpda-straight-through", "bpda-apgd", "annealing", "annealing-t")
+_ALL_ADAPTIVE |= _single("bpda-straight-through", "bpda-apgd", "annealing", "annealing-t", "estimated")
 
 # The probes for masking (`evaluation.masking`) run in addition, and the examples on which they fool the model count.
 SUITES: dict[str, Suite] = {

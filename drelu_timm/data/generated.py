@@ -9,6 +9,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError, one_line
-from ..files import atomic_file
+from ..files import atomic_file, write_text
 from ..randomness import permutation
 
 _MEMBERS = _IMAGES, _LABELS = "image.npy", "label.npy"
@@ -67,8 +68,8 @@ class GeneratedImages:
     def open(cls, paths: Sequence[Path], *, img_size: int, in_chans: int, num_classes: int) -> "GeneratedImages":
         """Open .npz files with ``image``, uint8 [N, H, W, C], and ``label``, integers [N].
 
-        A compressed file is copied once, uncompressed, into its folder. If several processes open the same files, one
-        of them should do so first.
+        A file is compared with its checksums once, and a compressed one copied once, uncompressed, into its folder.
+        If several processes open the same files, one of them should do so first.
 
         Args:
             paths: One or more files.
@@ -206,10 +207,10 @@ def _open_npz(path: Path, image_shape: tuple[int, int, int], num_classes: int) -
         with zipfile.ZipFile(path) as archive:
             _check_headers(path, archive, image_shape)
             labels = _labels(path, archive, num_classes)
-            if archive.getinfo(_IMAGES).compress_type == zipfile.ZIP_STORED:
-                return _stored_images(archive), labels
-            copy = _stored_copy(archive, path)
-        with zipfile.ZipFile(copy) as archive:
+            stored = archive.getinfo(_IMAGES).compress_type == zipfile.ZIP_STORED
+            mapped = path if stored else _stored_copy(archive, path)
+        with zipfile.ZipFile(mapped) as archive:
+            _verify(archive, mapped)
             return _stored_images(archive), labels
     except InputError:
         raise
@@ -286,6 +287,30 @@ def _labels(path: Path, archive: zipfile.ZipFile, num_classes: int) -> np.ndarra
             f"{num_classes - 1}: give images of the classes of --dataset."
         )
     return labels.astype(np.min_scalar_type(num_classes - 1))
+
+
+def _verify(archive: zipfile.ZipFile, path: Path) -> None:
+    """Compare the content of a file with its checksums, once: a hidden file next to it notes that this was done.
+
+    Mapped pages are not checked when they are read, so a damaged file would be trained on.
+
+    Raises:
+        zipfile.BadZipFile: They differ.
+    """
+    note, stat = path.with_name(f".{path.name}.verified"), path.stat()
+    state = f"{stat.st_size} bytes, changed at {stat.st_mtime_ns} ns\n"
+    with suppress(OSError, ValueError):
+        if note.read_text(encoding="utf-8") == state:
+            return
+    members = [archive.getinfo(name) for name in _MEMBERS]
+    total = sum(member.file_size for member in members)
+    with tqdm(total=total, desc=f"verify {path.name}", unit="B", unit_scale=True, delay=2) as progress:
+        for member in members:
+            with archive.open(member) as file:
+                while block := file.read(_CHUNK):
+                    progress.update(len(block))
+    with suppress(OSError):  # a folder that is not writable: then it is verified every time
+        write_text(note, state)
 
 
 def _stored_images(archive: zipfile.ZipFile) -> StoredImages:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import psutil
@@ -254,7 +255,7 @@ def images_by_class(tree: Tree) -> ImageFiles:
     ignored: Counter[str] = Counter()
     names = []
     for name in tree.names:
-        top, slash, _ = name.partition("/")
+        top, slash, _ = normalize("NFC", name).partition("/")  # macOS stores "é" as two characters
         why = why_ignored(name)
         if slash and why != "hidden":
             found.setdefault(top, 0)
@@ -277,7 +278,9 @@ def images_by_class(tree: Tree) -> ImageFiles:
         )
     classes = tuple(sorted(found, key=natural))
     label_of = {name: label for label, name in enumerate(classes)}
-    return ImageFiles(tree, names, [label_of[name.partition("/")[0]] for name in names], classes, ignored)
+    return ImageFiles(
+        tree, names, [label_of[normalize("NFC", name).partition("/")[0]] for name in names], classes, ignored
+    )
 
 
 def decode(open_image: Callable[[int], Image.Image], places: np.ndarray, size: Size, *, threads: int = 1) -> Tensor:

@@ -211,13 +211,26 @@ def _open_split(data_dir: Path, split: str) -> Iterator[ImageFiles]:
     """Open the image files of a split, in timm's natural order of their paths."""
     path = _split_path(data_dir, split)
     if path is None:
-        raise InputError(
-            f"--data-dir {data_dir} has no {' or '.join(_SPLITS[split])}. It must contain train (or train.tar) and "
-            "test or val (or test.tar or val.tar), each with one folder of images per class."
-        )
+        raise InputError(f"--data-dir {data_dir} has no {' or '.join(_SPLITS[split])}{_compressed(data_dir, split)}.")
     with open_tree(path) as tree:
         tree = below(tree, _wrapping_folder(tree, split))
-        yield images_by_class(tree._replace(names=sorted(tree.names, key=natural)))
+        try:
+            files = images_by_class(tree._replace(names=sorted(tree.names, key=natural)))
+        except InputError as error:  # such as a test set whose labels were not published
+            val = next((data_dir / name for name in ("val", "val.tar") if (data_dir / name).exists()), None)
+            if split == "train" or val is None or path.stem == "val":
+                raise
+            raise InputError(f"{error} To use {val} as the test set, rename {path.name}.") from error
+        yield files
+
+
+def _compressed(data_dir: Path, split: str) -> str:
+    """Return the rest of the error for a split that is missing."""
+    names = {f"{name}.{suffix}" for name in _SPLITS[split] for suffix in ("tar.gz", "tgz", "tar.bz2", "tar.xz", "zip")}
+    if found := sorted(path.name for path in data_dir.glob("*") if path.name in names):
+        return f", but {found[0]}. Unpack it: only .tar files that are not compressed are read in place"
+    layout = "It must contain train (or train.tar) and test or val (or test.tar or val.tar)"
+    return f". {layout}, each with one folder of images per class"
 
 
 def _wrapping_folder(tree: Tree, split: str) -> str:

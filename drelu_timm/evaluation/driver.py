@@ -16,6 +16,8 @@ from ..data.images import as_float
 from ..models.inference import device_of
 from .checkpoint import Checkpoint, Measurement, Processes
 
+DRAWS = 11  # judgments of an image where a model's output is not a function of the image; odd, so that most decide
+_AVERAGED = 4  # draws per pass of attacks that do not have to follow the model's own gradient
 Columns = dict[str, Tensor]  # one value per example, [B], by field
 
 
@@ -26,11 +28,12 @@ class Attacked(nn.Module):
         model: Takes images [B, C, H, W] and returns logits [B, K]. Where it computes them without a gradient, the
             gradient is 0. A user's model is wrapped in a `UserModel`.
         dtype: Computed in by autocast.
+        draws: Calls of the model whose logits are averaged.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, draws: int = 1):
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.draws = model, dtype, draws
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,7 +42,7 @@ class Attacked(nn.Module):
         if differentiated:
             images = _FiniteGradient.apply(images)
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(images)
+            logits = torch.stack([self.model(images) for _ in range(self.draws)]).mean(dim=0)
         if differentiated and not logits.requires_grad:
             logits = logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
         return logits.float()
@@ -100,6 +103,8 @@ class Driver:
         batch_size: Images per pass, at most.
         search_dtype: Used by attacks; the images that they find are judged in float32.
         checkpoint: Measurements so far.
+        draws: Judgments of every image, the majority of which counts. Each sees the images in another order, and two of
+            three in a half or a third of the batch.
         processes: The processes that share the work.
     """
 
@@ -112,6 +117,7 @@ class Driver:
     checkpoint: Checkpoint
     search_dtype: torch.dtype = torch.float32
     processes: Processes = field(default_factory=Processes)
+    draws: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +201,7 @@ class Driver:
         for part in torch.arange(len(examples)).split(self.batch_size):
             batch, adversarial = self._load("", examples[part]), images[part].to(self.device)
             inside = self.threat_models[0].contains(adversarial, batch.images)
-            count += int((~inside | (self._margin(adversarial, batch.labels) > 0)).sum())
+            count += int((~inside | (self.margin(adversarial, batch.labels) > 0)).sum())
         return count
 
     def _split(self, examples: Tensor) -> list[Tensor]:
@@ -230,14 +236,15 @@ class Driver:
 
     def _search(self, attack: Attack, batch: Batch, threat_model: ThreatModel) -> tuple[Tensor, Tensor, Tensor]:
         """Return images in the epsilon ball, the steps [B] they took, and their float32 margins [B]."""
-        seen = Attacked(self.model, self.search_dtype)
+        averaged = _AVERAGED if self.draws > 1 and attack.kind != "white-box" else 1
+        seen = Attacked(self.model, self.search_dtype, averaged)
         search = attack
         if isinstance(attack, Transfer) and attack.source is not None:
             search = replace(attack, source=Attacked(attack.source, self.search_dtype))
         found = search.run(seen, batch, threat_model)
         images = _admitted(found.images.detach(), batch.images, threat_model)
         steps = _steps(found, batch)
-        margins = self._margin(images, batch.labels)
+        margins = self.margin(images, batch.labels)
         if self.search_dtype != torch.float32:
             with torch.no_grad():
                 seemed = seen(images).argmax(dim=1) != batch.labels
@@ -252,7 +259,7 @@ class Driver:
         """Search once, without eps, and determine which threat models contain the images found; return them too."""
         found = attack.run(Attacked(self.model), batch, self.threat_models[-1])
         images = _finite(found.images.detach(), batch.images)
-        margins = self._margin(images, batch.labels)
+        margins = self.margin(images, batch.labels)
         broken_at = torch.full_like(batch.labels, len(self.threat_models))
         for position, threat_model in reversed(list(enumerate(self.threat_models))):
             inside = (margins <= 0) & threat_model.contains(images, batch.images)
@@ -261,8 +268,16 @@ class Driver:
         return {"broken_at": broken_at, "steps": _steps(found, batch), "margin": margins, "l2": l2}, images
 
     @torch.no_grad()
-    def _margin(self, images: Tensor, labels: Tensor) -> Tensor:
-        return label_margin(self.model(images), labels)
+    def margin(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return `label_margin` [B] of images [B, C, H, W], the median of the draws."""
+        if self.draws == 1:
+            return label_margin(self.model(images), labels)
+        margins = []
+        for draw in range(self.draws):
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(draw)).to(images.device)
+            logits = torch.cat([self.model(images[part]) for part in order.chunk(1 + draw % 3)])
+            margins.append(label_margin(logits, labels[order])[order.argsort()])
+        return torch.stack(margins).median(dim=0).values
 
 
 def example_seed(seed: int, stage: str, example: int) -> int:

@@ -6,7 +6,7 @@ not; or if the latter do not fool it even at an eps at which no model can be rob
 this, are the same for every suite and model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import ClassVar
@@ -16,13 +16,18 @@ from torch import Tensor, nn
 
 from ..attacks.adaptive import Annealing, Restarts, substitutable_layers
 from ..attacks.attack import LOSSES, Attack, Batch, Candidates, Kind, cross_entropy, margin
+from ..attacks.estimated import EstimatedPGD
 from ..attacks.pgd import PGD, SignNoise, drawn
 from ..attacks.square import Square
 from ..attacks.threat_model import ThreatModel, per_image
-from ..results.result import GAPS, Verdict, conclusion, share_interval
 
 SIGNALS = ("zero_gradient_ce", "zero_gradient_margin", "unsteady", "changed")  # the flags of `signals`
-PROBED = 200  # the first correctly classified examples; 0 of them bound a share by 2 %
+PROBED = 200  # correctly classified examples; 0 of them bound a share by 2 %
+MOST_PROBED = 800  # where fewer do not decide
+
+_SUSPICIOUS = 0.1  # share of examples with a useless gradient above which `STRONGER` is needed
+_SUSPICIOUS_GAP = 0.02  # share that attacks without the gradient find in addition
+_SUSPICIOUS_MARGIN = 0.05  # share that PGD on the margin finds in addition to PGD on the cross-entropy
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Pro
     """Return the probes for a model in their order; each one gets the examples that the earlier ones left.
 
     White-box attacks come first. They cost at most 255 gradients (230 without the adaptive attack) and 500 queries per
-    example, nearly all of them on examples that stay correct.
+    example, nearly all of them on examples that stay correct. `STRONGER`, the last one, costs 1,225 queries more and is
+    only for models that `is_suspicious`.
 
     Args:
         model: The adaptive attack is only for models with layers that it can substitute.
@@ -48,7 +54,7 @@ def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Pro
     skipped = () if substitutable_layers(model) else (_ADAPTIVE,)
     far = farthest(threat_model, pixels)
     return [
-        Probe(name, attack, far if name == _FAR else threat_model)
+        Probe(name, attack, far if name == FAR else threat_model)
         for name, attack in PROBES.items()
         if name not in skipped
     ]
@@ -149,95 +155,66 @@ class AveragedPGD(Attack):
         return Candidates(found)
 
 
-_FAR, _ADAPTIVE = "far", "annealing"
+FAR, STRONGER, _ADAPTIVE = "far", "estimated", "annealing"
 PROBES: dict[str, Attack] = {
     "pgd": PGD(steps=50),
     # The same loss on logits with a range below 20: examples that it adds were hidden by a saturated softmax.
     "rescaled": PGD("scaled-ce", steps=20, relative_step_size=0.25),
     "margin": PGD("margin", steps=50),
     "restarts": Restarts("scaled-ce", restarts=5, steps=10, relative_step_size=0.25),
-    _FAR: PGDFromImage("scaled-ce", steps=20, relative_step_size=0.5),
+    FAR: PGDFromImage("scaled-ce", steps=20, relative_step_size=0.5),
     "noise": SignNoise(),
     "averaged": AveragedPGD(),
     "square": Square(n_queries=500),
     _ADAPTIVE: Annealing(rounds=5, steps=5, relative_step_size=0.2),
+    STRONGER: EstimatedPGD(),
 }
-_WHITE_BOX = [name for name, attack in PROBES.items() if attack.kind == "white-box" and name != _FAR]
-
-_SENTENCES = {  # by probe, on examples that the earlier ones left
-    "rescaled": "PGD on rescaled logits, which saturate no softmax, fools the model on {} that PGD left.",
-    "margin": "PGD on the margin adds {}.",
-    "restarts": "More restarts of fewer steps add {}.",
-    "noise": "Random sign noise adds {}.",
-    "averaged": "Gradients averaged over noise add {}.",
-    "square": "Square, which uses no gradient, adds {}.",
-    "annealing": "Caps that sharpen during the attack add {}.",
-}
+WHITE_BOX = [name for name, attack in PROBES.items() if attack.kind == "white-box" and name != FAR]
 
 
-def verdict(labels: Tensor, flags: Mapping[str, Tensor], broken: Mapping[str, Tensor], hidden: Tensor) -> Verdict:
-    """Return the verdict of the signals, the probes and the attacks of a suite.
+def is_suspicious(flags: Mapping[str, Tensor], gradients: Mapping[str, Tensor], broken: Mapping[str, Tensor]) -> bool:
+    """Return whether white-box attacks and a short Square can both have missed much, so that `STRONGER` has to look.
 
     Args:
-        labels: [n], of the examples that were probed.
         flags: Those of `signals`, [n] each.
-        broken: By probe, [n]: the examples on which it fooled the model; False for examples that it did not get.
-        hidden: [n], the examples that the suite's white-box attacks left and another of its attacks did not.
+        gradients: Those of `fidelity.gradient_flags`, on a part of the examples.
+        broken: By probe, [n]: the examples on which it fooled the model.
     """
-    if not len(labels):
-        nothing = "No example is classified correctly, so there is nothing to attack."
-        return Verdict("undecided", (nothing,), {"examples": 0})
-    white_box = _any(broken, _WHITE_BOX)
-    others = hidden | _any(broken, broken.keys() - {*_WHITE_BOX, _FAR})
-    shares = {
-        **flags,
-        **{f"broken_by_{name}": flag for name, flag in broken.items()},
-        "withstand_pgd": ~broken["pgd"],
-        "withstand_white_box": ~white_box,
-        "withstand_all": ~white_box & ~others,
-        "hidden": ~white_box & others,
-        "stuck": ~white_box & ~broken[_FAR],
-    }
-    numbers = {"examples": len(labels), "chance": int(labels.bincount().max()) / len(labels)}
-    numbers |= {name: float(flag.double().mean()) for name, flag in shares.items()}
-    for name in (*GAPS, "stuck"):
-        numbers[f"{name}_low"], numbers[f"{name}_high"] = share_interval(int(shares[name].sum()), len(labels))
-    return Verdict(conclusion(numbers), tuple(_evidence(numbers)), numbers)
-
-
-def _any(broken: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
-    return torch.stack([broken[name] for name in names]).any(dim=0)
-
-
-def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
-    """Yield a sentence per signal; those that decide come first."""
-
-    def percent(name: str) -> str:
-        return f"{100 * numbers[name]:.1f} %"
-
-    def with_interval(name: str) -> str:
-        return f"{percent(name)} (95 % interval {100 * numbers[f'{name}_low']:.1f} to {percent(f'{name}_high')})"
-
-    yield (
-        f"Of {numbers['examples']} correctly classified examples, {percent('withstand_pgd')} stay correct under PGD, "
-        f"{percent('withstand_white_box')} under every white-box attack, {percent('withstand_all')} under all attacks."
+    useless = [
+        flags["zero_gradient_ce"],
+        flags["zero_gradient_margin"],
+        gradients["misleading"] | gradients["not_finite"],
+    ]
+    found = torch.stack([flag for name, flag in broken.items() if name not in (*WHITE_BOX, FAR)]).any(dim=0)
+    return (
+        any(_share(flag) > _SUSPICIOUS for flag in useless)
+        or _share(found) > _SUSPICIOUS_GAP
+        or _share(broken["margin"]) > _SUSPICIOUS_MARGIN  # PGD on the cross-entropy missed much
+        or bool(flags["unsteady"].any())
     )
-    yield f"Attacks without the gradient, or with a repaired one, fool the model on {with_interval('hidden')} more."
-    yield (
-        f"At an eps that reaches the gray image from everywhere, at most {percent('chance')} (chance) can stay "
-        f"correct; white-box PGD leaves {with_interval('stuck')}."
-    )
-    if numbers["unsteady"]:
-        yield (
-            f"In other batches, {percent('unsteady')} get other logits and {percent('changed')} another class: the "
-            "forward pass is not deterministic or depends on the other images of a batch. The verdict cannot be sound."
-        )
-    else:
-        yield "The forward pass is deterministic."
-    yield (
-        f"The input gradient is zero, or not finite, for {percent('zero_gradient_ce')} (cross-entropy) and "
-        f"{percent('zero_gradient_margin')} (margin)."
-    )
-    for name, sentence in _SENTENCES.items():
-        if f"broken_by_{name}" in numbers:
-            yield sentence.format((with_interval if f"broken_by_{name}" in GAPS else percent)(f"broken_by_{name}"))
+
+
+def _share(flags: Tensor) -> float:
+    return float(flags.double().mean()) if len(flags) else 0.0
+
+
+def probing_order(labels: Tensor, correct: Tensor, seed: int) -> Tensor:
+    """Return the correctly classified examples in the order in which they are probed.
+
+    The order is random and each class is spread evenly over it, so that its start has the classes' shares, also for
+    images in class order.
+
+    Args:
+        labels: [N].
+        correct: [N].
+        seed: Decides the order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    positions = correct.nonzero().squeeze(1)
+    positions = positions[torch.randperm(len(positions), generator=generator)]
+    place = torch.zeros(len(positions), dtype=torch.float64)
+    for label in labels[positions].unique().tolist():
+        of_class = labels[positions] == label
+        count = int(of_class.sum())
+        place[of_class] = (torch.arange(count) + torch.rand(1, generator=generator)).double() / count
+    return positions[place.argsort(stable=True)]

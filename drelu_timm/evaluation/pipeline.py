@@ -13,15 +13,20 @@ from ..attacks.adaptive import Transfer
 from ..attacks.attack import Batch
 from ..attacks.suites import Suite, single_attacks
 from ..attacks.threat_model import ThreatModel
+from ..data.images import as_float
 from ..errors import InputError
 from ..results.display import as_html, as_text
 from ..results.examples import Adversarial, Broken, Rows, share
 from ..results.result import CarliniWagner, EpsResult, Verdict
+from . import layers
 from .certificates import certify
 from .checkpoint import Measurement
-from .driver import Attacked, AttackOutcome, Driver, example_seed, label_margin
-from .masking import PROBED, SIGNALS, probes, signals, verdict
+from .driver import DRAWS, Attacked, AttackOutcome, Driver, example_seed, label_margin
+from .fidelity import EXAMINED, FLAGS, gradient_flags
+from .layers import HidingLayer
+from .masking import MOST_PROBED, PROBED, SIGNALS, STRONGER, is_suspicious, probes, probing_order, signals
 from .user_model import UserModel
+from .verdicts import needs_more_examples, verdict
 
 CLEAN = "clean"  # the stage of the clean images
 
@@ -128,6 +133,9 @@ def run(driver: Driver, suite: str, columns: Suite) -> list[Evaluation]:
         InputError: Logits that are not finite, or a checkpoint that cannot be written.
     """
     clean = run_clean(driver)
+    if clean.signals["unsteady"].any():
+        driver = replace(driver, draws=DRAWS)
+        clean = _by_majority(driver, clean)
     suite_run = run_suite(driver, columns, clean.correct)
     probed = [run_probes(driver, position, columns, clean, suite_run) for position in range(len(driver.threat_models))]
     evaluations = [
@@ -172,6 +180,23 @@ def _measure_clean(model: nn.Module, examples: Tensor, batch: Batch) -> Measurem
     return Measurement.of(examples, columns | signals(model, batch.images, batch.labels))
 
 
+def _by_majority(driver: Driver, clean: CleanPass) -> CleanPass:
+    """Return the clean pass of a model whose output is not a function of the image: by the majority of its draws."""
+
+    def measure(examples: Tensor, batch: Batch) -> Measurement:
+        with torch.no_grad():
+            others = driver.model(batch.images).scatter(1, batch.labels.unsqueeze(1), -torch.inf)
+        columns = {"margin": driver.margin(batch.images, batch.labels), "other": others.argmax(dim=1)}
+        return Measurement.of(examples, columns)
+
+    stage = f"{CLEAN} by majority"
+    driver.measure(stage, torch.ones_like(clean.correct), measure)
+    margins = driver.column(stage, "margin")
+    correct = margins > 0
+    predictions = torch.where(correct, driver.labels, driver.column(stage, "other").long())
+    return replace(clean, predictions=predictions, margins=margins, correct=correct)
+
+
 def run_suite(driver: Driver, columns: Suite, correct: Tensor) -> SuiteRun:
     """Run every column of a suite on the correctly classified examples [N], single attacks before sequences."""
     suite_run = SuiteRun({}, {}, {})
@@ -190,27 +215,87 @@ def run_suite(driver: Driver, columns: Suite, correct: Tensor) -> SuiteRun:
 
 
 def run_probes(driver: Driver, position: int, columns: Suite, clean: CleanPass, suite_run: SuiteRun) -> ProbeRun:
-    """Run the probes in one of the driver's threat models, each on what the earlier ones in the same one left."""
+    """Run the probes in one of the driver's threat models, on more examples until the verdict is decided."""
+    order = probing_order(driver.labels, clean.correct, driver.seed)
+    gradients = _gradient_flags(driver, order[:EXAMINED])
+    hidden = _hidden(columns, suite_run, position)
+    count, measured = PROBED, dict[str, Tensor]()
+    while True:
+        examples = torch.zeros_like(clean.correct)
+        examples[order[:count]] = True
+        broken, outcomes = _probed(driver, position, examples, clean, gradients, suite_run, measured)
+        flags = {name: flag[examples] for name, flag in clean.signals.items()}
+        hiding = _hiding_layers(driver, order) if is_suspicious(flags, gradients, broken) else []
+        found = verdict(driver.labels[examples], flags, gradients, broken, hidden[examples], hiding)
+        if count >= min(len(order), MOST_PROBED) or not needs_more_examples(found):
+            return ProbeRun(outcomes, found)
+        count *= 2
+
+
+def _hiding_layers(driver: Driver, positions: Tensor) -> list[HidingLayer]:
+    if not isinstance(driver.model, UserModel):
+        return []
+    images = driver.images[positions[: layers.EXAMINED].to(driver.images.device)]
+    return layers.hiding_layers(driver.model, as_float(images.to(driver.device)))
+
+
+def _gradient_flags(driver: Driver, positions: Tensor) -> dict[str, Tensor]:
+    """Return `fidelity.gradient_flags` of some examples."""
+    examples = torch.zeros_like(driver.labels, dtype=torch.bool)
+    examples[positions] = True
+
+    def measure(examples: Tensor, batch: Batch) -> Measurement:
+        return Measurement.of(examples, gradient_flags(driver.model, batch.images, batch.labels, batch.seeds))
+
+    driver.measure("gradients", examples, measure)
+    return {name: driver.column("gradients", name)[examples] == 1 for name in FLAGS}
+
+
+def _probed(
+    driver: Driver,
+    position: int,
+    examples: Tensor,
+    clean: CleanPass,
+    gradients: dict[str, Tensor],
+    suite_run: SuiteRun,
+    measured: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, AttackOutcome]]:
+    """Run each probe on those of the examples [N] that the earlier ones in the same threat model left.
+
+    Args:
+        driver: With the model and the examples.
+        position: Of the threat model.
+        examples: [N], to be probed.
+        clean: Measurements on the clean images.
+        gradients: Those of `fidelity.gradient_flags`.
+        suite_run: Outcome of the suite.
+        measured: By stage, the examples [N] that it had on an earlier call; updated.
+
+    Returns:
+        By probe, for each of the examples whether it fooled the model; by stage, the outcomes that count.
+    """
     threat_model = driver.threat_models[position]
-    examples = clean.correct & (clean.correct.cumsum(0) <= PROBED)
     broken: dict[str, Tensor] = {}
     outcomes: dict[str, AttackOutcome] = {}
     left: dict[ThreatModel, Tensor] = {}
+    flags = {name: flag[examples] for name, flag in clean.signals.items()}
     for probe in probes(driver.model, threat_model, driver.images[0].numel()):
         stage = f"probe {probe.name} at {probe.threat_model.written}"
+        so_far = {name: flag[examples] for name, flag in broken.items()}
+        if probe.name == STRONGER and stage not in measured and not is_suspicious(flags, gradients, so_far):
+            continue
         remaining = left.setdefault(probe.threat_model, examples)
         within = replace(driver, threat_models=[probe.threat_model])
         counts = probe.threat_model == threat_model
         keep = _without_image(driver, clean.correct, [*suite_run.outcomes.values(), *outcomes.values()])
-        outcome = within.attack(stage, probe.attack, remaining.long(), keep=keep if counts else None)
+        new = remaining & ~measured.get(stage, torch.zeros_like(remaining))
+        measured[stage] = remaining | measured.get(stage, remaining)
+        outcome = within.attack(stage, probe.attack, new.long(), keep=keep if counts else None)
         broken[probe.name] = remaining & (outcome.broken_at == 0)
         left[probe.threat_model] = remaining & ~broken[probe.name]
         if counts:
             outcomes[stage] = outcome
-    flags = {name: flag[examples] for name, flag in clean.signals.items()}
-    broken = {name: flag[examples] for name, flag in broken.items()}
-    hidden = _hidden(columns, suite_run, position)
-    return ProbeRun(outcomes, verdict(driver.labels[examples], flags, broken, hidden[examples]))
+    return {name: flag[examples] for name, flag in broken.items()}, outcomes
 
 
 def _without_image(driver: Driver, correct: Tensor, outcomes: Iterable[AttackOutcome]) -> Tensor:

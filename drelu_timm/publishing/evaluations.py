@@ -18,8 +18,52 @@ from ..results.examples import read_survivors
 from ..results.result import EpsResult, Further, Result, best_sweep, read_result
 from ..results.seal import check_result
 from ..runs import Run
-from ..schema import Count, Whole, load
+from ..schema import Count, Text, Whole, field_types, load, load_table
+from ..training.config import TrainConfig
 from .card import AUTOATTACK, Card, Paper, Seed, Weights, evaluation_name
+
+
+@dataclass(frozen=True)
+class _Launch:
+    num_processes: Count
+    mixed_precision: Text
+    device: Text
+
+
+@dataclass(frozen=True)
+class _Config:
+    """Fields of a run's config.json that cards and recipes use, with their types."""
+
+    train: dict[str, Any]
+    dataset_title: Text
+    num_classes: Count
+    in_chans: Count
+    img_size: Count
+    hardware: Text
+    versions: dict[str, str]
+    git_revision: str | None
+    launch: _Launch | None = None
+    init_from: dict[str, Any] | None = None
+
+
+_TRAIN = ("model", "dataset", "norm", "eps", "objective", "seed", "preset", "monitor")
+
+
+def open_run(path: Path) -> Run:
+    """Open a run directory whose config.json may be from elsewhere, and check the types of its values.
+
+    Raises:
+        InputError: There is no run, or a value is missing or of another type; the line names file and field.
+    """
+    run = Run.open(path)
+    what, config = f"{run.path / 'config.json'}", run.config
+    while config is not None:
+        checked = load(_Config, config, what)
+        load_table(field_types(TrainConfig), checked.train, f"{what}: train")
+        if missing := [name for name in _TRAIN if name not in checked.train]:
+            raise InputError(f"{what}: train has no {', '.join(missing)}. The file is cut or of another version.")
+        what, config = f"{what}: init_from", checked.init_from
+    return run
 
 
 def choose_evaluation(run: Run, threat_model: ThreatModel, name: str | None) -> Result:
@@ -211,7 +255,7 @@ def _seeds(run: Run, chosen: Result, results: Result, others: Sequence[Path]) ->
     """Return the results of the run and of other seeds, by seed; empty without other seeds."""
     seeds = {run.config["train"]["seed"]: _seed(run, results)} if others else {}
     for path in others:
-        other = Run.open(path)
+        other = open_run(path)
         if differing := _differing(run.config, other.config):
             raise InputError(
                 f"--seeds {path} differs from {run.path} in more than the seed ({differing}). Leave it out."

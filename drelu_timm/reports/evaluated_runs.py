@@ -50,7 +50,7 @@ class Group:
 
     @property
     def images(self) -> tuple[str, str, str]:
-        """Dataset, title and norm, as those of a `Result`."""
+        """Dataset, title and norm, as in `Result.images`."""
         return self.dataset, self.title, self.norm
 
 

@@ -87,7 +87,7 @@ def table_number(dataset: str, *, norm: str, eps: str, generated: bool, square: 
         norm: "Linf" or "L2".
         eps: As in `EPS`.
         generated: Whether the models were trained with generated images too.
-        square: Return the table of the Square attack instead of that of the white-box attacks.
+        square: Return the table of the Square attack, not of the white-box attacks.
     """
     if (norm, eps) != ("Linf", EPS.get(dataset)):
         return None

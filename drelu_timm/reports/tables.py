@@ -144,7 +144,7 @@ def against_paper(methods: GroupMethods) -> Table | None:
         "Differences in percentage points, ours minus the paper's, whose numbers are means of three models; in "
         "parentheses the rank that it prints.",
         f"The choice of the test images alone makes an accuracy of 50 % uncertain by {errors}, at 95 %.",
-        "Agreement with the paper is no evidence of robustness: the worst case and the verdict are.",
+        "Agreement with the paper does not show robustness; the worst case and the verdict do.",
         _about_carlini_wagner(methods.all),
     ]
     return Table(

@@ -47,11 +47,15 @@ class Verdict:
         return self.verdict
 
 
-# Set on the models of scripts/masking_battery.py.
+# Set on the models of scripts/masking_battery.py and on the development set of scripts/verdict_test.
 MASKED_ABOVE = 0.05  # share of examples that some attacks miss and others do not; 4 % on long-trained ReLU models
 SOUND_BELOW = 0.10
+UNION_MASKED_ABOVE = 0.08  # the same for all gaps together
+UNION_SOUND_BELOW = 0.13
 # Adversarial training with caps, whose zero gradients hide nothing at eps, leaves some 20 % there.
-STUCK_ABOVE = 1 / 3  # share of examples, beyond chance, that stay correct at an eps where nothing can be robust
+STUCK_ABOVE = 1 / 3  # of the examples beyond chance: share that stays correct at an eps where nothing can be robust
+CHANCE_TELLS_BELOW = 0.7  # above it, too few examples are beyond chance
+FEWEST = 100  # examples for "sound"
 # Shares of examples that an attack misses, and that another one finds by scaled logits, by more starting points, or
 # without following the gradient at the point alone.
 GAPS = ("broken_by_rescaled", "broken_by_restarts", "hidden")
@@ -61,11 +65,19 @@ def conclusion(numbers: Mapping[str, float]) -> Word:
     """Return the verdict on gradient masking that follows from its numbers, by name; see `Verdict`."""
     if not numbers.get("examples"):
         return "undecided"
-    stuck_above = numbers["chance"] + STUCK_ABOVE
-    if numbers["stuck_low"] > stuck_above or any(numbers[f"{gap}_low"] > MASKED_ABOVE for gap in GAPS):
+    limits = [(gap, MASKED_ABOVE, SOUND_BELOW) for gap in GAPS]
+    is_of_first_version = "any_gap" not in numbers  # 0.1.0 had neither the union, nor suspicion, nor fewest examples
+    if not is_of_first_version:
+        limits.append(("any_gap", UNION_MASKED_ABOVE, UNION_SOUND_BELOW))
+    if numbers["chance"] < CHANCE_TELLS_BELOW:
+        stuck_above = numbers["chance"] + (1 - numbers["chance"]) * STUCK_ABOVE
+        limits.append(("stuck", stuck_above, stuck_above))
+    if any(numbers[f"{name}_low"] > masked_above for name, masked_above, _ in limits):
         return "masked"
-    found_all = numbers["stuck_high"] < stuck_above and all(numbers[f"{gap}_high"] < SOUND_BELOW for gap in GAPS)
-    return "sound" if found_all and not numbers["unsteady"] else "undecided"
+    found_all = all(numbers[f"{name}_high"] < sound_below for name, _, sound_below in limits)
+    looked = not numbers.get("suspicious") or "broken_by_estimated" in numbers
+    enough = is_of_first_version or numbers["examples"] >= FEWEST
+    return "sound" if found_all and looked and enough and not numbers["unsteady"] else "undecided"
 
 
 def share_interval(count: int, total: int) -> tuple[float, float]:
@@ -170,7 +182,7 @@ class Further:
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """Chain of sha256 digests over the parts of a result; see `results.seal`. It is no signature.
+    """Chain of sha256 digests over the parts of a result; see `results.seal`. It is not a signature.
 
     Attributes:
         weights: Link of the model_digest.
@@ -349,7 +361,8 @@ def _check_verdict(what: str, verdict: Verdict) -> None:
     for name, value in numbers.items():
         if not 0 <= value <= (1e9 if name == "examples" else 1):
             raise InputError(f"{what} has a number {name} that is neither a count nor a share. Evaluate again.")
-    for name in (*GAPS, "stuck") if numbers.get("examples") else ():
+    shares = (*GAPS, "stuck", *(["any_gap"] if "any_gap" in numbers else []))
+    for name in shares if numbers.get("examples") else ():
         examples, low_and_high = round(numbers["examples"]), (f"{name}_low", f"{name}_high")
         if missing := [one for one in ("chance", "unsteady", name, *low_and_high) if one not in numbers]:
             raise InputError(f"{what} has no number {missing[0]}. Evaluate again.")

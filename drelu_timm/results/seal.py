@@ -4,7 +4,7 @@ The check derives again everything that follows from the files: accuracies from 
 union, the verdict from its numbers, the adversarial images that must exist. What cannot be derived is sealed: each link
 of a chain of digests covers the link before and one more part.
 
-A seal detects accidents and casual edits. It is no signature: whoever changes a file can compute the links again.
+A seal detects accidents and casual edits. It is not a signature: anyone who edits a file can compute the links again.
 """
 
 import hashlib

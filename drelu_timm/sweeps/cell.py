@@ -13,12 +13,12 @@ from ..attacks.threat_model import ThreatModel
 from ..command_line import written_flags
 from ..data.datasets import DATASETS
 from ..evaluation.config import EvaluateConfig, attacked_in
-from ..evaluation.masking import PROBED, PROBES
+from ..evaluation.masking import MOST_PROBED, PROBES
 from ..launch import Launch
 from ..results.result import read_result
 from ..training.config import TrainConfig, flag_defaults, resolve
 from ..training.model import check_start
-from ..training.validation import ATTACKED
+from ..training.validation import ATTACKED, MARGIN_STEPS
 
 GRADIENT = 3  # A gradient costs about three forward passes: one forward, and a backward pass takes two.
 _ASKED = ("suite", "n_examples", "seed", "precision", "transfer_from")
@@ -119,10 +119,12 @@ class Cell:
             return None
         images = min(images, train.n_train or images)
         held_out = int(images * DATASETS[train.dataset].held_out)
-        attack = 0 if train.objective == "natural" else 1 + train.steps * GRADIENT
-        updates = 1 if train.objective in ("natural", "at") else 2  # the others see clean and adversarial images
+        is_robust = train.objective != "natural"
+        attack = 1 + train.steps * GRADIENT if is_robust else 0
+        updates = 2 if train.objective in ("trades", "mart") else 1  # these see clean and adversarial images
         updates *= 2 if train.awp_gamma else 1
-        validation = held_out + min(held_out, ATTACKED) * (train.steps * GRADIENT + 2)
+        margin = 1 + MARGIN_STEPS * GRADIENT if is_robust else 0
+        validation = held_out + min(held_out, ATTACKED) * (train.steps * GRADIENT + 2 + margin)
         return train.epochs * ((images - held_out) * (attack + updates * GRADIENT) + validation)
 
     def evaluation_cost(self) -> int:
@@ -139,7 +141,7 @@ class Cell:
         attacks = sum(map(attack_cost, single_attacks(find_suite(evaluation.suite, classes)).values()))
         probes = sum(map(attack_cost, PROBES.values()))
         n = evaluation.n_examples
-        return n * (1 + 2 * GRADIENT) + n_eps * (n * attacks + min(n, PROBED) * probes)
+        return n * (1 + 2 * GRADIENT) + n_eps * (n * attacks + min(n, MOST_PROBED) * probes)
 
 
 def attack_cost(attack: Attack) -> int:

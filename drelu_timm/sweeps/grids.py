@@ -58,7 +58,8 @@ _MOST_CELLS = 10_000  # a larger product is a mistake, and takes minutes to list
 _TRAIN = {field.name for field in fields(TrainConfig)} - {"data_dir", "generated", "output_dir", "resume", "init_from"}
 _EVALUATE = {field.name for field in fields(EvaluateConfig)} - {"run", "data_dir"}
 _AXIS = Constraint(bool, "one value, or a list of values")  # not an empty list, which leaves no cell
-_NOWHERE = Path(os.devnull) / "run"  # never there, so that no folder in use is in the way of checking a cell's flags
+# A folder that does not exist, because the flags of a cell are checked also where its folder is in use.
+_NOWHERE = Path(os.devnull).with_name("drelu-timm-no-such-run")
 
 Table = dict[str, Any]
 

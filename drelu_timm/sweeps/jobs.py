@@ -50,7 +50,7 @@ class CellJob:
         try:
             log = locked(self.log)
         except BlockingIOError:
-            return f"it runs already. Wait, or end its processes (fuser {self.log} lists them)"
+            return f"it runs already. Wait, or end its processes (fuser {shlex.quote(str(self.log))} lists them)"
         try:
             with log:
                 return next(filter(None, (self._run(command, log, environment or {}) for command in self.commands)), "")

@@ -10,14 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..data.datasets import DATASETS
 from ..data.images import Images
 from ..errors import InputError, one_line
-from ..files import read_json
 from ..models.caps import check_cap_penalty
 from ..models.drelu import cap_layers
 from ..models.inference import normalized
 from ..models.intervals import certified, initialize_for_ibp
 from ..models.surgery import paths, warn_of_small_images
 from ..models.weights import check_weights, load_folder
-from ..runs import Run
+from ..runs import Run, read_config
 from .config import TrainConfig, model_options, variant_base
 from .ibp import bounded_eps
 
@@ -94,7 +93,7 @@ def check_start(config: TrainConfig) -> None:
     path = config.output_dir / "config.json"
     if config.init_from is None or not path.exists():
         return
-    before = read_json(path).get(_START_DIGEST)
+    before = read_config(path).get(_START_DIGEST)
     try:
         now = Run.open(config.init_from).model_digest
     except (InputError, OSError):

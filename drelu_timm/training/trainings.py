@@ -69,6 +69,8 @@ def read_train_tables(path: Path) -> list[Table]:
         raise InputError(f"--config {path} must be a .toml file, or the config.json of a run")
     content = read_toml(path, "--config")
     for key in content:
+        if key in field_types(TrainConfig):
+            raise InputError(f"--config {path}: {key} is outside of a table. Put it below a line [train].")
         if key not in TABLES:
             raise unknown(f"--config {path}:", key, TABLES)
     tables = content.get("train")
