@@ -266,7 +266,9 @@ PAPER = {"cifar10", "cifar100", "tiny-imagenet"}
 
 def test_the_grids_that_come_with_the_package():
     edm = {f"edm-{name}" for name in PAPER}
-    assert {*shipped()} == {"activations"} | {f"paper-{name}" for name in PAPER | edm | {"mnist", "placement", "eps"}}
+    assert {*shipped()} == {"activations", "certified-caps"} | {
+        f"paper-{name}" for name in PAPER | edm | {"mnist", "placement", "eps"}
+    }
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -274,7 +276,9 @@ def test_every_shipped_grid_resolves(name):
     whole, short = (cells_of(read_grid(one), generated=[Path("edm.npz")]) for one in (name, f"{name}-smoke"))
     assert len(short) <= 20 < len(whole)
     by_adam = {(cell.train.cap, cell.train.cap_lr) for cell in whole.values() if cell.train.optimizer == "adam"}
-    assert by_adam == ({(10.0, 2e-3)} if name.startswith("paper-") else set())
+    certified = {(cap, 0.01) for cap in (None, 0.5, 1.0)}  # ten times the learning rate of the weights
+    expected = {"activations": set(), "certified-caps": certified}
+    assert by_adam == expected.get(name, {(10.0, 2e-3)})
     assert re.search(r"caps .*learning rate", re.sub(r"\s+", " ", read_grid(name).source))
     last = [*whole.values()][-1]
     train = last.commands(Launch())[0][4:]

@@ -19,6 +19,7 @@ from ..results.display import as_html, as_text
 from ..results.examples import Adversarial, Broken, Rows, share
 from ..results.result import CarliniWagner, EpsResult, Verdict
 from . import layers
+from .certificates import certify
 from .checkpoint import Measurement
 from .driver import DRAWS, Attacked, AttackOutcome, Driver, example_seed, label_margin
 from .fidelity import EXAMINED, measure_gradients
@@ -137,9 +138,20 @@ def run(driver: Driver, suite: str, columns: Suite) -> list[Evaluation]:
         clean = _by_majority(driver, clean)
     suite_run = run_suite(driver, columns, clean.correct)
     probed = [run_probes(driver, position, columns, clean, suite_run) for position in range(len(driver.threat_models))]
-    return [
+    evaluations = [
         _evaluation(driver, suite, columns, clean, suite_run, probed[: position + 1]) for position in range(len(probed))
     ]
+    proven, reason = certify(driver, clean.correct)
+    if reason:
+        return [replace(evaluation, not_certified=reason) for evaluation in evaluations]
+    return [_certified(*each) for each in zip(evaluations, proven, strict=True)]
+
+
+def _certified(evaluation: Evaluation, proven: Tensor) -> Evaluation:
+    """Add a certificate of the examples [N] that are ``proven`` to be robust, which no attack may have fooled."""
+    fooled = proven & ~evaluation.survivors
+    assert not fooled.any(), f"examples {fooled.nonzero().flatten().tolist()} are certified, but an attack fooled them"
+    return replace(evaluation, certified=share(proven))
 
 
 def run_clean(driver: Driver) -> CleanPass:

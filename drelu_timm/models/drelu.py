@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 aten = torch.ops.aten
 
@@ -53,6 +54,8 @@ class DReLU(CapLayer):
 
 def capped(x: Tensor, cap: Tensor, channel_dim: int | None) -> Tensor:
     """Return ``max(0, min(cap, x))`` with the gradients of `DReLU`, for caps [C] or [1]."""
+    if has_torch_function_unary(x):  # `intervals.Interval`
+        return handle_torch_function(capped, (x,), x, cap, channel_dim)
     # In x's dtype: a float32 cap would promote bf16 activations to float32 under autocast.
     cap = along_channels(cap, x, channel_dim).to(x.dtype)
     # TorchScript cannot save `_Capped`, and torch.compile cannot trace it. The last two lines have its values and

@@ -22,7 +22,7 @@ from timm.models._registry import (
 from torch import nn
 
 from ..errors import InputError, one_line, unknown
-from . import architectures
+from . import architectures, certifiable
 from .surgery import paths
 from .variants import build
 from .weights import UNPICKLES
@@ -119,7 +119,7 @@ def _without_unpickling(load: Callable[..., Any]) -> Callable[..., Any]:
 if UNPICKLES:
     # create_model calls it by this name after our entrypoint has returned.
     _factory.load_checkpoint = _without_unpickling(_factory.load_checkpoint)
-for _name in architectures.default_cfgs:
+for _name in (*architectures.default_cfgs, *certifiable.default_cfgs):
     _list_as_ours(_name.partition(".")[0])
 for _base in timm.list_models():
     if _base in _model_default_cfgs:

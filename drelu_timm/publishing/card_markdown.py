@@ -114,6 +114,8 @@ def _accuracy(card: Card) -> Iterator[str]:
     )
     attacks = {_attack_name(attack): accuracy for attack, accuracy in point.accuracy.items()}
     accuracies = {"clean": point.clean, **attacks, "**worst case**": point.worst}
+    if point.certified is not None:
+        accuracies["certified by interval bounds"] = point.certified
     yield _table({"attack": "---", "accuracy in %": "---:"}, ((name, percent(of)) for name, of in accuracies.items()))
     yield from _stages(point)
     if results.further:

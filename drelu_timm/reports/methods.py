@@ -20,6 +20,7 @@ HEADINGS = {
     **SQUARE_COLUMNS,
     "autoattack": "AutoAttack",
     "worst": "Worst case",
+    "certified": "Certified",
     HELD_OUT: "Held-out PGD",
     "masking": "Verdict",
     "images": "Test images",
@@ -119,7 +120,8 @@ class Method:
         """Return the mean accuracy over seeds; None if no run has it.
 
         Args:
-            column: `HELD_OUT`, "clean", "worst", `WHITE_BOX`, or an attack; "cw-l2" is the accuracy at its L2 budget.
+            column: `HELD_OUT`, "clean", "worst", "certified", `WHITE_BOX`, or an attack; "cw-l2" is the accuracy at its
+                L2 budget.
         """
         known = [(run, value) for run in self.runs if (value := _accuracy(run, column)) is not None]
         if not known:
@@ -143,7 +145,8 @@ def _accuracy(run: EvaluatedRun, column: str) -> float | None:
     combined = run.combined
     if column == WHITE_BOX:
         return min((value for name, value in combined.accuracy.items() if _is_white_box(name)), default=None)
-    named = {"clean": combined.clean, "worst": combined.worst, "cw-l2": combined.cw_l2, HELD_OUT: run.held_out}
+    named = {"clean": combined.clean, "worst": combined.worst, "certified": combined.certified}
+    named |= {"cw-l2": combined.cw_l2, HELD_OUT: run.held_out}
     return named[column] if column in named else combined.accuracy.get(column)
 
 

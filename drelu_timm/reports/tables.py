@@ -48,7 +48,7 @@ def paper_table(methods: GroupMethods) -> Table:
     """Return a table like the paper's 1 to 4 and 6 to 8, with worst case, verdict, AutoAttack, images and seeds."""
     group, shown = methods.group, methods.shown
     number = papers_number(group)
-    values = _values(shown, [*COLUMNS, "autoattack", "worst"], ranked=[*COLUMNS, "worst"])
+    values = _values(shown, [*COLUMNS, "autoattack", "worst", *_certified(shown)], ranked=[*COLUMNS, "worst"])
     caption = [
         _UNITS,
         _RANKS,
@@ -74,7 +74,7 @@ def all_rows(methods: GroupMethods) -> Table:
     known = {attack for method in methods.all for run in method.runs for attack in run.combined.accuracy}
     order = [*COLUMNS, *ATTACKS, *(column for suite in SUITES.values() for column in suite)]
     attacks = [column for column in dict.fromkeys([*order, *sorted(known)]) if column in known]
-    values = _values(methods.all, [HELD_OUT, "clean", *attacks, "worst"])
+    values = _values(methods.all, [HELD_OUT, "clean", *attacks, "worst", *_certified(methods.all)])
     held_out = f"{HEADINGS[HELD_OUT]}: under the inner attack of the training, on held-out training images."
     caption = [_UNITS, held_out, _about_carlini_wagner(methods.all), _WORST, attack_differences(methods.all)]
     return Table(
@@ -233,6 +233,11 @@ def seed_count(n: int, of: int) -> str:
 def slug(name: object) -> str:
     """Return a heading as part of a file name."""
     return re.sub(r"[^a-z0-9.]+", "-", str(name).lower()).strip("-")
+
+
+def _certified(methods: Sequence[Method]) -> list[str]:
+    """Return the column of certified accuracies, if there are any."""
+    return ["certified"] if any(method.mean("certified") for method in methods) else []
 
 
 def _values(methods: Sequence[Method], columns: Sequence[str], ranked: Sequence[str] = ()) -> pd.DataFrame:

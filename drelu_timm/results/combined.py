@@ -78,6 +78,11 @@ class Combined:
         return lowest if self.survivors is None else min(lowest, share(self.survivors))
 
     @property
+    def certified(self) -> float | None:
+        """Largest certified accuracy of ``results``, each a lower bound of ``worst``; None where there is none."""
+        return max((point.certified for point in self.points if point.certified is not None), default=None)
+
+    @property
     def at_most(self) -> bool:
         """Whether ``worst`` is only an upper bound, since rows of an evaluation are missing."""
         return len(self.all) > 1 and self.survivors is None

@@ -53,17 +53,20 @@ def _accuracies(at: EpsResult) -> Table:
     table.add_section()
     bound = "" if at.verdict.verdict == "sound" else "≤ "  # an upper bound, unless white-box attacks find nearly all
     table.add_row("worst case", "", f"{bound}{_percent(at.worst)}", style="bold")
+    if at.certified is not None:
+        table.add_row("certified", "interval bounds", f"≥ {_percent(at.certified)}")
     table.add_row("zero input gradients", "", _percent(at.zero_gradient_share))
     return table
 
 
 def _curve(result: Result) -> Table:
     table = Table("eps", caption="accuracy in %", box=SIMPLE)
-    for column in ("clean", *result.points[0].accuracy, "worst"):
+    with_bounds = result.points[0].certified is not None
+    for column in ("clean", *result.points[0].accuracy, "worst", *(["certified"] if with_bounds else [])):
         table.add_column(column, justify="right", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     for at in result.points:
-        accuracies = [at.clean, *at.accuracy.values(), at.worst]
+        accuracies = [at.clean, *at.accuracy.values(), at.worst, *([] if at.certified is None else [at.certified])]
         table.add_row(at.eps, *(f"{100 * accuracy:.1f}" for accuracy in accuracies), verdict_at(at))
     return table
 
@@ -81,6 +84,8 @@ def _verdict(at: EpsResult, heading: str) -> Iterator[RenderableType]:
     yield Text.assemble(f"{heading}: ", (verdict, f"bold {VERDICT_COLORS[verdict]}"))
     for sentence in at.verdict.evidence:
         yield Padding(Text(sentence), (0, 0, 0, 2))
+    if at.not_certified is not None:
+        yield Text(at.not_certified)
 
 
 def _percent(share: float) -> str:

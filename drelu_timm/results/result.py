@@ -114,6 +114,9 @@ class EpsResult:
         clean: Clean accuracy in [0, 1].
         accuracy: Robust accuracy in [0, 1] under each attack, or column of several attacks such as "autoattack".
         worst: Share of the examples on which neither an attack nor a probe for masking fooled the model.
+        certified: Share of the examples on which interval bounds prove that no attack can fool the model; None where
+            they cannot be computed, and for evaluations from before there were any.
+        not_certified: Sentence that states why they cannot.
         sequences: For each column of several attacks, the accuracy after each of them.
         zero_gradient_share: Share of the correctly classified examples whose input gradient (of the cross-entropy) is
             exactly zero.
@@ -128,6 +131,8 @@ class EpsResult:
     clean: Share
     accuracy: dict[str, Share]
     worst: Share
+    certified: Share | None = None
+    not_certified: str | None = None
     sequences: dict[str, dict[str, Share]] = field(default_factory=dict)
     zero_gradient_share: Share
     cw_l2: CarliniWagner | None
@@ -155,7 +160,9 @@ class EpsResult:
         """Return the JSON content."""
         content = {one.name: dump(getattr(self, one.name)) for one in fields(EpsResult)}
         times = {attack: round(seconds, 1) for attack, seconds in self.attack_seconds.items()}
-        return content | {"seconds": round(self.seconds, 1), "attack_seconds": times}
+        content |= {"seconds": round(self.seconds, 1), "attack_seconds": times}
+        left_out = [name for name in ("certified", "not_certified") if content[name] is None]
+        return {name: value for name, value in content.items() if name not in left_out}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +329,8 @@ _NAMES = [one.name for one in fields(Result) if one.name != "path"]
 _BEFORE_POINTS = _NAMES[: _NAMES.index("points")]
 _AFTER_POINTS = _NAMES[_NAMES.index("points") + 1 :]
 _ATTACK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_NO_ATTACKS = {"clean", "worst", "net", "training", "masking", "images", "seeds"}  # other columns of tables
+# Other columns of tables.
+_NO_ATTACKS = {"clean", "worst", "certified", "net", "training", "masking", "images", "seeds"}
 
 
 def _check_point(what: Path | str, point: EpsResult) -> None:
@@ -332,6 +340,8 @@ def _check_point(what: Path | str, point: EpsResult) -> None:
         raise InputError(f"{what} names an attack {strange[0]!r}, which no suite has. Evaluate again.")
     if point.worst > min([point.clean, *point.accuracy.values()]) + ROUNDING:
         raise InputError(f"{what} has a worst case above another of its accuracies. Evaluate again.")
+    if point.certified is not None and point.certified > point.worst + ROUNDING:
+        raise InputError(f"{what} has a certified accuracy above its worst case. Evaluate again.")
     for name, accuracy in point.accuracies.items():
         if accuracy > point.clean + ROUNDING:
             raise InputError(f"{what} has an accuracy under {name} above the clean accuracy. Evaluate again.")

@@ -13,13 +13,14 @@ from ..data.datasets import DATASETS
 from ..errors import InputError, one_line, unknown
 from ..files import read_json
 from ..schema import Constraint, Count, Share, Whole, field_types, parse
+from .ibp import IBP, check_ibp
 from .presets import PRESETS
 
 if TYPE_CHECKING:
     from ..data.augment import Augmentation
 
 SCHEDULES = ("constant", "cosine", "onecycle", "plateau")
-MONITORS = ("loss", "pgd", "margin")
+MONITORS = ("loss", "pgd", "margin", "certified")
 ON_MASKING = ("warn", "stop")
 # These do not change the result of a run, so they are not in config.json.
 _NOT_SAVED = ("resume", "output_dir", "save_every", "workers", "log_with", "on_masking")
@@ -69,13 +70,21 @@ class TrainConfig:
     seed: _Seed = 0
     """Seed of all randomness."""
     objective: str = field(default="natural", metadata=group("objective", "The loss, and the inner attack."))
-    """natural, at (adversarial training with PGD), n-fgsm (in a single step: a tenth of the time), trades or mart."""
+    """natural, at (adversarial training), n-fgsm (in a single step: a tenth of the time), trades, mart or ibp."""
     beta: _NotNegative = 6.0
     """TRADES and MART: weight of the KL term."""
     awp_gamma: _NotNegative = 0.0
     """Size of adversarial weight perturbation relative to the weights (0.005 is common); 0 for none."""
     label_smoothing: _Fraction = 0.0
     """Label smoothing in the loss (not in the attack)."""
+    ibp_eps: str | None = None
+    """IBP: radius of the bounds in training, such as 0.4 for --eps 0.3; by default --eps."""
+    ibp_clean_weight: Share = 0.5
+    """IBP: weight of the loss on clean images after the ramp; the loss on bounds has the rest."""
+    ibp_ramp: Share = 0.4
+    """IBP: fraction of the steps in which the radius rises from 0, and the clean weight falls from 1."""
+    ibp_init: bool = False
+    """IBP: draw initial weights that keep the width of intervals (Shi et al. 2021)."""
     norm: str | None = None
     """Norm of the inner attack, Linf or L2; by default the dataset's. Another norm needs --eps."""
     eps: str | None = None
@@ -121,8 +130,8 @@ class TrainConfig:
     epochs: Count = 10
     """Largest number of passes over the training set."""
     monitor: str | None = None
-    """Held-out figure that selects the best epoch, of the averaged weights if there are any: loss, pgd (accuracy under
-    the inner attack) or margin (under an attack of another kind). By default loss for natural training, else margin."""
+    """Held-out figure that selects the best epoch, of the averaged weights if there are any: loss (default of natural),
+    pgd (under the inner attack), margin (under one of another kind; default) or certified (bounds; default of ibp)."""
     patience: Count | None = None
     """Stop after N epochs without a better held-out figure; by default never."""
     batch_size: Count = 128
@@ -233,8 +242,8 @@ def _filled(config: TrainConfig) -> TrainConfig:
 
 def saved(config: TrainConfig) -> dict[str, Any]:
     """Return what config.json holds of a config: JSON values of all settings that change the result."""
-    content = {key: value for key, value in asdict(config).items() if key not in _NOT_SAVED}
-    return json.loads(json.dumps(content, default=str))
+    left_out = _NOT_SAVED if config.objective == "ibp" else (*_NOT_SAVED, *IBP)  # runs from before IBP stay equal
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in left_out}, default=str))
 
 
 def given_settings(saved: dict[str, Any]) -> dict[str, Any]:
@@ -281,7 +290,7 @@ def _default_step_size(threat_model: ThreatModel, objective: str) -> float:
 
 
 def _default_monitor(objective: str) -> str:
-    return "loss" if objective == "natural" else "margin"
+    return {"natural": "loss", "ibp": "certified"}.get(objective, "margin")
 
 
 def _threat_model(config: TrainConfig) -> ThreatModel:
@@ -343,6 +352,7 @@ def _check_combinations(config: TrainConfig) -> None:
         raise InputError("--monitor margin is measured for robust objectives only. Use loss or pgd.")
     if config.cutmix and config.objective == "mart":
         raise InputError("--cutmix mixes labels, and --objective mart needs one label per image. Omit one of them.")
+    check_ibp(config)
 
 
 def _run_name(config: TrainConfig) -> str:

@@ -70,6 +70,8 @@ def _check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
             f"--mixed_precision {accelerator.mixed_precision} would round the gradients of the inner attack to zero. "
             "Launch with bf16 or no."
         )
+    if config.objective == "ibp" and accelerator.mixed_precision != "no":
+        raise InputError(f"--mixed_precision {accelerator.mixed_precision} rounds interval bounds. Launch ibp with no.")
     if accelerator.gradient_accumulation_steps != 1:
         raise InputError("gradient_accumulation_steps of accelerate must be 1. Use --grad-accum-steps instead.")
     shares = accelerator.num_processes * config.grad_accum_steps
@@ -122,6 +124,8 @@ def check_sharding(config: TrainConfig, accelerator: Accelerator, plugin: FullyS
         raise InputError(
             f"--ema-decay {config.ema_decay:g} cannot average sharded weights. Leave it out, or launch without FSDP."
         )
+    if config.objective == "ibp":  # FSDP finds the tensors that need gradients in a model's output, but not its bounds
+        raise InputError("--objective ibp does not run under FSDP. Launch without FSDP.")
 
 
 def average_statistics(model: nn.Module, accelerator: Accelerator) -> None:

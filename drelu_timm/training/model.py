@@ -13,10 +13,12 @@ from ..errors import InputError, one_line
 from ..models.caps import check_cap_penalty
 from ..models.drelu import cap_layers
 from ..models.inference import normalized
+from ..models.intervals import certified, initialize_for_ibp
 from ..models.surgery import paths, warn_of_small_images
 from ..models.weights import check_weights, load_folder
 from ..runs import Run, read_config
 from .config import TrainConfig, model_options, variant_base
+from .ibp import bounded_eps
 
 _START_DIGEST = "init_from_digest"  # in config.json
 
@@ -69,6 +71,8 @@ def create_model(config: TrainConfig, data: Images) -> nn.Module:
                 f"--init-from {config.init_from} does not fit --model {config.model} ({one_line(error)}). "
                 "Use a run of the same model."
             ) from error
+    if config.ibp_init:
+        initialize_for_ibp(model)
     return normalized(model)
 
 
@@ -111,8 +115,8 @@ def check_model(model: nn.Module, images: Tensor, config: TrainConfig, num_proce
         num_processes: Processes that share a batch.
 
     Raises:
-        InputError: The model cannot run on images of this size, has no caps to penalize, or its BatchNorm would see
-            single images.
+        InputError: The model cannot run on images of this size, has no caps to penalize, has an operation without
+            interval bounds (for IBP), or its BatchNorm would see single images.
     """
     try:
         with torch.no_grad():
@@ -125,6 +129,8 @@ def check_model(model: nn.Module, images: Tensor, config: TrainConfig, num_proce
     if config.cap_weight and not any(cap_layers(model)):
         raise InputError(f"--cap-weight {config.cap_weight:g} needs a model with D-ReLUs. Leave it out.")
     check_cap_penalty(config.cap_penalty, model)
+    if config.objective == "ibp":
+        certified(model, images, torch.zeros(len(images), dtype=torch.long), bounded_eps(config))
     images_per_pass = config.batch_size // (num_processes * config.grad_accum_steps)
     if images_per_pass == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise InputError(

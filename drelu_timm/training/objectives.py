@@ -1,4 +1,4 @@
-"""What training minimizes: natural training, adversarial training (by PGD or in a single step), TRADES, MART.
+"""What training minimizes: natural training, adversarial training (by PGD or in a single step), TRADES, MART, IBP.
 
 An objective states what the inner attack maximizes, and the loss on the images that it returns. These are two calls,
 since adversarial weight perturbation evaluates the loss twice on the same adversarial images. The inner attack runs in
@@ -20,6 +20,7 @@ from ..attacks.pgd import pgd
 from ..attacks.threat_model import ThreatModel
 from ..errors import InputError, unknown
 from ..models.inference import frozen
+from ..models.intervals import bounds
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class Losses:
     parts: dict[str, Tensor]
 
 
+LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Losses]
+
+
 @dataclass(frozen=True)
 class Objective:
     """What training minimizes, and what its inner attack maximizes.
@@ -70,11 +74,20 @@ class Objective:
             for an objective without an attack.
         losses: Maps (model in training mode, images, adversarial images, labels) to the loss; images are [B, C, H, W].
         single_step: Whether the inner attack is the single step of N-FGSM instead of PGD.
+        ramp: Maps the share of the training's steps that are done, in [0, 1], to the ``losses`` of the next step; None
+            where they are the same in all steps.
+        certifies: Whether the loss is one of interval bounds, so that validation counts what they prove.
     """
 
     raised: Callable[[nn.Module, Tensor, Tensor], Loss] | None
-    losses: Callable[[nn.Module, Tensor, Tensor, Tensor], Losses]
+    losses: LossFunction
     single_step: bool = False
+    ramp: Callable[[float], LossFunction] | None = None
+    certifies: bool = False
+
+    def at(self, share: float) -> "Objective":
+        """Return the objective of the step before which ``share`` of the training's steps are done."""
+        return self if self.ramp is None else replace(self, losses=self.ramp(share))
 
     def adversarial(self, images: Tensor, labels: Tensor, attack: InnerAttack, noise: Tensor) -> Tensor:
         """Return adversarial images [B, C, H, W] from ``images + noise``; the images themselves without an attack."""
@@ -176,6 +189,36 @@ def mart(beta: float, label_smoothing: float = 0.0) -> Objective:
     return Objective(_cross_entropy, losses)
 
 
+def ibp(eps: float, clean_weight: float, ramp: float) -> Objective:
+    """Return cross-entropy on interval bounds (IBP, Gowal et al. 2018, https://arxiv.org/abs/1810.12715).
+
+    The loss is ``kappa * CE(logits) + (1 - kappa) * CE(worst-case logits)``. The worst-case logits are the upper
+    bounds of logit_k - logit_label over the Linf epsilon ball. From the first step on, the radius rises linearly from 0
+    to ``eps``, and ``kappa`` falls from 1 to ``clean_weight``.
+
+    Args:
+        eps: Radius after the ramp, in pixel values of [0, 1]; the authors use 0.4 for a test radius of 0.3.
+        clean_weight: ``kappa`` after the ramp, in [0, 1]; the authors use 0.5.
+        ramp: Share of the training's steps that the ramp takes, in [0, 1].
+    """
+
+    def losses_after(share: float) -> LossFunction:
+        risen = min(1.0, share / ramp) if ramp else 1.0
+        kappa = 1 - (1 - clean_weight) * risen
+
+        def losses(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Losses:
+            del adversarial
+            logits = bounds(model, images, eps * risen)
+            clean = F.cross_entropy(logits.value, labels)
+            certified = F.cross_entropy(-logits.margins(labels), labels)
+            parts = {"cross_entropy": clean, "certified_cross_entropy": certified}
+            return Losses(kappa * clean + (1 - kappa) * certified, parts)
+
+        return losses
+
+    return Objective(None, losses_after(1), ramp=losses_after, certifies=True)
+
+
 def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Loss:
     """Return plain cross-entropy as `Objective.raised`; it does not depend on model and images."""
     del model, images
@@ -197,8 +240,16 @@ def kl_divergence(probabilities: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(logits.float(), dim=1), probabilities, reduction="sum")
 
 
-def make_objective(name: str, *, beta: float, label_smoothing: float = 0.0) -> Objective:
-    """Return an objective by name; ``beta`` is for TRADES and MART, ``label_smoothing`` for all cross-entropies.
+def make_objective(
+    name: str,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    ibp_eps: float = 0.0,
+    ibp_clean_weight: float = 0.5,
+    ibp_ramp: float = 0.4,
+) -> Objective:
+    """Return an objective by name; ``beta`` is for TRADES and MART, the others are arguments of the named functions.
 
     Raises:
         InputError: Unknown name.
@@ -209,6 +260,7 @@ def make_objective(name: str, *, beta: float, label_smoothing: float = 0.0) -> O
         "n-fgsm": n_fgsm(label_smoothing),
         "trades": trades(beta, label_smoothing),
         "mart": mart(beta, label_smoothing),
+        "ibp": ibp(ibp_eps, ibp_clean_weight, ibp_ramp),
     }
     if name not in objectives:
         raise unknown("--objective", name, objectives)

@@ -244,6 +244,8 @@ class Trainer:
         robust = f"{attack} {figures['pgd']:.1%}"
         if "margin" in figures:
             robust += f", margin attack {figures['margin']:.1%}"
+        if "certified" in figures:
+            robust += f", certified {figures['certified']:.1%}"
         bar.set_postfix_str(f"epoch {epoch}, loss {loss}, held out: clean {figures['clean']:.1%}, {robust}")
         if not figures.get("hides_gradients"):
             return

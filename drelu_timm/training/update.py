@@ -18,7 +18,8 @@ from ..models.drelu import cap_layers
 from ..randomness import random_generator
 from .config import TrainConfig
 from .distributed import average_gradients, average_statistics, is_sharded
-from .objectives import InnerAttack, Losses, make_objective
+from .ibp import bounded_eps
+from .objectives import InnerAttack, Losses, Objective, make_objective
 
 Part = tuple[Tensor, Tensor, Tensor]  # images, adversarial images, labels
 _STEPPED_BY_STEP = (lr_scheduler.CosineAnnealingLR, lr_scheduler.OneCycleLR)
@@ -60,7 +61,14 @@ class Update:
         self.bare = accelerator.unwrap_model(self.model)
         if config.compile:
             self.bare.compile()
-        self.objective = make_objective(config.objective, beta=config.beta, label_smoothing=config.label_smoothing)
+        self.objective = make_objective(
+            config.objective,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            ibp_eps=bounded_eps(config),
+            ibp_clean_weight=config.ibp_clean_weight,
+            ibp_ramp=config.ibp_ramp,
+        )
         self.attack = InnerAttack(self.bare, config.threat_model, config.steps, config.step_size)
         self._steps_per_epoch = steps_per_epoch
 
@@ -93,8 +101,9 @@ class Update:
         """
         _seed(random_generator(self.config.seed, epoch, step, self.accelerator.process_index).initial_seed())
         parts = self._attacked(images.contiguous(memory_format=torch.channels_last), labels, epoch, step)
-        with self._perturbed(parts) if self.config.awp_gamma else nullcontext():
-            losses = self._backward(parts)
+        objective = self.objective.at((epoch + step / self._steps_per_epoch) / self.config.epochs)
+        with self._perturbed(objective, parts) if self.config.awp_gamma else nullcontext():
+            losses = self._backward(objective, parts)
         self.optimizer.step()
         self.optimizer.zero_grad()
         average_statistics(self.bare, self.accelerator)
@@ -120,21 +129,21 @@ class Update:
         first = self.accelerator.process_index * len(images)
         return self.config.threat_model.noise(shape, generator)[first : first + len(images)].to(images)
 
-    def _perturbed(self, parts: list[Part]) -> AbstractContextManager[None]:
+    def _perturbed(self, objective: Objective, parts: list[Part]) -> AbstractContextManager[None]:
         """Return a context in which the weights are moved to where the loss of the whole batch is higher."""
         with kept_statistics(self.bare):
             for part in parts:
-                (self.objective.losses(self.bare, *part).loss / len(parts)).backward()
+                (objective.losses(self.bare, *part).loss / len(parts)).backward()
         if not is_sharded(self.accelerator):
             average_gradients(self.bare, self.accelerator)
         return perturbed_weights(self.bare, self.config.awp_gamma)
 
-    def _backward(self, parts: list[Part]) -> Losses:
+    def _backward(self, objective: Objective, parts: list[Part]) -> Losses:
         """Compute the gradients of the mean loss over parts and processes; return the mean over the parts."""
         losses = []
         for number, part in enumerate(parts, start=1):
             with nullcontext() if number == len(parts) else self.accelerator.no_sync(self.model):
-                one = self.objective.losses(self.model, *part)
+                one = objective.losses(self.model, *part)
                 penalty = self.penalty(self.bare)
                 losses.append(Losses(one.loss + penalty, {**one.parts, "cap_penalty": penalty}))
                 self.accelerator.backward(losses[-1].loss / len(parts))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..attacks.adaptive import straight_through, substitutable_layers, substituted
 from ..attacks.attack import cross_entropy, margin
 from ..data.images import Images, to_float
+from ..models.intervals import certified
 from ..randomness import random_generator
 from .distributed import reduced
 from .objectives import InnerAttack
@@ -56,22 +57,24 @@ class Validation:
 
         Returns:
             ``loss``, ``clean`` and ``pgd`` (accuracies in [0, 1]); for robust objectives also ``margin``, the accuracy
-            under PGD on the margin loss, and ``hides_gradients``, whether its gap to ``pgd`` is beyond noise.
+            under PGD on the margin loss, and ``hides_gradients``, whether its gap to ``pgd`` is beyond noise; for IBP
+            also ``certified``, the accuracy that bounds prove at the radius of the attack, on all held-out images.
         """
         model.eval()
         attack, accelerator = replace(self.update.attack, model=model), self.update.accelerator
-        sums = torch.zeros(7)
+        sums = torch.zeros(8)
         with accelerator.autocast():
             for start, counts in self._own_batches():
                 sums += counts * self._sums(model, attack, start)
-        loss, with_loss, clean, attacked, robust, robust_margin, only_margin = reduced(
-            sums, accelerator, "sum"
-        ).tolist()
+        totals = reduced(sums, accelerator, "sum").tolist()
+        loss, with_loss, clean, proven, attacked, robust, robust_margin, only_margin = totals
         figures = {
             "loss": loss / with_loss + self.update.penalty(model).item(),
             "clean": clean / len(self.held_out),
             "pgd": robust / attacked,
         }
+        if self.update.objective.certifies:
+            figures["certified"] = proven / len(self.held_out)
         if self.update.objective.raised is None:
             return figures
         hides = hides_gradients(int(only_margin), int(robust), single_step=self.update.objective.single_step)
@@ -95,10 +98,12 @@ class Validation:
         images = to_float(self.held_out.images[part].to(self.update.accelerator.device))
         labels = self.held_out.labels[part].to(images.device)
         correct, count = _correct(model, images, labels).sum(), len(labels)
-        is_robust = self.update.objective.raised is not None
+        is_robust, proven = self.update.objective.raised is not None, 0
+        if self.update.objective.certifies:
+            proven = certified(model, images, labels, attack.threat_model.eps).sum()
         if start >= ATTACKED:
             loss, counted = (0.0, 0) if is_robust else (self._loss(model, images, images, labels), count)
-            return torch.tensor([loss, counted, correct, 0, 0, 0, 0])
+            return torch.tensor([loss, counted, correct, proven, 0, 0, 0, 0])
         noise = attack.threat_model.noise(images.shape, random_generator(self.seed, start)).to(images)
         adversarial = attack(images, cross_entropy(labels), noise)
         loss = self._loss(model, images, adversarial, labels)
@@ -107,7 +112,7 @@ class Validation:
             under_margin = _correct(model, margin_attack(attack, images, labels, noise), labels)
         only_margin = robust & ~under_margin
         counts = [count, robust.sum(), under_margin.sum(), only_margin.sum()]
-        return torch.tensor([loss, count, correct, *counts])
+        return torch.tensor([loss, count, correct, proven, *counts])
 
     @torch.no_grad()
     def _loss(self, model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> float:
