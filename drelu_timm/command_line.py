@@ -15,7 +15,7 @@ from .errors import InputError, unknown
 Config = TypeVar("Config")
 
 _GROUP = "group of the help"
-# The text of a flag says what happens without it; "(default: None)" would say less.
+# The text of a flag states what happens without it, which "(default: None)" does not.
 _UNSET = ("None", "", "''", "False")
 _HINT = tyro.conf.arg(help_behavior_hint=lambda default: "" if default in _UNSET else f"(default: {default})")
 

@@ -37,7 +37,7 @@ EXPLANATION = (
     "RobustBench leaderboard runs. BPDA passes the gradient through the caps, where it is exactly zero. "
     "[bold]Worst[/bold] counts an example as robust only if no attack fooled the model on it: only this is a robust "
     "accuracy. Zero grad.: share of the examples on which the input gradient is exactly zero. Verdict: whether attacks "
-    "that do not depend on the gradient find hardly more than those that do (sound) or much more (masked).\n"
+    "that do not depend on the gradient find hardly more than gradient attacks (sound) or much more (masked).\n"
 )
 
 

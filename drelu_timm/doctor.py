@@ -1,4 +1,4 @@
-"""`drelu-timm doctor`: the versions of what is installed, what of it clashes, and the one command that fixes it.
+"""`drelu-timm doctor`: installed versions, their clashes, and the one command that fixes them.
 
 Only the standard library is imported at the start, as torch, torchvision or timm may be what is broken.
 """

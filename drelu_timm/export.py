@@ -245,7 +245,7 @@ def _hub_files(card: Card, weights: Path, *, source: str) -> dict[str, bytes]:
     """Return the files of hub/, with the card for a source as of `model_card`.
 
     Raises:
-        InputError: The weights cannot be read, or are not those that were evaluated.
+        InputError: The weights cannot be read, or are not the evaluated ones.
     """
     try:
         content = weights.read_bytes()

@@ -80,7 +80,7 @@ def locked(path: Path, *, wait: bool = False) -> BinaryIO:
 
 @contextmanager
 def held(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, so that one process at a time writes what it stands for; it is deleted at the end.
+    """Hold a lock file, so that one process at a time writes what it protects; it is deleted at the end.
 
     Only processes exclude each other, not the threads of one. Forked children do not inherit the lock, so a
     data-loading worker that outlives a killed training does not block the next one.
@@ -161,12 +161,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    # O_EXCL: a link that somebody planted under this name is not followed. The mode is that of the umask.
+    # O_EXCL: a link that somebody planted under this name is not followed. The umask gives the mode.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
-        temporary.chmod(mode)  # safetensors writes a file of its own, with mode 0600
+        temporary.chmod(mode)  # safetensors writes another file, with mode 0600
         put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -36,9 +36,9 @@ class ExportConfig:
     dataset: str | None = None
     """RobustBench's name of the dataset, for a run on a folder of its images: imagenet."""
     norm: str | None = None
-    """Norm of the entry, Linf or L2; by default that of the training."""
+    """Norm of the entry, Linf or L2; by default the training's."""
     eps: str | None = None
-    """Radius of the entry, such as 8/255; by default that of the training."""
+    """Radius of the entry, such as 8/255; by default the training's."""
     results: str | None = None
     """Name of the evaluation; by default, of those at that norm and eps, one with AutoAttack and the most examples."""
     n_examples: int | None = None

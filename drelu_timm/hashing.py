@@ -1,4 +1,4 @@
-"""SHA-256 digests of files, tensors and models, to tell whether two of them are the same."""
+"""SHA-256 digests of files, tensors and models, which show whether two of them are the same."""
 
 import hashlib
 import json

@@ -116,7 +116,7 @@ def _check_output_dir(output_dir: Path) -> None:
 
 @contextmanager
 def _replaced(output_dir: Path) -> Iterator[Path]:
-    """Yield a new folder whose files replace those of an earlier report at the end; an error changes nothing.
+    """Yield a new folder whose files replace an earlier report's at the end; an error changes nothing.
 
     Other files in the folder are kept, except in its folders tables and figures.
 

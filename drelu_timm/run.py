@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     """Run a script as ``python SCRIPT ARGUMENTS`` does. The models are registered when the script imports timm.
 
     Raises:
-        InputError: There is no script in ``argv``, or it is not a file, or the models raise it in the script.
+        InputError: ``argv`` has no script, or it is not a file, or the models raise it in the script.
     """
     if not argv:
         raise InputError("SCRIPT is needed. Give a Python file and its arguments: validate.py --model resnet50_drelu.")

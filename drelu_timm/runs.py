@@ -37,7 +37,7 @@ _PACKAGES = ("drelu-timm", "torch", "timm", "accelerate", "pyautoattack", "foolb
 
 @dataclass(frozen=True)
 class _Config:
-    """Schema of config.json, without the settings in ``train``, which are those of `TrainConfig`."""
+    """Schema of config.json, without the settings in ``train``, which `TrainConfig` describes."""
 
     train: dict[str, Any]
     in_chans: Count
@@ -56,7 +56,7 @@ class _Config:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a run's config.json and check the types of its fields. Those of other versions are ignored.
+    """Read a run's config.json and check the types of its fields. Fields of other versions are ignored.
 
     Raises:
         InputError: The file is missing or is cut short, a field that every verb needs is missing, or a field has
@@ -79,7 +79,7 @@ class Run:
     Attributes:
         path: The directory.
         config: Content of its config.json.
-        weights: "model" for the weights of the best epoch, "last" for those of the last epoch.
+        weights: "model" for the weights of the best epoch, "last" for the last epoch.
     """
 
     path: Path
@@ -91,7 +91,7 @@ class Run:
         """Open a run directory, or ``RUN/last`` for the model of its last epoch.
 
         Raises:
-            InputError: There is no config.json in the folder, or `read_config` refuses it.
+            InputError: The folder has no config.json, or `read_config` refuses it.
         """
         path = Path(path)
         if path.name == "last" and (path.parent / "config.json").is_file():

@@ -1,11 +1,11 @@
-"""`drelu-timm sweep`: a grid of trainings and evaluations, each in a run directory of its own.
+"""`drelu-timm sweep`: a grid of trainings and evaluations, each in a separate run directory.
 
     drelu-timm sweep paper-mnist-smoke --jobs 2
     drelu-timm sweep paper-cifar10 --dry-run
     drelu-timm sweep my-grid.toml --num-processes 4 --mixed-precision bf16
     drelu-timm sweep paper-cifar10 --cluster slurm --partition gpu --num-processes 4 --hours 12
 
-`sweeps.grids` defines grids. Every cell is a `train` and its `evaluate`s, each in a process of its own; their output is
+`sweeps.grids` defines grids. Every cell is a `train` and its `evaluate`s, each in a separate process; their output is
 in ``<cell>.log`` next to the run directory. Cells that are done are skipped, others resume: the same command again
 completes a sweep that was stopped, however it was stopped.
 """

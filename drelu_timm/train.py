@@ -53,7 +53,7 @@ def main(configs: Sequence[TrainConfig]) -> None:
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as the config says; everything is checked before the first step.
+    """Train by a config; everything is checked before the first step.
 
     Returns:
         The run directory.

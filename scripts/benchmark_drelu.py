@@ -3,7 +3,7 @@
     python scripts/benchmark_drelu.py
     OMP_NUM_THREADS=1 python scripts/benchmark_drelu.py --rounds 30
 
-The two take turns, and the ratio is that of their medians. "kept" is what they keep for the backward pass.
+The two take turns, and the ratio is between their medians. "kept" is what they keep for the backward pass.
 """
 
 import time

@@ -80,7 +80,7 @@ class BenchmarkConfig:
     dataset: str | None = None
     """Dataset whose test set is attacked; by default the run's."""
     data_dir: Path | None = None
-    """Folder of the dataset; by default that of the run."""
+    """Folder of the dataset; by default the run's."""
     output: Path = Path("benchmark_evaluation.jsonl")
     """File for the rows."""
 
@@ -132,7 +132,7 @@ def original(config: BenchmarkConfig, subjects: Subjects, seed: int) -> dict[str
 
 
 def timed(seconds: dict[str, float], name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the result of a call, and add its seconds to those of its name."""
+    """Return the result of a call, and add its seconds under its name."""
     started = time.monotonic()
     result = call(*arguments)
     seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
@@ -253,7 +253,7 @@ def main(config: BenchmarkConfig) -> None:
     """Measure the rows that are not in the file yet, and print all rows."""
     if "processes" in config.rows and not (Path(config.run) / "config.json").is_file():
         raise InputError(
-            f"RUN {config.run!r} is no run directory, which the row processes needs; leave it out of --rows"
+            f"RUN {config.run!r} is not a run directory, which the row processes needs. Leave it out of --rows."
         )
     subjects = load(config)
     measure: dict[Row, Callable[[], dict[str, Any]]] = {

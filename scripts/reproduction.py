@@ -140,7 +140,7 @@ class Topic:
 
     Args:
         name: Folder of model_cards/reproduction/.
-        shown: Sentences of captions that are on the page already; those of this topic's tables are added.
+        shown: Sentences of captions that are on the page already; this topic's tables add theirs.
     """
 
     def __init__(self, name: str, shown: set[str] | None = None):

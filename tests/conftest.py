@@ -19,7 +19,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 BESIDE_REPOSITORY = Path(__file__).parents[2] / "shared" / "data"
-MOST_WORKERS = 4  # each imports torch, in 4 s, and builds fixtures of its own
+MOST_WORKERS = 4  # each imports torch, in 4 s, and builds its fixtures
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -31,7 +31,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make our own warnings errors in the processes that run tests; those of the libraries are theirs."""
+    """Make our own warnings errors in the processes that run tests; not warnings of libraries."""
     if not config.getoption("numprocesses", None):
         config.addinivalue_line("filterwarnings", "error::drelu_timm.errors.DReLUWarning")
 
@@ -79,7 +79,7 @@ def evaluated(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def untrained_run(tmp_path, monkeypatch) -> Callable[[str], Path]:
-    """Makes a run directory with an untrained net for digits and a radius, as train leaves it."""
+    """Makes a run directory with an untrained model for digits and a radius, as train leaves it."""
     import timm
     import torch
 

@@ -53,7 +53,7 @@ def _wait_for_sigterm(reached: Path) -> None:
 
 
 def hold_first_process() -> None:
-    """Hold this process as HELD_AT says ("function call file"), if it is the first of its launch."""
+    """Hold this process as HELD_AT states ("function call file"), if it is the first of its launch."""
     if VARIABLE in os.environ and os.environ.get("RANK", "0") == "0":
         function, call, reached = os.environ[VARIABLE].split(maxsplit=2)
         hold(function, int(call), Path(reached))

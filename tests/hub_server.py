@@ -18,7 +18,7 @@ class Hub:
 
     Attributes:
         url: Its address.
-        repos: The commits of each repository, each with all files; the first has those that the Hub adds.
+        repos: The commits of each repository, each with all files; the first has the files that the Hub adds.
         failures: HTTP status to answer instead, by (method, verb), such as {("POST", "commit"): 403}.
         redirects: Addresses to redirect to instead, likewise.
         before: Functions to call before a request is answered, likewise.
@@ -37,7 +37,7 @@ class Hub:
         self.repos[repo] = [{".gitattributes": b"*.safetensors filter=lfs\n", **files}]
 
     def files(self, repo: str) -> dict[str, bytes]:
-        """Return the newest files, without those that the Hub adds."""
+        """Return the newest files, without the files that the Hub adds."""
         return {name: content for name, content in self.repos[repo][-1].items() if name != ".gitattributes"}
 
 

@@ -85,7 +85,7 @@ class Launched:
         arguments: Of the command line.
         processes: Their number.
         program: Name of the module.
-        environment: Variables in addition to those of this process.
+        environment: Variables in addition to this process's.
         before: Called in each process first; it is pickled.
     """
 
@@ -101,7 +101,7 @@ class Launched:
         self._printed = [str(Path(self._folder.name) / name) for name in ("stdout", "stderr")]
         shared = {**os.environ, **(environment or {})}
         if processes > 1:
-            # A store of this process, as that of the launcher's agent: it finds a free port itself.
+            # A store of this process, like the launcher's agent's: it finds a free port itself.
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port)}
@@ -113,7 +113,7 @@ class Launched:
             work = program, arguments, {**shared, **ranks}, self._printed, before
             self._processes.append(SERVER.Process(target=_work, args=work))
             self._processes[-1].start()
-        atexit.register(self.kill)  # else this process waits at its end for those of a test that failed
+        atexit.register(self.kill)  # else this process waits at its end for processes of a test that failed
 
     @property
     def pid(self) -> int:

@@ -61,7 +61,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"norm": "L2"}, "bounds Linf epsilon balls, not --norm L2"),
+        ({"norm": "L2"}, "has bounds for Linf, not for --norm L2"),
         ({"cutmix": 0.5}, "--cutmix does not go with --objective ibp"),
         ({"label_smoothing": 0.1}, "--label-smoothing does not go with"),
         ({"compile": True}, "--compile does not go with"),

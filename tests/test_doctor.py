@@ -40,7 +40,7 @@ def environment(tmp_path, monkeypatch):
             (tmp_path / "pkg_resources.py").touch()
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
         monkeypatch.delitem(sys.modules, "pkg_resources", raising=False)
-        monkeypatch.setattr(robustbench, "adapt", lambda: None)  # there is no code to import
+        monkeypatch.setattr(robustbench, "adapt", lambda: None)  # nothing to import
         return tmp_path
 
     return make

@@ -449,7 +449,7 @@ def test_bf16_finds_and_float32_judges(toy, monkeypatch):
 
 
 def test_a_success_that_does_not_repeat_in_bf16_is_searched_again_in_float32(toy, monkeypatch):
-    """Also where the success was that of another batch, and the last look at the image does not show it."""
+    """Also where the success was in another batch, and the last look at the image does not show it."""
     searched = []
 
     def search(model, batch, threat_model):

@@ -1,4 +1,4 @@
-"""Models and settings of users: the numbers equal those of a plain module, or an error of one line says why not."""
+"""Models and settings of users: the numbers equal a plain module's, or an error of one line states why not."""
 
 import contextlib
 import functools
@@ -69,7 +69,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def labels(images):
-    """Those that the plain model gives, but for the first."""
+    """What the plain model gives, except for the first."""
     with torch.no_grad():
         labels = made()(images).argmax(dim=1)
     labels[0] = (labels[0] + 1) % 5
@@ -169,7 +169,7 @@ class OnlyOfOne(Net):
 
 
 class Output(Net):
-    """As those of transformers."""
+    """Like outputs of transformers."""
 
     def forward(self, x):
         return types.SimpleNamespace(loss=None, logits=super().forward(x))
@@ -194,7 +194,7 @@ class NeedsDefaults(Net):
 
 
 class OwnPrecision(Net):
-    """Runs in float16 what it has in float16, and takes float32 as the README says."""
+    """Runs in float16 what it has in float16, and takes float32."""
 
     def __init__(self):
         super().__init__()
@@ -539,7 +539,7 @@ class NotDifferentiable(Net):
 
 
 class Unfrozen(Detaches):
-    """Its logits require a gradient, but not that of the image."""
+    """Its logits require a gradient, but not the image's."""
 
     def forward(self, x):
         return super().forward(x) + torch.zeros(1, requires_grad=True)

@@ -129,7 +129,7 @@ def test_conversion_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_compressed_file_of_other_images_is_not_converted(tmp_path):
     path = write(tmp_path / "a.npz", save=np.savez_compressed)
-    with pytest.raises(InputError, match=r"They must be uint8 \[N, 8, 8, 3\], as those of --dataset: resize them"):
+    with pytest.raises(InputError, match=r"They must be uint8 \[N, 8, 8, 3\], like --dataset: resize them"):
         opened(path, img_size=8)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -248,7 +248,7 @@ def test_member_cut_short(tmp_path):
     with zipfile.ZipFile(write(tmp_path / "a.npz")) as whole, zipfile.ZipFile(tmp_path / "b.npz", "w") as short:
         short.writestr("label.npy", whole.read("label.npy"))
         short.writestr("image.npy", whole.read("image.npy")[:-1])
-    with pytest.raises(InputError, match=r"image.npy has 1087 bytes, which is not what its header says"):
+    with pytest.raises(InputError, match=r"image.npy has 1087 bytes, but its header states another size"):
         opened(tmp_path / "b.npz")
 
 
@@ -305,7 +305,7 @@ def test_missing_keys(tmp_path, missing):
     [pixels(20, side=5), pixels(20, channels=1), pixels(20).astype(np.float32), pixels(20)[..., 0]],
 )
 def test_images_of_another_kind(tmp_path, image):
-    found = re.escape(f"images of {image.dtype} {list(image.shape)}. They must be uint8 [N, 4, 4, 3], as those of")
+    found = re.escape(f"images of {image.dtype} {list(image.shape)}. They must be uint8 [N, 4, 4, 3], like")
     with pytest.raises(InputError, match=found):
         opened(write(tmp_path / "a.npz", image=image))
 

@@ -1,7 +1,7 @@
 """Files of version 0.1.0 are read as they were: the same tables, worst cases and cards follow from them.
 
 ``golden/run`` is a run on digits with three evaluations (one with cw-l2, one with a transfer attack) and a sweep over
-eps, without its weights. The files beside it are what `report` and `export` made of it.
+eps, without its weights. The files next to it are what `report` and `export` made of it.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Processes of every verb, killed when they change a file: the same command then ends as if nothing had happened.
 
-The events are those of Python's audit hooks, so a kill depends on what the process does, not on the machine's speed.
+The events are Python's audit events, so a kill depends on what the process does, not on the machine's speed.
 """
 
 import json

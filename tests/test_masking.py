@@ -72,7 +72,7 @@ def test_a_constant_answer_is_robust_though_it_has_no_gradient():
 
 
 class Frugal(nn.Module):
-    """Counts its images and those that require a gradient; its answer is constant."""
+    """Counts its images, and how many require a gradient; its answer is constant."""
 
     def __init__(self):
         super().__init__()

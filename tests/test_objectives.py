@@ -137,7 +137,7 @@ def test_adversarial_training_is_cross_entropy_on_the_attack(model, batch):
 
 
 def test_n_fgsm_equals_the_authors_formula(model, batch):
-    """Noise of twice eps, one step of eps, both clipped to [0, 1] and neither to the epsilon ball."""
+    """Noise of twice eps, one step of eps, both clipped to [0, 1] and neither to within eps."""
     images, labels = batch
     model.eval()
     eta = (2 * noise(images)).clamp(-images, 1 - images).requires_grad_()

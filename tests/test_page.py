@@ -148,7 +148,7 @@ def test_a_missing_picture_is_named(tmp_path):
 
 @pytest.fixture(scope="session")
 def in_node():
-    """Run JavaScript after that of the page, and return the JSON that it prints."""
+    """Run JavaScript after the page's, and return the JSON that it prints."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("no Node to run the page's script in")

@@ -48,7 +48,7 @@ def image_bytes(grey: int, *, size: tuple[int, int] = (8, 8), format: str = "PNG
 
 
 def write_folder(folder: Path, classes, n: int, **options) -> Path:
-    """Images of one grey value a class: 10 times its rank."""
+    """Images of one gray value per class: 10 times its rank."""
     suffix = options.get("format", "png").lower()
     for rank, name in enumerate(classes):
         (folder / name).mkdir(parents=True)

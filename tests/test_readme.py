@@ -18,7 +18,7 @@ from drelu_timm.sweeps.grids import read_grid
 from drelu_timm.training.config import resolve
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-# What the README's commands need that a test lacks: other data, a GPU, a network, time; all else runs as it stands.
+# What the README's commands need that a test lacks: other data, a GPU, a network, time; all else runs unchanged.
 ON_DIGITS = {
     "--num_processes 4": "--num_processes 1 --cpu",
     "preact_resnet18_drelu --dataset cifar10": "dense_drelu --dataset digits --epochs 2",
@@ -78,10 +78,9 @@ def test_the_output_shown_is_that_of_the_example():
     example = Path(list_cards.REPOSITORY / "scripts" / "audit_your_model.py")
     done = subprocess.run([sys.executable, example], capture_output=True, text=True, check=True)
     shown = README.partition("<!-- audit -->\n```\n")[2].partition("```\n<!-- /audit -->")[0]
-    first, last = shown.split("  ...\n")
-    printed = re.sub(r"[\d.]+", "#", done.stdout)
-    assert printed.startswith(re.sub(r"[\d.]+", "#", first))
-    assert printed.endswith(re.sub(r"[\d.]+", "#", last))
+    printed, *parts = (re.sub(r"[\d.]+", "#", text) for text in (done.stdout, *shown.split("  ...\n")))
+    places = [printed.index(part) for part in parts]
+    assert len(parts) == 3 and places == sorted(places)
 
 
 @pytest.mark.parametrize("command", commands())
@@ -115,7 +114,7 @@ def run_as_shown(words: list[str]) -> tuple[int, str]:
     ("run", "weights"), [(run_forked, [0.1]), pytest.param(run_as_shown, [0.0, 0.1], marks=pytest.mark.slow)]
 )
 def test_five_things_run_on_digits(tmp_path, monkeypatch, run, weights):
-    """Every command of the README's five things, in its order, in a folder of its own."""
+    """Every command of the README's five things, in its order, in one folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "paper.toml").write_text('title = "A"\nauthors = "B"\nlink = "https://example.org"\nvenue = "C"\n')
     (tmp_path / "digits.toml").write_text(GRID.format(weights=weights))

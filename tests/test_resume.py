@@ -411,7 +411,7 @@ def test_leftovers_of_killed_trainings_are_deleted_and_nothing_else(tmp_path, mo
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_one_of_two_trainings_in_a_folder_is_refused(tmp_path, resume):
-    """In 20 races, the weights are those of the seed in config.json, and the other training names the holder."""
+    """In 20 races, the weights belong to the seed in config.json, and the other training names the holder."""
     both = [config(tmp_path / f"alone{seed}", seed=seed, epochs=1, n_train=64) for seed in (0, 1)]
     for one in both:
         train(one)

@@ -73,7 +73,7 @@ def logits(model) -> torch.Tensor:
 
 
 def same(folder: Path, **settings) -> bool:
-    """Return whether the registered model is that of the folder."""
+    """Return whether the registered model is the folder's."""
     return torch.equal(logits(timm.create_model(NAME, pretrained=True, **settings)), logits(expected(folder)))
 
 
@@ -136,7 +136,7 @@ def test_a_name_moves_to_its_newest_source(uploaded, saved, tmp_path):
 
 
 def checkpoint(path: Path, model) -> Path:
-    """Write a state dict of the whole model whose values differ from those of its source."""
+    """Write a state dict of the whole model whose values differ from its source's."""
     state = {name: tensor + 0.5 for name, tensor in model.state_dict().items()}
     assert {"normalize.mean", "normalize.std"} < set(state)
     safetensors.torch.save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)

@@ -125,5 +125,5 @@ def test_two_preempted_slurm_nodes_resume_to_the_result_of_one_process(tmp_path,
     train(replace(two, output_dir=tmp_path / "one"))
     one, two = (log(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 10
-    assert two[0]["train"]["loss"] == pytest.approx(one[0]["train"]["loss"], rel=0.01)  # the nodes' config says bf16
+    assert two[0]["train"]["loss"] == pytest.approx(one[0]["train"]["loss"], rel=0.01)  # the nodes' config has bf16
     assert two[-1]["held_out"]["clean"] == pytest.approx(one[-1]["held_out"]["clean"], abs=0.05)

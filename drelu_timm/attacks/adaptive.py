@@ -258,7 +258,7 @@ class Annealing(Attack):
         loss: A name in `LOSSES`.
         rounds: Number of sharpnesses from 0 to 1, after each of which the unchanged model judges the images.
         steps: Number of gradients per round.
-        relative_step_size: Length of a step, in units of eps.
+        relative_step_size: Step length in units of eps.
     """
 
     kind: ClassVar[Kind] = "adaptive"
@@ -316,7 +316,7 @@ class TargetedAnnealing(Attack):
 
 @dataclass(frozen=True)
 class Restarts(Attack):
-    """`PGD` from several random points of the epsilon ball, until the model is fooled: a baseline.
+    """`PGD` from several random points within eps, until the model is fooled: a baseline.
 
     Attributes:
         loss, steps, relative_step_size: See `PGD`.

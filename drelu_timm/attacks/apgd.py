@@ -21,7 +21,7 @@ from .threat_model import ThreatModel
 
 @dataclass(frozen=True)
 class APGD(Attack):
-    """Auto-PGD from a random point of the epsilon ball, or from the batch's start.
+    """Auto-PGD from a random point within eps, or from the batch's start.
 
     Attributes:
         loss: "ce", "dlr" (at least three classes) or, with fewer, "margin".

@@ -23,7 +23,7 @@ class Batch:
         labels: [B] integers.
         seeds: One per image. All randomness of an image is drawn from its own seed, so that the result of an attack
             does not depend on the rest of the batch.
-        start: [B, C, H, W] in the epsilon ball, where attacks that support it start. None for their own start.
+        start: [B, C, H, W] within eps, where attacks that support it start. None for their own start.
     """
 
     images: Tensor
@@ -44,7 +44,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Images that an attack proposes. They need not fool the model or be in the epsilon ball: the caller judges them.
+    """Images that an attack proposes. They need not fool the model or be within eps: the caller judges them.
 
     Attributes:
         images: [B, C, H, W].

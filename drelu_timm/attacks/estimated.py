@@ -12,7 +12,7 @@ from .attack import Attack, Batch, Candidates, Kind, margin
 from .pgd import generators_of
 from .threat_model import ThreatModel, per_image
 
-_FINE = 16  # height and width up to which every pixel has a random sign of its own
+_FINE = 16  # height and width up to which every pixel has a random sign
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EstimatedPGD(Attack):
 
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
         """Search for adversarial images; see `Attack.run`."""
-        samples = max(min(self.samples, (self.n_queries - 1) // 2), 1)  # at least one step, whatever the budget
+        samples = max(min(self.samples, (self.n_queries - 1) // 2), 1)  # at least one step, with any budget
         per_step = 2 * samples + 1
         steps = self.n_queries // per_step
         found = batch.images.clone()

@@ -18,7 +18,7 @@ from .threat_model import Norm, ThreatModel, per_image
 class TargetedFAB(Attack):
     """Targeted fast adaptive boundary attack (Croce and Hein 2020, https://arxiv.org/abs/1907.02044).
 
-    It searches for the nearest adversarial image, but here it stops at the first one in the epsilon ball. It is
+    It searches for the nearest adversarial image, but here it stops at the first one within eps. It is
     deterministic.
 
     Attributes:
@@ -34,7 +34,7 @@ class TargetedFAB(Attack):
         return replace(self, n_target_classes=min(self.n_target_classes, num_classes - 1))
 
     def run(self, model: nn.Module, batch: Batch, threat_model: ThreatModel) -> Candidates:
-        """Return for every image the first point in the epsilon ball that fools the model, otherwise the image."""
+        """Return for every image the first point within eps that fools the model, otherwise the image."""
         images, labels = batch.images, batch.labels
 
         def search(left: Tensor, targets: Tensor) -> SearchResult:
@@ -47,7 +47,7 @@ class TargetedFAB(Attack):
 class CarliniWagner(Attack):
     """Nearest adversarial image in L2 (Carlini and Wagner 2017, https://arxiv.org/abs/1608.04644), by foolbox.
 
-    It ignores eps: the adversarial image may be outside the epsilon ball.
+    It ignores eps: the adversarial image may be farther away than eps.
 
     Attributes:
         binary_search_steps: Steps of the search for the constant that weighs distance against misclassification.
@@ -79,7 +79,7 @@ class CarliniWagner(Attack):
 def _run_fab(
     model: nn.Module, images: Tensor, labels: Tensor, targets: Tensor, threat_model: ThreatModel, n_iter: int
 ) -> SearchResult:
-    """Run FAB towards ``targets`` [B] until it fools the model in the epsilon ball, with pyautoattack's parameters.
+    """Run FAB towards ``targets`` [B] until it fools the model within eps, with pyautoattack's parameters.
 
     Each step goes a little beyond the linearized decision boundary and a little back towards the image.
     """

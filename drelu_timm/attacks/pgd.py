@@ -25,15 +25,15 @@ def pgd(
 
     Args:
         model: Maps [0, 1] images to logits; frozen by the caller, see `models.inference.frozen`.
-        images: [B, C, H, W] in [0, 1], the centers of the epsilon balls.
+        images: [B, C, H, W] in [0, 1], around which eps is measured.
         loss: Function of the logits that is maximized.
         threat_model: Norm and eps.
         start: [B, C, H, W], where the ascent starts.
         steps: Number of gradients.
-        step_size: Length of a step, in units of a [0, 1] pixel.
+        step_size: Step length in units of a [0, 1] pixel.
 
     Returns:
-        [B, C, H, W] in the epsilon ball and in [0, 1]: the last point, not the best.
+        [B, C, H, W] within eps and in [0, 1]: the last point, not the best.
     """
     adversarial = start.detach()
     for _ in range(steps):
@@ -58,7 +58,7 @@ def drawn(draw: Callable[[Tensor, torch.Generator], Tensor], images: Tensor, see
 
 
 def start_of(batch: Batch, threat_model: ThreatModel) -> Tensor:
-    """Return the batch's start, or a random point of the epsilon ball around each image [B, C, H, W]."""
+    """Return the batch's start, or a random point within eps of each image [B, C, H, W]."""
     return drawn(threat_model.random_start, batch.images, batch.seeds) if batch.start is None else batch.start
 
 
@@ -74,12 +74,12 @@ class FGSM(Attack):
 
 @dataclass(frozen=True)
 class PGD(Attack):
-    """`pgd` from a random point of the epsilon ball, or from the batch's start.
+    """`pgd` from a random point within eps, or from the batch's start.
 
     Attributes:
         loss: A name in `LOSSES`.
         steps: Number of gradients.
-        relative_step_size: Length of a step, in units of eps.
+        relative_step_size: Step length in units of eps.
     """
 
     loss: str = "ce"
@@ -96,7 +96,7 @@ class PGD(Attack):
 
 @dataclass(frozen=True)
 class SignNoise(Attack):
-    """One random corner of the Linf ball, or one random direction of length eps for L2: a baseline for all attacks."""
+    """Random signs times eps for Linf, or a random direction of length eps for L2: a baseline."""
 
     kind: ClassVar[Kind] = "black-box"
 

@@ -87,7 +87,7 @@ class _Squares:
         shape: C, H, W.
         pixels: Maps the side of a window to its pixels in the flattened image, for a window in the first corner.
         start_numbers: Shape of the numbers in [0, 1) that an example needs for its start.
-        step_numbers: How many numbers an example needs for a step.
+        step_numbers: Random numbers per example and step.
     """
 
     smallest = 1

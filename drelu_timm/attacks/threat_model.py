@@ -1,4 +1,4 @@
-"""Threat models: the distance by which an adversary may move an image."""
+"""Threat models: how far an adversary may move images."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ThreatModel:
         return difference.abs().amax(1) if self.norm == "Linf" else difference.norm(dim=1)
 
     def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """Project [B, C, H, W] onto the epsilon ball around ``images``, then onto [0, 1]."""
+        """Project [B, C, H, W] to within eps of ``images``, then onto [0, 1]."""
         difference = adversarial - images
         if self.norm == "Linf":
             difference = difference.clamp(-self.eps, self.eps)
@@ -76,7 +76,7 @@ class ThreatModel:
         return (images + difference).clamp(0, 1)
 
     def noise(self, shape: torch.Size, generator: torch.Generator | None = None) -> Tensor:
-        """Draw points [B, C, H, W] of the epsilon ball around 0: uniform for Linf; direction and radius for L2."""
+        """Draw points [B, C, H, W] within eps of 0: uniform for Linf; direction and radius for L2."""
         import torch
 
         device = generator.device if generator else None
@@ -87,7 +87,7 @@ class ThreatModel:
         return direction * per_image(radius / direction.flatten(1).norm(dim=1), direction)
 
     def random_start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw a point of the epsilon ball around each image [B, C, H, W], in [0, 1]."""
+        """Draw a point within eps of each image [B, C, H, W], in [0, 1]."""
         return self.project(images + self.noise(images.shape, generator).to(images), images)
 
     def ascend(self, adversarial: Tensor, gradient: Tensor, step_size: float) -> Tensor:

@@ -169,7 +169,7 @@ def cutmix_box(bits: np.ndarray, height: int, width: int, *, probability: float)
 
 
 def cutmix(images: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Replace the box in images by that of other images, and the same share of the labels.
+    """Replace the box in images by the same box of other images, and the same share of the labels.
 
     Args:
         images: [B, C, H, W] of any type.

@@ -41,7 +41,7 @@ class TrainingBatches:
         generated_fraction: Share of generated images in every batch, rounded to whole images; at least 0, below 1.
 
     Attributes:
-        steps_per_epoch: Number of batches in an epoch.
+        steps_per_epoch: Number of batches per epoch.
 
     Raises:
         InputError: Fewer images than a batch needs, or a value that is not allowed.
@@ -115,7 +115,7 @@ class TrainingBatches:
         workers: int = 0,
         pin_memory: bool = False,
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Return a process's parts of the batches of an epoch, starting at ``first_step``; see `batch`.
+        """Return a process's parts of one epoch's batches, starting at ``first_step``; see `batch`.
 
         Args:
             epoch: From 0.
@@ -131,7 +131,7 @@ class TrainingBatches:
         self._check_share(num_processes)  # here, because workers wrap exceptions
         self.indices(epoch, first_step)  # shuffles for the pass, which otherwise every forked worker repeats
         return DataLoader(
-            # A "sample" is the number of a step, which `collate_fn` turns into a batch.
+            # A "sample" is a step number, which `collate_fn` turns into a batch.
             range(first_step, self.steps_per_epoch),  # pyright: ignore[reportArgumentType]
             batch_size=None,
             collate_fn=partial(  # pyright: ignore[reportArgumentType]

@@ -14,8 +14,8 @@ class Dataset:
         name: Value of ``--dataset``.
         title: Name in tables.
         num_classes: Number of classes.
-        in_chans: Channels of an image: 1 or 3.
-        img_size: Height and width of an image, in pixels.
+        in_chans: Channels per image: 1 or 3.
+        img_size: Height and width of the images, in pixels.
         mean: Mean that a model subtracts from every channel, in [0, 1] units.
         std: Standard deviation by which it then divides.
         norm: Default norm of the threat model.

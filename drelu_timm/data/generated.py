@@ -41,7 +41,7 @@ class GeneratedImages:
         num_classes: Number of classes; there must be an image of each.
 
     Raises:
-        InputError: A class without an image, or pixels of 0 and 1 only.
+        InputError: A class without images, or pixels of 0 and 1 only.
 
     Attributes:
         digest: SHA-256 over the number of images of every file and class and over a sample of the images, which is
@@ -79,7 +79,7 @@ class GeneratedImages:
 
         Raises:
             InputError: A file that is missing, is not a zip, is cut short, or has other keys, types, shapes or labels;
-                a class without an image.
+                a class without images.
         """
         if not paths:
             raise InputError("--generated has no value. Give one or more .npz files with image and label.")
@@ -153,7 +153,7 @@ class StoredImages:
     """Images that are stored uncompressed in a file, such as one of `numpy.savez`, and mapped into memory.
 
     The kernel reads a page of the file when it is first accessed and drops it when memory is short. Such pages count as
-    resident memory of a process, but not as its anonymous memory, and processes share them.
+    resident memory of each process, but not as its anonymous memory, and processes share them.
 
     Args:
         path: File.
@@ -241,7 +241,7 @@ def _check_headers(path: Path, archive: zipfile.ZipFile, image_shape: tuple[int,
     if images.dtype != np.uint8 or images.shape[1:] != image_shape:
         raise InputError(
             f"--generated {path} has images of {images.dtype} {list(images.shape)}. They must be uint8 "
-            f"[N, {', '.join(map(str, image_shape))}], as those of --dataset: resize them or give other files."
+            f"[N, {', '.join(map(str, image_shape))}], like --dataset: resize them or give other files."
         )
     if not np.issubdtype(labels.dtype, np.integer) or len(labels.shape) != 1:
         raise InputError(
@@ -270,7 +270,7 @@ def _header(archive: zipfile.ZipFile, name: str) -> _Header:
         raise ValueError(f"{name} is in Fortran order")
     file_bytes = archive.getinfo(name).file_size
     if not dtype.hasobject and n_bytes + dtype.itemsize * math.prod(shape) != file_bytes:
-        raise ValueError(f"{name} has {file_bytes} bytes, which is not what its header says")
+        raise ValueError(f"{name} has {file_bytes} bytes, but its header states another size")
     return _Header(shape, dtype, n_bytes)
 
 

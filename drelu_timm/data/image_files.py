@@ -46,7 +46,7 @@ class Tree(NamedTuple):
 
 @contextmanager
 def open_tree(path: Path) -> Iterator[Tree]:
-    """Open a folder, a tar (by its suffix) or a zip. Links are followed; names are sorted, except those of a zip.
+    """Open a folder, a tar (by its suffix) or a zip. Links are followed; names are sorted, except in a zip.
 
     Raises:
         InputError: The path cannot be read: permission denied, an archive that is cut short or of another format, a
@@ -168,7 +168,7 @@ class ImageFiles:
         return found + (f", {number:,} {files} ignored ({listed(self.ignored)})" if number else "")
 
     def open(self, index: int) -> Image.Image:
-        """Decode an image with 8 bits per channel, rotated as its EXIF orientation says.
+        """Decode an image with 8 bits per channel, rotated by its EXIF orientation.
 
         Of several frames or pages the first is decoded.
 

@@ -59,7 +59,7 @@ def as_float(images: Tensor) -> Tensor:
 def hold_out(images: Images, fraction: float, *, seed: int) -> tuple[Images, Images]:
     """Split a training set into a part for training and a held-out part for choices such as the best epoch.
 
-    Of n images of a class, round(fraction * n) random ones are held out. Both parts keep the order.
+    Of n images per class, round(fraction * n) random ones are held out. Both parts keep the order.
 
     Args:
         images: Training set.

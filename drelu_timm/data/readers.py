@@ -69,7 +69,7 @@ def load_images(
     Raises:
         InputError: Names or values that are not allowed; files that are missing, have another layout, are cut short,
             have an unknown pixel range, or do not fit into memory; labels outside the classes; classes that differ
-            from those of the other split.
+            from the other split's.
     """
     if dataset not in DATASETS:
         raise unknown("--dataset", dataset, DATASETS)
@@ -174,7 +174,7 @@ def _folder(dataset: Dataset, data_dir: Path, split: str, size: Size) -> Images:
 
 
 def _check_classes(dataset: Dataset, files: ImageFiles) -> None:
-    """Refuse classes that are not those of the dataset."""
+    """Refuse classes that are not the dataset's."""
     if dataset.num_classes is None and len(files.classes) < 2:
         raise InputError(
             f"--data-dir: {files.tree.path} has one class ({', '.join(files.classes)}). "
@@ -296,10 +296,10 @@ def _tiny_imagenet_path(data_dir: Path) -> Path:
 
 
 def _tiny_imagenet_files(tree: Tree, split: str) -> ImageFiles:
-    """Return the images of train/<class>/images, or those that val/val_annotations.txt lists.
+    """Return the images of train/<class>/images, or the images that val/val_annotations.txt lists.
 
     Raises:
-        InputError: Another layout, listed images that are missing, or classes other than those of wnids.txt.
+        InputError: Another layout, listed images that are missing, or classes other than in wnids.txt.
     """
     roots = [name.removesuffix("wnids.txt") for name in tree.names if PurePath(name).name == "wnids.txt"]
     tree = below(tree, min(roots, key=len, default=""))  # the official zip has one folder with everything

@@ -1,7 +1,7 @@
 """Certified accuracy of a user's model: a lower bound of its accuracy under every attack, by interval bounds.
 
-The bounds are computed for a float64 copy of the model. Its outputs differ from those of the float32 model that attacks
-see by rounding alone, so a margin has to be larger than that.
+The bounds are computed for a float64 copy of the model. The float32 model that attacks see differs from it by rounding
+alone, so a margin has to be larger than that.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from .functions import FunctionModel
 from .user_model import UserModel
 
 STAGE = "certified"
-_ROUNDING = 1e-4  # of the largest logit of an image; float32 models are seen to differ from float64 by 1e-6
+_ROUNDING = 1e-4  # of the image's largest logit; float32 models are seen to differ from float64 by 1e-6
 _SAMPLE = 2  # images
 
 

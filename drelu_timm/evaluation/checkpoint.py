@@ -51,7 +51,7 @@ class Measurement:
     def of(
         cls, examples: Tensor, columns: Mapping[str, Tensor], images: Tensor | None = None, keep: Tensor | None = None
     ) -> "Measurement":
-        """Move columns [B] from any device to the CPU, and those of the images [B, C, H, W] that ``keep`` marks."""
+        """Move columns [B] from any device to the CPU, and the images [B, C, H, W] that ``keep`` marks."""
         keep = torch.zeros_like(examples, dtype=torch.bool) if keep is None else keep
         columns = {name: column.detach().cpu().double() for name, column in columns.items()}
         kept = torch.empty(0) if images is None else images.detach()[keep.to(images.device)].cpu()
@@ -61,7 +61,7 @@ class Measurement:
         """Check the shapes and types of a measurement that was read, of some of ``count`` examples.
 
         Raises:
-            ValueError: They are not those that `Checkpoint` writes.
+            ValueError: They are not what `Checkpoint` writes.
         """
         examples, kept, images = self.examples, self.kept, self.images
         for name, index, within in (("examples", examples, torch.arange(count)), ("kept", kept, examples)):
@@ -88,7 +88,7 @@ class Checkpoint:
     Args:
         count: Number of examples, N.
         folder: Folder of the files, created with the first one. None keeps everything in memory.
-        identity: Whatever decides the measurements, by name: a checkpoint resumes only an evaluation with an equal one.
+        identity: What decides the measurements, by name: a checkpoint resumes only an evaluation with an equal one.
 
     Raises:
         InputError: The folder holds a checkpoint of another evaluation, or a file that cannot be read.

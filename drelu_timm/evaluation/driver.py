@@ -142,7 +142,7 @@ class Driver:
         """
         measured: list[Measurement] = []
         known = self.checkpoint.known(stage).clone()
-        hidden = None if self.processes.index == 0 else True  # None: hidden only where there is no terminal
+        hidden = None if self.processes.index == 0 else True  # None hides it only outside a terminal
         with tqdm(total=int(examples.sum()), desc=f"{stage:>10}", unit="image", leave=False, disable=hidden) as bar:
             for positions, is_mine in self.processes.claimed(stage, self._split(examples)):
                 missing = ~known[positions]
@@ -235,7 +235,7 @@ class Driver:
         return columns, batch.images if start is None else start
 
     def _search(self, attack: Attack, batch: Batch, threat_model: ThreatModel) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images in the epsilon ball, the steps [B] they took, and their float32 margins [B]."""
+        """Return images within eps, the steps [B] they took, and their float32 margins [B]."""
         averaged = _AVERAGED if self.draws > 1 and attack.kind != "white-box" else 1
         seen = Attacked(self.model, self.search_dtype, averaged)
         search = attack
@@ -286,7 +286,7 @@ def example_seed(seed: int, stage: str, example: int) -> int:
 
 
 def _admitted(adversarial: Tensor, images: Tensor, threat_model: ThreatModel) -> Tensor:
-    """Replace images that are not finite by the clean ones, and project those outside the epsilon ball onto it."""
+    """Replace images that are not finite by the clean ones, and project the others to within eps."""
     adversarial = _finite(adversarial, images)
     inside = per_image(threat_model.contains(adversarial, images), images)
     return torch.where(inside, adversarial, threat_model.project(adversarial, images))

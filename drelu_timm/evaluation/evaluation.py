@@ -1,6 +1,6 @@
 """Evaluation of any model under a suite of attacks: the only place where robust accuracies come from.
 
-An attack only searches: the driver projects its images onto the epsilon ball, and the model judges them.
+An attack only searches: the driver projects its images to within eps, and the model judges them.
 """
 
 import json

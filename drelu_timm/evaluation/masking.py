@@ -49,7 +49,7 @@ def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Pro
     Args:
         model: The adaptive attack is only for models with layers that it can substitute.
         threat_model: The threat model of the robust accuracies.
-        pixels: Numbers in an image, C * H * W.
+        pixels: Values per image, C * H * W.
     """
     skipped = () if substitutable_layers(model) else (_ADAPTIVE,)
     far = farthest(threat_model, pixels)
@@ -125,7 +125,7 @@ class AveragedPGD(Attack):
         loss: A name in `LOSSES`.
         samples: Gradients per step.
         steps: Number of steps.
-        relative_step_size: Length of a step, in units of eps.
+        relative_step_size: Step length in units of eps.
     """
 
     kind: ClassVar[Kind] = "adaptive"
@@ -176,8 +176,8 @@ def is_suspicious(flags: Mapping[str, Tensor], gradients: Mapping[str, Tensor], 
     """Return whether white-box attacks and a short Square can both have missed much, so that `STRONGER` has to look.
 
     Args:
-        flags: Those of `signals`, [n] each.
-        gradients: Those of `fidelity.gradient_flags`, on a part of the examples.
+        flags: From `signals`, [n] each.
+        gradients: From `fidelity.gradient_flags`, on a part of the examples.
         broken: By probe, [n]: the examples on which it fooled the model.
     """
     useless = [

@@ -34,7 +34,7 @@ class NamedModel:
         architecture: Of a run; otherwise the name again.
         load: Creates the model, which takes [0, 1] images.
         digest: sha256 of its weights file; None for weights that timm or RobustBench downloads.
-        defaults: Dataset, data_dir, norm and eps, for those that are not given.
+        defaults: Dataset, data_dir, norm and eps, where they are not given.
         img_size: Side of the images, in pixels; None for the dataset's.
         in_chans: Channels of the images; None for the dataset's.
         results_folder: Folder of its results.
@@ -60,7 +60,7 @@ def find_model(flag: str, name: str, *, dataset: str | None = None, norm: str | 
         flag: Flag of the name, for errors.
         name: Path, timm name, or RobustBench's key (of its model zoo, or of `register_robust_model`).
         dataset: Selects among the RobustBench models of a key.
-        norm: Likewise, if the key stands for several models of the dataset.
+        norm: Likewise, if the key names several models of the dataset.
 
     Raises:
         InputError: Nothing or several models have that name, or RobustBench is needed and not installed.
@@ -156,7 +156,7 @@ def _robustbench_model(flag: str, key: str, dataset: str | None, norm: str | Non
 
 
 def _zoo(robustbench: ModuleType) -> dict[_Board, set[str]]:
-    """Return the keys of RobustBench's model zoo, by leaderboard, for those of a norm."""
+    """Return the keys of RobustBench's model zoo, by leaderboard, for one norm."""
     return {
         _Board(dataset.value, threat_model.value): set(models)
         for dataset, boards in robustbench.model_zoo.model_dicts.items()

@@ -248,7 +248,7 @@ def _probed(
     suite_run: SuiteRun,
     measured: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, AttackOutcome]]:
-    """Run each probe on those of the examples [N] that the earlier ones in the same threat model left.
+    """Run each probe on the examples [N] that the earlier ones in the same threat model left.
 
     ``measured`` has by stage the examples [N] of earlier calls, and is updated. Returns by probe, for each of the
     examples, whether it fooled the model; and by stage the outcomes that count.

@@ -37,7 +37,7 @@ class Defaults(NamedTuple):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Set them, and restore those of before."""
+        """Set them, and restore the previous ones afterwards."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
@@ -255,7 +255,7 @@ class UserModel(nn.Module):
         if self.dtype != torch.float32:
             yield f"The model computes in {str(self.dtype).removeprefix('torch.')}; its images and logits are float32."
         if self._masks:
-            yield f"A logit of -inf, which masks a class, counts as {_BELOW} less than the lowest other logit."
+            yield f"A logit of -inf, which masks its class, counts as {_BELOW} less than the lowest other logit."
         if self._rows:
             yield f"The model accepts only batches of {self._rows}; smaller ones are filled up."
 

@@ -33,8 +33,8 @@ def verdict(
 
     Args:
         labels: [n], of the examples that were probed.
-        flags: Those of `masking.signals`, [n] each.
-        gradients: Those of `fidelity.gradient_flags`, on a part of these examples.
+        flags: From `masking.signals`, [n] each.
+        gradients: From `fidelity.gradient_flags`, on a part of these examples.
         broken: By probe, [n]: the examples on which it fooled the model; False for examples that it did not get.
         hidden: [n], the examples that the suite's white-box attacks left and another of its attacks did not.
         layers: Layers that hide the gradient, for the evidence only.
@@ -74,7 +74,7 @@ def _any(broken: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
 
 
 def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
-    """Yield a sentence per signal; those that decide come first."""
+    """Yield a sentence per signal; the deciding ones come first."""
 
     def percent(name: str) -> str:
         return f"{100 * numbers[name]:.1f} %"

@@ -88,7 +88,7 @@ def tent(x: Tensor, cap: Tensor, channel_dim: int | None) -> Tensor:
 class FitReLU(CapLayer):
     """``max(0, x * sigmoid(20 * (m - x)))`` with a learnable bound ``m``: a ReLU that returns to 0 above ``m``.
 
-    The bound is per channel of 4-D input, where the paper has one per position. The slope of 20 is that of the
+    The bound is per channel of 4-D input, where the paper has one per position. The slope of 20 is from the
     implementation in https://github.com/hamidmousavi0/reliable-relu-toolbox. The paper learns the bounds after the
     weights, with an L2 penalty; here both are learned together, and `caps.cap_penalty` is the penalty.
 

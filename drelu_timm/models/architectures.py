@@ -116,7 +116,7 @@ class Dense(Classifier):
 class ShallowCNN(Classifier):
     """Two 3x3 convolutions with ReLU and max-pooling, then a hidden layer with ReLU.
 
-    With ``strided``, the convolutions are 4x4 with stride 2 and there is no pooling.
+    With ``strided``, the convolutions are 4x4 with stride 2 and nothing pools.
 
     Args:
         num_classes, in_chans, drop_rate: See `Dense`.
@@ -216,7 +216,7 @@ class PreActResNet(Classifier):
         channels: Channels per stage.
         stem_chans: Channels of the first convolution.
         padding: See `PreActBlock`.
-        act_layer: A class, or timm's name of one.
+        act_layer: Class, or timm's name for it.
         norm_layer: See `PreActBlock`.
     """
 

@@ -1,7 +1,7 @@
-"""Interval bounds of a model's outputs over an Linf epsilon ball, from the model's own forward pass.
+"""Interval bounds of a model's outputs for Linf, from the model's own forward pass.
 
 Source: Gowal et al. 2018, "On the Effectiveness of Interval Bound Propagation for Training Verifiably Robust Models",
-https://arxiv.org/abs/1810.12715. The bounds are those of exact arithmetic, up to the rounding of the dtype they are
+https://arxiv.org/abs/1810.12715. The bounds are exact, up to the rounding of the dtype they are
 computed in: a published certificate is computed in float64.
 """
 
@@ -54,7 +54,7 @@ class Interval(Tensor):
 
     @staticmethod
     def around(images: Tensor, eps: float) -> "Interval":
-        """Return the Linf epsilon ball around images [B, C, H, W], inside [0, 1]."""
+        """Return the interval within eps (Linf) of images [B, C, H, W], inside [0, 1]."""
         return Interval.of(images, (images - eps).clamp(min=0), (images + eps).clamp(max=1))
 
     @classmethod
@@ -91,7 +91,7 @@ class Interval(Tensor):
 
 @torch.no_grad()
 def certified(model: nn.Module, images: Tensor, labels: Tensor, eps: float, rounding: float = 0.0) -> Tensor:
-    """Return on which images [N] the interval bounds prove that no point of the epsilon ball fools a model.
+    """Return on which images [N] the interval bounds prove that no point within eps fools a model.
 
     Args:
         model: Takes [0, 1] images; used in eval mode and restored.
@@ -123,7 +123,7 @@ def _proofs(model: nn.Module, images: Tensor, labels: Tensor, eps: float, roundi
 
 
 def bounds(model: nn.Module, images: Tensor, eps: float) -> Interval:
-    """Return the logits of images [B, C, H, W] with their bounds over the Linf epsilon ball.
+    """Return the logits of images [B, C, H, W] with their bounds within eps (Linf).
 
     Raises:
         InputError: The model has an operation without a rule.

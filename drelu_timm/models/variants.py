@@ -177,7 +177,7 @@ class Variant:
         kwargs = dict(self.kwargs)
         has_head = self.options.placement == "head" and not (kwargs.get("features_only") or self.unpooled)
         if self.without_classes and has_head:
-            kwargs["num_classes"] = 1  # otherwise there is no classifier to replace; `_place` resets it to 0
+            kwargs["num_classes"] = 1  # otherwise the model has no classifier to replace; `_place` resets it to 0
         if self.options.placement == "stem":
             kwargs["in_chans"] = self.options.width
         return model_entrypoint(self.base)(pretrained=pretrained, pretrained_cfg=cfg.to_dict(), **kwargs)

@@ -72,7 +72,7 @@ class Card:
         key: RobustBench's name of the model.
         config: config.json of the run, without paths.
         training: Summary of log.jsonl: epochs, the epoch of the weights, seconds, images per second, and whether the
-            weights are those of the "last" epoch or of the best, "model".
+            weights are from the "last" epoch or from the best, "model".
         results: The evaluation, with the worst case and verdict over all evaluations in this threat model.
         curve: A sweep over eps; None if the run has none in this norm.
         seeds: The run and the runs that differ only in their seed; empty if no others were given.
@@ -170,7 +170,7 @@ class Card:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the images are not those of RobustBench's board but, for example, a JPEG copy of them.
+        """Whether the images are not the ones of RobustBench's board but, for example, a JPEG copy of them.
 
         True for every folder of images: they are ordered and resized by us, and the board uses 5,000 others.
         """

@@ -266,7 +266,7 @@ Both return a Sequential of `normalize` and `model`, in eval mode, for images in
 def _training(card: Card) -> str:
     config, training = card.config, card.training
     train, file = config["train"], f"{card.key}.toml"
-    best = f"those of epoch {training['epoch']}, the best by {train['monitor']} on held-out images"
+    best = f"from epoch {training['epoch']}, the best by {train['monitor']} on held-out images"
     caps = "mean {mean:.4g}, smallest {min:.4g}, largest {max:.4g}" if card.caps else "none; the model has no D-ReLU"
     facts = [
         f"Data: {config['dataset_title']}; a part of its training images is held out to choose the best epoch.",

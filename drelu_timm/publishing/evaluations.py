@@ -53,7 +53,7 @@ def open_run(path: Path) -> Run:
     """Open a run directory whose config.json may be from elsewhere, and check the types of its values.
 
     Raises:
-        InputError: There is no run, or a value is missing or of another type; the line names file and field.
+        InputError: The run does not exist, or a value is missing or of another type; the line names file and field.
     """
     run = Run.open(path)
     what, config = f"{run.path / 'config.json'}", run.config
@@ -70,7 +70,7 @@ def choose_evaluation(run: Run, threat_model: ThreatModel, name: str | None) -> 
     """Return the named evaluation, or the best in the threat model: with AutoAttack, then most examples and attacks.
 
     Raises:
-        InputError: There is no such evaluation on the run's dataset in the threat model, its file is incomplete, or it
+        InputError: No such evaluation exists on the run's dataset in the threat model, its file is incomplete, or it
             was measured on weights other than the run's.
     """
     evaluations = _read_all(run)

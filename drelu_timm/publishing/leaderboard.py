@@ -1,6 +1,6 @@
 """Files for RobustBench's leaderboard: the ``model_info`` entry, the texts of the issue forms, and AutoAttack's log.
 
-The forms are those of https://github.com/RobustBench/robustbench/tree/master/.github/ISSUE_TEMPLATE.
+The forms are from https://github.com/RobustBench/robustbench/tree/master/.github/ISSUE_TEMPLATE.
 """
 
 import json

@@ -69,7 +69,7 @@ def _program(config: Table) -> list[str]:
 
 
 def _run(card: Card, seed: Any = None) -> str:
-    """Return the run directory of a seed, by default that of the model."""
+    """Return the run directory of a seed, by default the model's."""
     return f"runs/{card.key}/seed{card.config['train']['seed'] if seed is None else seed}"
 
 
@@ -146,7 +146,7 @@ def _at_radii(run: str, norm: str, results: Result | Further) -> Table:
 
 
 def _threat_model(card: Card) -> Table:
-    """Return norm and eps if they differ from those of the training."""
+    """Return norm and eps if they differ from the training's."""
     train, asked = card.config["train"], {"norm": card.norm, "eps": card.point.eps}
     return {} if asked == {name: train[name] for name in asked} else asked
 
@@ -188,12 +188,12 @@ def made_with(environment: dict[str, Any]) -> str:
 
 def evaluation_time(point: EpsResult) -> str:
     """Format the time of an evaluation; of one that was resumed, the time since then."""
-    one_by_one = {*point.settings} - {*point.sequences}  # a sequence's time is that of its attacks
+    one_by_one = {*point.settings} - {*point.sequences}  # a sequence takes the time of its attacks
     last_part = " since it was resumed" if one_by_one - {*point.attack_seconds} else ""
     return duration(point.seconds) + last_part
 
 
 def training_time(card: Card) -> str:
-    """Format the time of a training; of several in sequence, that of the last one."""
+    """Format the time of a training; of several in sequence, of the last one."""
     count = len(card.trainings)
     return duration(card.training["seconds"]) + (f" for the last of its {count} trainings" if count > 1 else "")

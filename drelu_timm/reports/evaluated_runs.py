@@ -61,7 +61,7 @@ class EvaluatedRun(TrainingSettings):
     Attributes:
         path: Run directory.
         group: Group that its accuracies belong to.
-        combined: All evaluations at the group's eps, with those of sweeps.
+        combined: All evaluations at the group's eps, sweeps included.
         held_out: Accuracy in [0, 1] under the inner attack on held-out training images; None without a log.
         sweep: Sweep over eps in the same norm, for the figures; None without one.
     """

@@ -181,7 +181,7 @@ def draw_caps(caps: Mapping[str, np.ndarray], title: str) -> "Figure":
 
     Args:
         caps: By method, the caps, [N], in units of the pre-activation. The leftmost bin also counts very small caps and
-            those of 0 or below, whose share is stated. Caps that are not finite are ignored.
+            caps of 0 or below, whose share is stated. Caps that are not finite are ignored.
         title: Title.
     """
     caps = {label: finite for label, values in caps.items() if (finite := values[np.isfinite(values)]).size}
@@ -225,7 +225,7 @@ def _logarithmic_bins(caps: np.ndarray) -> np.ndarray:
 
 
 def draw_critical_difference(comparison: Comparison, title: str) -> "Figure":
-    """Draw the mean ranks of methods on a line; bars join those that do not differ by Nemenyi's test."""
+    """Draw the mean ranks of methods on a line; bars join the ones that do not differ by Nemenyi's test."""
     require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -162,7 +162,7 @@ class GroupMethods:
     Attributes:
         group: What they have in common.
         all: All methods, in the paper's order.
-        shown: Those of the main tables: at the head, and of each method the cap weight chosen on held-out images.
+        shown: Methods of the main tables: at the head, and of each method the cap weight chosen on held-out images.
         remarks: One sentence for each name that needs an explanation and each choice.
     """
 
@@ -292,7 +292,7 @@ def _cap_weights(methods: Iterable[Method]) -> str:
 
 
 def families(methods: Iterable[Method]) -> list[list[Method]]:
-    """Return the methods in lists of those that differ at most in the cap weight."""
+    """Return the methods in lists that differ at most in the cap weight."""
     by_key: dict[str, list[Method]] = {}
     for method in methods:
         by_key.setdefault(_family_key(method), []).append(method)

@@ -288,7 +288,7 @@ def _drawn(title: str, folder: Path, draw: Callable[..., Any], content: object, 
 
 
 def trainings(groups: Iterable[GroupMethods]) -> Section:
-    """Return the training settings: those that all rows share as text, the others in one row per method."""
+    """Return the training settings: shared ones as text, the others in one row per method."""
     rows = [(str(methods.group), method) for methods in groups for method in methods.all]
     settings = [_settings(method.first) for _, method in rows]
     shared = [text for text in settings[0] if all(text in others for others in settings)]

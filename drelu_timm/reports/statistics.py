@@ -172,7 +172,7 @@ class PairComparison:
         only_first: Number of examples that only the first method classifies correctly.
         only_second: Number of examples that only the second method classifies correctly.
         p: p value of McNemar's exact test.
-        difference: Accuracy of the first minus that of the second, in percentage points.
+        difference: Accuracy of the first minus accuracy of the second, in percentage points.
         interval: Newcombe's 95 % interval of the difference, in percentage points.
     """
 

@@ -196,7 +196,7 @@ class _Epoch:
 def read_held_out(run: Path) -> float | None:
     """Read the accuracy in [0, 1] under the inner attack on held-out training images, at the epoch that was kept.
 
-    It is that of the averaged weights if there are any.
+    It is from the averaged weights if there are any.
 
     Returns:
         None without a log.

@@ -99,7 +99,7 @@ class Combined:
 
     @property
     def cw_budget(self) -> float | None:
-        """eps for L2; for Linf the radius of the corners of the epsilon ball, eps * sqrt(C * H * W)."""
+        """eps for L2; for Linf the distance of the corners, eps * sqrt(C * H * W)."""
         return None if self._cw is None else self._cw[1]
 
     @property
@@ -139,7 +139,7 @@ class Combined:
 
     @property
     def columns(self) -> set[str]:
-        """Attacks with an accuracy; that of "cw-l2" is at its L2 budget."""
+        """Attacks with an accuracy; "cw-l2" is at its L2 budget."""
         return set().union(*(point.columns for point in self.points))
 
 

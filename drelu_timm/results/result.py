@@ -95,7 +95,7 @@ class CarliniWagner:
     Attributes:
         median_l2: Median L2 distance over the correctly classified examples; None if it fools the model on fewer than
             half of them.
-        budget: L2 radius: eps for L2; for Linf the distance of the corners of the epsilon ball, eps * sqrt(C * H * W).
+        budget: L2 radius: eps for L2; for Linf the distance of the corners, eps * sqrt(C * H * W).
         accuracy_at_budget: Share of all examples that are correct and have no adversarial image within the budget.
     """
 
@@ -147,13 +147,13 @@ class EpsResult:
 
     @property
     def accuracies(self) -> dict[str, float]:
-        """``accuracy``, and that of the first attack of each sequence, which saw all examples."""
+        """``accuracy``, and the accuracy under the first attack of each sequence, which saw all examples."""
         first = [next(iter(stages.items())) for stages in self.sequences.values() if stages]
         return {**dict(first), **self.accuracy}
 
     @property
     def columns(self) -> set[str]:
-        """Attacks with an accuracy; that of "cw-l2" is at its L2 budget."""
+        """Attacks with an accuracy; "cw-l2" is at its L2 budget."""
         return {*self.accuracies} - {"cw-l2"} | ({"cw-l2"} if self.cw_l2 else set())
 
     def to_json(self) -> dict[str, Any]:
@@ -306,7 +306,7 @@ class Result:
         return point
 
     def at(self, eps: str) -> EpsResult | None:
-        """Return the accuracies at an eps, whatever its spelling; None where it was not evaluated."""
+        """Return the accuracies at an eps, in any spelling; None where it was not evaluated."""
         return next((point for point in self.points if radius_written(point.eps) == radius_written(eps)), None)
 
     @property
@@ -359,7 +359,8 @@ def _check_verdict(what: str, verdict: Verdict) -> None:
     if not numbers:
         return
     for name, value in numbers.items():
-        if not 0 <= value <= (1e9 if name == "examples" else 1):
+        is_possible = 0 <= value <= 1e9 and value == int(value) if name == "examples" else 0 <= value <= 1
+        if not is_possible:
             raise InputError(f"{what} has a number {name} that is neither a count nor a share. Evaluate again.")
     shares = (*GAPS, "stuck", *(["any_gap"] if "any_gap" in numbers else []))
     for name in shares if numbers.get("examples") else ():

@@ -51,7 +51,7 @@ def check_result(result: Result, test: Images | None = None) -> bool:
 
     Args:
         result: Result of `read_result`. Files next to it that are missing are not checked.
-        test: The test set, if it is loaded: then labels, images and the epsilon ball are checked as well.
+        test: The test set, if it is loaded: then labels, images and distances are checked as well.
 
     Returns:
         Whether the result has a seal; results of version 0.1.0 have none.

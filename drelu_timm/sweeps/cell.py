@@ -66,11 +66,11 @@ class Cell:
 
         Raises:
             InputError: They exist, but with other settings or from other starting weights than the cell asks for
-                (the message is that of `train`), or they cannot be read.
+                (with the message of `train`), or they cannot be read.
         """
         if not self._is_trained():
             return False
-        resolve(self.train)  # compares the settings with those of the run directory
+        resolve(self.train)  # compares the settings with the run directory's
         check_start(self.train)
         return not self._left()
 
@@ -130,7 +130,7 @@ class Cell:
     def evaluation_cost(self) -> int:
         """Return an upper bound for all evaluations, in forward passes of one image.
 
-        The bound assumes that the model has layers that adaptive attacks know, and is correct on every image whatever
+        The bound assumes that the model has layers that adaptive attacks know, and is correct on every image, whatever
         the attack.
         """
         trained = resolve(self.train).threat_model
@@ -145,7 +145,7 @@ class Cell:
 
 
 def attack_cost(attack: Attack) -> int:
-    """Return the forward passes of an attack on an image that stays correct, with those that judge what it finds."""
+    """Return the forward passes of an attack on an image that stays correct, and the passes that judge it."""
     settings = attack.settings
     if "n_queries" in settings:
         return settings["n_queries"] + 2

@@ -30,7 +30,7 @@ class CellJob:
     """A callable that runs commands until one fails. It can be pickled, to run on another machine.
 
     Attributes:
-        commands: Words of each command; "python" stands for the running interpreter.
+        commands: Words of each command; "python" means the running interpreter.
         log: File that the output of the commands is appended to. It is locked while any of them runs, also after their
             sweep was killed, so that no cell runs twice at the same time.
     """
@@ -177,7 +177,7 @@ class LocalExecutor:
         self.capacity = jobs
         self._pool = ThreadPoolExecutor(jobs)
         self._jobs: list[CellJob] = []
-        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()  # those that no job uses
+        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()  # the ones that no job uses
         for slot in range(jobs):
             self._environments.put(_environment(slot, jobs, num_processes))
 

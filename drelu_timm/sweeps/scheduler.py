@@ -87,7 +87,7 @@ class Scheduler:
     @property
     def failed(self) -> list[Ended]:
         """The cells that have failed or were not run."""
-        # Copies are taken, here and below, because the live table is drawn by a thread of its own.
+        # Copies are taken, here and below, because the live table is drawn by another thread.
         return [ended for ended in list(self.ended.values()) if ended.error]
 
     def run(self) -> bool:
@@ -114,7 +114,7 @@ class Scheduler:
         return bool(self.failed)
 
     def seconds_left(self) -> float | None:
-        """Return the time left if every cell takes the mean of those that were done here; None before the first."""
+        """Return the time left if every cell takes the mean time of the finished ones; None before the first."""
         took = [ended.seconds for ended in list(self.ended.values()) if ended.seconds is not None and not ended.error]
         if not took:
             return None
@@ -124,7 +124,7 @@ class Scheduler:
         return left / min(self._executor.capacity, len(self.waiting) + len(self.running) or 1)
 
     def _skip_done(self) -> None:
-        """End the cells that are done, or that `train` or `evaluate` would refuse to resume, without a process."""
+        """End the cells that are done, or that `train` or `evaluate` would refuse to resume, without starting one."""
         for cell in list(self.waiting.values()):
             try:
                 if cell.is_done():
@@ -224,7 +224,7 @@ class Screen:
             self._print(f"done   {name}{took or ' before'}: {_accuracies(ended.outcome)}")
 
     def summary(self) -> None:
-        """Print a table of all cells with accuracies, verdict and time, and the errors of those that failed."""
+        """Print a table of all cells with accuracies, verdict and time, and the errors of failed ones."""
         table = Table("cell", box=SIMPLE, caption="accuracy in %")
         for column in ("eps", "clean", "worst", "verdict", "time"):
             table.add_column(column, justify="right")

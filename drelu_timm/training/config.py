@@ -151,7 +151,7 @@ class TrainConfig:
     workers: Whole = 0
     """Processes that prepare batches, per training process, at most one per core; 0 for none."""
     save_every: Whole = 0
-    """Also save a state after every N steps; by default only at the end of an epoch, and on SIGTERM."""
+    """Also save a state after every N steps; by default only at the end of each epoch, and on SIGTERM."""
     log_with: str | None = None
     """Tracker of accelerate that gets the figures of every epoch, in addition to log.jsonl: tensorboard, wandb, ..."""
 
@@ -365,7 +365,7 @@ def _run_name(config: TrainConfig) -> str:
 
 
 def check_output(config: TrainConfig) -> None:
-    """Check that the output directory of a resolved config is new, or that of the run to resume.
+    """Check that the output directory of a resolved config is new, or belongs to the run to resume.
 
     Raises:
         InputError: The directory is something else, is in use, or holds a run with other settings.
@@ -374,7 +374,7 @@ def check_output(config: TrainConfig) -> None:
     assert folder is not None
     path = folder / "config.json"
     try:
-        # Hidden files may be the lock, or those of a process that was killed before it wrote config.json.
+        # Hidden files may be the lock, or belong to a process that was killed before it wrote config.json.
         visible = [each.name for each in folder.iterdir() if not each.name.startswith(".")]
     except FileNotFoundError:
         return

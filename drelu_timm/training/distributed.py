@@ -65,7 +65,7 @@ def _check_tracker(name: str) -> None:
 
 def _check_launch(config: TrainConfig, accelerator: Accelerator) -> None:
     if accelerator.mixed_precision not in ("no", "bf16"):
-        # There is no loss scaling inside the attack, and float16 gradients of images underflow to zero without it.
+        # The attack does not scale its loss, and float16 gradients of images underflow to zero without it.
         raise InputError(
             f"--mixed_precision {accelerator.mixed_precision} would round the gradients of the inner attack to zero. "
             "Launch with bf16 or no."

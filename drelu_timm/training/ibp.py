@@ -26,7 +26,7 @@ def check_ibp(config: "TrainConfig") -> None:
         return
     if config.norm != "Linf":
         raise InputError(
-            f"--objective ibp bounds Linf epsilon balls, not --norm {config.norm}. Give --norm Linf and --eps."
+            f"--objective ibp has bounds for Linf, not for --norm {config.norm}. Give --norm Linf and --eps."
         )
     if config.monitor == "margin":
         raise InputError("--monitor margin is not measured for --objective ibp. Use certified, pgd or loss.")

@@ -82,7 +82,7 @@ def recorded_start(start: Run) -> dict[str, Any]:
 
 
 def check_start(config: TrainConfig) -> None:
-    """Compare the weights that a run started from with those that its ``init_from`` holds now.
+    """Compare the weights that a run started from with the weights that its ``init_from`` has now.
 
     Nothing is compared where the run has not started, did not record a digest, or where its start has been deleted.
 

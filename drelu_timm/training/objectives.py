@@ -127,7 +127,7 @@ def n_fgsm(label_smoothing: float = 0.0) -> Objective:
     """Return single-step adversarial training, N-FGSM (de Jorge et al. 2022, https://arxiv.org/abs/2202.01181).
 
     Cross-entropy on ``x + noise + step_size * sign(gradient)``, with the gradient at ``x + noise`` and noise uniform in
-    [-2 eps, 2 eps]. As in the authors' code, both points are clipped to [0, 1], and neither to the epsilon ball around
+    [-2 eps, 2 eps]. As in the authors' code, both points are clipped to [0, 1], and neither to within eps of
     x, which is what prevents catastrophic overfitting in most cases. Their step is eps long. They compute the gradient
     in training mode; here it is computed in eval mode, as for every inner attack.
     """
@@ -138,7 +138,7 @@ def trades(beta: float, label_smoothing: float = 0.0) -> Objective:
     """Return TRADES (Zhang et al. 2019, https://arxiv.org/abs/1901.08573): clean cross-entropy + beta * KL.
 
     KL is KL(p(clean) || p(adversarial)), a mean over the batch, which the inner attack maximizes. The attack starts at
-    a uniform point of the epsilon ball; the authors start at Gaussian noise of 0.001.
+    a uniform point within eps; the authors start at Gaussian noise of 0.001.
 
     Args:
         beta: Weight of the KL term, >= 0; the authors use 1 and 6.
@@ -193,7 +193,7 @@ def ibp(eps: float, clean_weight: float, ramp: float) -> Objective:
     """Return cross-entropy on interval bounds (IBP, Gowal et al. 2018, https://arxiv.org/abs/1810.12715).
 
     The loss is ``kappa * CE(logits) + (1 - kappa) * CE(worst-case logits)``. The worst-case logits are the upper
-    bounds of logit_k - logit_label over the Linf epsilon ball. From the first step on, the radius rises linearly from 0
+    bounds of logit_k - logit_label within eps (Linf). From the first step on, the radius rises linearly from 0
     to ``eps``, and ``kappa`` falls from 1 to ``clean_weight``.
 
     Args:

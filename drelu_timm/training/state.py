@@ -164,7 +164,7 @@ class States:
         if changed:
             self._accelerator.print(
                 f"{self._output_dir} resumes with {' and '.join(changed)}: batches and updates are the same up to "
-                "rounding, except for BatchNorm's statistics, which each forward pass takes of its own part of a batch"
+                "rounding, except for BatchNorm's statistics, which each forward pass takes from its part of a batch"
             )
 
 

@@ -1,7 +1,7 @@
 """The training loop: every epoch is validated on held-out images, logged and saved.
 
 All randomness is keyed by (seed, epoch, step), see `randomness`. Any step can be repeated exactly, by any number of
-processes, whatever ran before it in the process.
+processes, and of what ran before it in the process.
 """
 
 import os
@@ -119,7 +119,7 @@ class Trainer:
         return patience is not None and self.progress.epoch - self.progress.best_epoch >= patience
 
     def _train_epoch(self, bar: tqdm, sigterm_arrived: Callable[[], bool]) -> None:
-        """Take the remaining steps of an epoch, and save a state after the last one.
+        """Take the remaining steps of the epoch, and save a state after the last one.
 
         The state comes before the validation: a launcher that passes SIGTERM on may not wait until that is done.
         """
@@ -237,7 +237,7 @@ class Trainer:
         self._report(bar, losses, figures)
 
     def _report(self, bar: tqdm, losses: dict[str, float], figures: dict[str, Any]) -> None:
-        """Show the figures of an epoch, and warn or stop where the model hides gradients."""
+        """Show the epoch's figures, and warn or stop where the model hides gradients."""
         penalty, epoch = losses["cap_penalty"], self.progress.epoch
         loss = f"{losses['loss'] - penalty:.3g}" + (f" + {penalty:.3g} (cap penalty)" if penalty else "")
         attack = "FGSM" if self.update.objective.single_step else "PGD"
@@ -266,7 +266,7 @@ class Trainer:
 
     def _log_row(self, losses: dict[str, float], held_out: dict[str, dict[str, float]]) -> dict[str, Any]:
         progress, steps = self.progress, self.batches.steps_per_epoch
-        seconds = max(progress.seconds, 1e-9)  # a clock that stands still would be divided by
+        seconds = max(progress.seconds, 1e-9)  # a stopped clock would be divided by
         caps = cap_statistics(self.update.bare)
         return {
             "epoch": progress.epoch + 1,

@@ -97,7 +97,7 @@ class Update:
             step: From 0, in the epoch.
 
         Returns:
-            The loss with its parts: those of the objective, and the weighted ``cap_penalty``.
+            The loss with its parts: the objective's, and the weighted ``cap_penalty``.
         """
         _seed(random_generator(self.config.seed, epoch, step, self.accelerator.process_index).initial_seed())
         parts = self._attacked(images.contiguous(memory_format=torch.channels_last), labels, epoch, step)
@@ -162,7 +162,7 @@ def _seed(seed: int) -> None:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Return timm's optimizer with a learning rate of its own for the caps.
+    """Return timm's optimizer with a separate learning rate for the caps.
 
     Weight decay leaves out biases, norms, caps, and the parameters that timm's model names in ``no_weight_decay``.
 

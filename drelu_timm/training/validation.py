@@ -24,7 +24,7 @@ from .distributed import reduced
 from .objectives import InnerAttack
 from .update import Update
 
-# Held-out images that are attacked after every epoch: enough to see robustness, and cheap compared with an epoch.
+# Held-out images that are attacked after every epoch: enough to see robustness, and cheap compared with training.
 ATTACKED = 1024
 MARGIN_STEPS = 10
 _BATCH = 256

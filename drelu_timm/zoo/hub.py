@@ -29,7 +29,7 @@ def push(files: Mapping[str, bytes], repo: str) -> str | None:
         repo: "ORG/NAME"; created as a public repository if it does not exist.
 
     Returns:
-        Page of the commit; None if there is no token, in which case nothing is sent.
+        Page of the commit; None without a token, in which case nothing is sent.
 
     Raises:
         InputError: The name is invalid, the repository contains other files, or the network or the rights are missing.

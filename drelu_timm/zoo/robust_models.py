@@ -186,7 +186,7 @@ def find_source(place: Path | str, sha256: str | None, config_sha256: str | None
     """Return the source for the arguments of `register_robust_model`, checked without the network.
 
     Raises:
-        InputError: There is no such folder, an address, name or digest is invalid, or a digest is missing.
+        InputError: The folder does not exist, an address, name or digest is invalid, or a digest is missing.
     """
     digests = {"sha256": sha256, "config_sha256": config_sha256}
     for name, digest in digests.items():
@@ -316,7 +316,7 @@ def register_published(folder: Path | None = None) -> None:
 
 
 def published_sha256(name: str) -> str | None:
-    """Return the sha256 of the published weights of a name of `robust_model_name`; None if there is no such card."""
+    """Return the sha256 of the published weights of a name of `robust_model_name`; None without such a card."""
     for card in _cards():
         if robust_model_name(*_identity(card)) == name:
             return read_json(card).get("measured", {}).get("weights", {}).get("sha256")

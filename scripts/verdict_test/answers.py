@@ -48,7 +48,7 @@ class Answer:
 
 
 class Judge:
-    """Says which images fool a model: in the majority of the draws, each among others than before."""
+    """Decides which images fool a model: in the majority of the draws, each among others than before."""
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor):
         self.model, self.labels = model, labels

@@ -67,7 +67,7 @@ class Ensemble(nn.Module):
 
 
 class Merged(Trick):
-    """Probability of each class from a binary classifier of its own, in float32 (merged binary classifiers)."""
+    """Probability of each class from a separate binary classifier, in float32 (merged binary classifiers)."""
 
     def __init__(self, models: Sequence[nn.Module]):
         super().__init__()

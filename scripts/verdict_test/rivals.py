@@ -30,7 +30,7 @@ class Rivals:
         autoattack_flags: Whether one of its checks warns (randomized, dynamic, zero gradients, Square's success).
         square_below_pgd: Whether Square with 500 queries alone finds more than 50 steps of PGD.
         gradient_check: The rule of ART's `loss_gradient_check`: whether the gradient of the loss is zero, NaN, or
-            infinite for an image.
+            infinite for any image.
     """
 
     autoattack: float
