@@ -46,7 +46,7 @@ def as_html(at: EpsResult) -> str:
 
 
 def _accuracies(at: EpsResult) -> Table:
-    table = Table("attack", "kind", "accuracy")
+    table = Table("attack", "kind", "accuracy", box=SIMPLE)
     table.add_row("none (clean)", "", _percent(at.clean))
     for name, accuracy in at.accuracy.items():
         table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
