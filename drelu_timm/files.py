@@ -9,9 +9,10 @@ import shlex
 import shutil
 import stat
 import sys
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -96,11 +97,7 @@ def held(lock: Path, what: str) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = _lock(lock)
     except BlockingIOError as error:
-        holder = lock.read_text(encoding="utf-8", errors="replace").strip() if lock.is_file() else ""
-        raise InputError(
-            f"{what} is in use by {one_line(Exception(holder)) if holder else 'another process'}. "
-            "Wait until it ends, or use another."
-        ) from error
+        raise InputError(f"{what} is in use by {_holder(lock)}. Wait until it ends, or use another.") from error
     except OSError as error:
         raise InputError(f"{what} cannot be written to ({one_line(error)}). Use another.") from error
     try:
@@ -108,6 +105,16 @@ def held(lock: Path, what: str) -> Iterator[None]:
     finally:
         lock.unlink(missing_ok=True)  # before it is released: see `_lock`
         file.close()
+
+
+def _holder(lock: Path) -> str:
+    """Return who holds a lock."""
+    for _ in range(100):  # for a second: a holder locks the file before it can write its name into it
+        with suppress(OSError):
+            if name := lock.read_text(encoding="utf-8", errors="replace").strip():
+                return " ".join(name.split())[:300]
+        time.sleep(0.01)
+    return "another process"
 
 
 def _lock(path: Path) -> TextIO:

@@ -137,7 +137,7 @@ class Launched:
             for sentinel in connection.wait(list(running)):
                 process = running.pop(sentinel)
                 process.join()
-                if process.exitcode:
+                if process.exitcode not in (0, 75):  # after 75 the others end as well, by the same SIGTERM
                     self.kill()
         atexit.unregister(self.kill)
         return self.returncode

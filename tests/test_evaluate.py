@@ -61,7 +61,7 @@ def test_result_of_the_quick_suite(toy):
     assert result.settings["apgd-t"]["n_target_classes"] == 3
     assert result.zero_gradient_share == 0
     assert result.cw_l2 is None
-    assert str(result.verdict) == "sound"
+    assert str(result.verdict) == "undecided", "fewer than 100 examples"
     assert not any(robust[0] for robust in result.robust.values()), "robust, but wrong on the clean image"
 
 

@@ -316,10 +316,10 @@ def edit_train(**changes):
     [
         (
             edit_train(seed="0; touch /tmp/x"),
-            r"config\.json: train seed is '0; touch /tmp/x'\. It must be an integer",
+            r"config\.json: train\.seed is '0; touch /tmp/x'\. It must be an integer",
         ),
-        (edit_train(seed=None), r"config\.json: train seed is None\. It must be"),
-        (edit_train(eps=0.1), r"config\.json: train eps is 0\.1\. It must be text in quotes"),
+        (edit_train(seed=None), r"config\.json: train has no seed\."),
+        (edit_train(eps=0.1), r"config\.json: train\.eps is 0\.1\. It must be text in quotes"),
         (edit_train(sede=3), r"config\.json: train 'sede' is unknown; did you mean seed"),
         (lambda config: config["train"].pop("model"), r"config\.json: train has no model\."),
         (lambda config: config.pop("train"), r"config\.json has no train\."),

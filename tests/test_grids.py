@@ -256,7 +256,8 @@ def test_a_grid_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="GRID 'paper-minst' is unknown; did you mean paper-mnist"):
         read_grid("paper-minst")
     with pytest.raises(
-        InputError, match=r"GRID .*no\.toml does not exist\. Use a TOML file or one of activations, paper-"
+        InputError,
+        match=r"GRID .*no\.toml does not exist\. Use a TOML file or one of activations, bounded-activations, ",
     ):
         read_grid(str(tmp_path / "no.toml"))
 
@@ -266,7 +267,7 @@ PAPER = {"cifar10", "cifar100", "tiny-imagenet"}
 
 def test_the_grids_that_come_with_the_package():
     edm = {f"edm-{name}" for name in PAPER}
-    assert {*shipped()} == {"activations", "certified-caps"} | {
+    assert {*shipped()} == {"activations", "bounded-activations", "certified-caps"} | {
         f"paper-{name}" for name in PAPER | edm | {"mnist", "placement", "eps"}
     }
 
@@ -277,7 +278,7 @@ def test_every_shipped_grid_resolves(name):
     assert len(short) <= 20 < len(whole)
     by_adam = {(cell.train.cap, cell.train.cap_lr) for cell in whole.values() if cell.train.optimizer == "adam"}
     certified = {(cap, 0.01) for cap in (None, 0.5, 1.0)}  # ten times the learning rate of the weights
-    expected = {"activations": set(), "certified-caps": certified}
+    expected = {"activations": set(), "bounded-activations": set(), "certified-caps": certified}
     assert by_adam == expected.get(name, {(10.0, 2e-3)})
     assert re.search(r"caps .*learning rate", re.sub(r"\s+", " ", read_grid(name).source))
     last = [*whole.values()][-1]
@@ -318,3 +319,15 @@ def test_a_huge_product_is_refused_before_it_is_listed(grid_of, monkeypatch):
     # "cnn" sets epochs itself.
     with pytest.raises(InputError, match=r"^g has 4,004,000,000 cells\. .*10,000 is the most\.$"):
         cells_of(grid_of(text))
+
+
+def test_every_objective_has_a_name_in_reports_and_recipes():
+    from drelu_timm.publishing import recipes
+    from drelu_timm.reports import training_settings
+    from drelu_timm.training import objectives
+
+    with pytest.raises(InputError, match="'x' is unknown") as refused:
+        objectives.make_objective("x", beta=1.0)
+    names = set(str(refused.value).partition("allowed: ")[2].split(", "))
+    assert len(names) >= 6
+    assert names == set(recipes.OBJECTIVES) == set(training_settings._OBJECTIVES)

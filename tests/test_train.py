@@ -222,7 +222,7 @@ BAD = [
     ),
     ({"cap_weight": float("nan")}, "--cap-weight is nan. It must be a number >= 0"),
     ({"preset": "wang2023"}, "--preset wang2023 does not fit --dataset digits. It is for cifar10, cifar100"),
-    ({"monitor": "acc"}, "--monitor 'acc' is unknown; allowed: loss, margin, pgd"),
+    ({"monitor": "acc"}, "--monitor 'acc' is unknown; allowed: certified, loss, margin, pgd"),
     ({"cap_penalty": "square"}, "--cap-penalty 'square' is unknown; did you mean squared?"),
     ({"cap_penalty": "effective", "placement": "all"}, "--cap-penalty effective"),
     ({"generated_fraction": 1.0}, "--generated-fraction is 1.0. It must be in [0, 1)"),

@@ -84,6 +84,8 @@ def _layer_inputs(model: UserModel, images: Tensor) -> dict[str, Tensor]:
 
     with ExitStack() as stack, torch.no_grad():
         for name, layer in model.model.named_modules():
+            if isinstance(layer, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             stack.enter_context(recorded(name, layer))
         model(images)
     return inputs

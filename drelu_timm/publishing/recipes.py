@@ -21,6 +21,7 @@ OBJECTIVES = {
     "trades": "TRADES",
     "mart": "MART",
     "n-fgsm": "N-FGSM",
+    "ibp": "interval bound propagation",
 }
 _EVALUATION_DEFAULTS = {"precision": "float32", "transfer_from": None, "seed": 0}
 

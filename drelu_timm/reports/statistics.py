@@ -26,7 +26,8 @@ from .methods import HEADINGS, GroupMethods, Method, by_architecture
 from .paper import model_name
 
 _MIN_METHODS, _MIN_BLOCKS = 3, 2  # for Friedman's test
-_ADAPTIVE_FOR = ("drelu", "srelu", "relu6")  # activations with a backward substitute
+# Activations with a backward substitute.
+_ADAPTIVE_FOR = ("drelu", "srelu", "relu6", "tent", "pact", "fitact", "rcr-af", "kwta", "bounded-relu")
 
 
 def incomparable(methods: Iterable[Method], columns: Iterable[str]) -> set[tuple[str, str]]:

@@ -16,7 +16,7 @@ Flags = dict[str, Any]
 
 _NOT_SETTINGS = ("seed", "data_dir", "init_from", "preset")  # the seed, and where files are
 _LAYER = "_drelu"  # suffix of the name of an architecture with an added layer
-_OBJECTIVES = {"natural": "", "at": "AT", "trades": "TRADES-{}", "mart": "MART-{}", "n-fgsm": "N-FGSM"}
+_OBJECTIVES = {"natural": "", "at": "AT", "trades": "TRADES-{}", "mart": "MART-{}", "n-fgsm": "N-FGSM", "ibp": "IBP"}
 _ACTIVATIONS = {"relu": "", "drelu": "D-ReLU", "srelu": "S-ReLU", "relu6": "ReLU6", "silu": "SiLU", "gelu": "GELU"}
 
 
@@ -121,7 +121,7 @@ class _Flags:
     model: Text
     dataset: Text
     seed: Whole
-    objective: Literal["natural", "at", "trades", "mart", "n-fgsm"]
+    objective: Literal["natural", "at", "trades", "mart", "n-fgsm", "ibp"]
     beta: float
     awp_gamma: float
     eps: Eps
