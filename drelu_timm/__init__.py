@@ -61,6 +61,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module when it is first used (PEP 562)."""
+    if name == "attacks":  # as `drelu_timm.attacks.adaptive` is how users register a backward pass
+        import_module(".attacks.adaptive", __name__)
+        return globals()[name]
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)

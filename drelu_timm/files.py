@@ -83,8 +83,8 @@ def locked(path: Path, *, wait: bool = False) -> BinaryIO:
 def held(lock: Path, what: str) -> Iterator[None]:
     """Hold a lock file, so that one process at a time writes what it protects; it is deleted at the end.
 
-    Only processes exclude each other, not the threads of one. Forked children do not inherit the lock, so a
-    data-loading worker that outlives a killed training does not block the next one.
+    The lock excludes other processes, not other threads of this one, and does nothing on Windows. Forked children do
+    not inherit it, so a data-loading worker that outlives a killed training does not block the next one.
 
     Args:
         lock: Path of the lock file; its folder is made. It names the holder while the lock is held.
@@ -127,8 +127,8 @@ def _lock(path: Path) -> TextIO:
         file = path.open("a+", encoding="utf-8")
         try:
             _lock_for_process(file)
-            # A holder deletes its file. If that happened between our open and our lock, the lock is on a file
-            # without a name, which excludes nobody.
+            # A holder deletes its file. If that happened between our open and our lock, the lock is on a
+            # deleted file, which no other process can open.
             if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 file.truncate(0)
                 command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -201,7 +201,7 @@ def _temporary(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Delete the temporary files and folders of killed processes; to be called by who holds the lock on them.
+    """Delete the temporary files and folders of killed processes; the caller must hold the lock.
 
     Args:
         folder: Folder that they are in.
@@ -251,5 +251,5 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def json_text(content: Any) -> str:
-    """What `write_json` writes."""
+    """Return the text that `write_json` writes."""
     return json.dumps(content, indent=2, default=str) + "\n"

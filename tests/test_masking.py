@@ -13,6 +13,7 @@ from drelu_timm.attacks.attack import Batch
 from drelu_timm.attacks.pgd import PGD
 from drelu_timm.attacks.suites import ATTACKS, SUITES
 from drelu_timm.attacks.threat_model import ThreatModel
+from drelu_timm.evaluation import masking
 from drelu_timm.evaluation.driver import Attacked
 from drelu_timm.evaluation.evaluation import evaluate_model
 from drelu_timm.evaluation.masking import (
@@ -235,13 +236,13 @@ def test_every_signal_is_a_sentence_and_a_number():
     assert "15.0 % (95 % interval 10.7 to 20.6 %)" in found.evidence[1]
     for word in (
         "gray",
-        "deterministic",
+        "same logits",
         "gradient is zero",
         "rescaled",
         "sign noise",
         "restarts",
         "Square, which",
-        "Caps",
+        "Cap annealing",
     ):
         assert sum(word in sentence for sentence in found.evidence) == 1, word
     assert json.loads(json.dumps(found.numbers))["broken_by_annealing"] == 0.15
@@ -389,3 +390,16 @@ def test_the_adaptive_probe_is_only_for_models_with_layers_to_substitute():
         "annealing",
         "estimated",
     ]
+
+
+def test_an_upper_bound_states_what_the_probed_examples_suggest():
+    flags = {name: torch.zeros(100, dtype=torch.bool) for name in masking.SIGNALS}
+    broken = {name: torch.zeros(100, dtype=torch.bool) for name in ("pgd", *masking.WHITE_BOX, masking.FAR, "square")}
+    broken["square"][:80] = True
+    correct = torch.arange(500) < 400
+    labels = torch.arange(100) % 10
+    gradients = {name: torch.zeros(10, dtype=torch.bool) for name in ("misleading", "not_finite")}
+    found = verdict(labels, flags, gradients, broken, torch.zeros(100, dtype=torch.bool), (), correct)
+    assert str(found) == "masked"
+    expected = "Only 100 of 400 correctly classified examples were probed. If the others are like them, the robust"
+    assert any(sentence.startswith(expected) and sentence.endswith("about 16.0 %.") for sentence in found.evidence)

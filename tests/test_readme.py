@@ -80,7 +80,7 @@ def test_the_output_shown_is_that_of_the_example():
     shown = README.partition("<!-- audit -->\n```\n")[2].partition("```\n<!-- /audit -->")[0]
     printed, *parts = (re.sub(r"[\d.]+", "#", text) for text in (done.stdout, *shown.split("  ...\n")))
     places = [printed.index(part) for part in parts]
-    assert len(parts) == 3 and places == sorted(places)
+    assert len(parts) == 4 and places == sorted(places)
 
 
 @pytest.mark.parametrize("command", commands())

@@ -52,7 +52,7 @@ def evaluate_model(
     norm: str = "Linf",
     **options: "Unpack[Options]",
 ) -> Evaluation:
-    """Measure clean and robust accuracy, and whether the latter can be believed.
+    """Measure clean and robust accuracy, and detect gradient masking.
 
     The model runs in eval mode on its device. It is restored afterwards, and so are torch's settings and its random
     state; the images are not changed. `UserModel` describes how the model is called.

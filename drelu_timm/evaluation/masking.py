@@ -40,11 +40,11 @@ class Probe:
 
 
 def probes(model: nn.Module, threat_model: ThreatModel, pixels: int) -> list[Probe]:
-    """Return the probes for a model in their order; each one gets the examples that the earlier ones left.
+    """Return the probes for a model in their order; each attacks the examples that earlier ones at the same eps left.
 
-    White-box attacks come first. They cost at most 255 gradients (230 without the adaptive attack) and 500 queries per
-    example, nearly all of them on examples that stay correct. `STRONGER`, the last one, costs 1,225 queries more and is
-    only for models that `is_suspicious`.
+    White-box attacks come first. All but `STRONGER` cost at most 255 gradients (230 without the adaptive attack) and
+    500 queries per example, nearly all of them on examples that stay correct. `STRONGER`, the last one, costs 1,225
+    queries more and is only for models that `is_suspicious`.
 
     Args:
         model: The adaptive attack is only for models with layers that it can substitute.

@@ -226,7 +226,7 @@ def run_probes(driver: Driver, position: int, columns: Suite, clean: CleanPass, 
         broken, outcomes = _probed(driver, position, examples, clean, gradients, suite_run, measured)
         flags = {name: flag[examples] for name, flag in clean.signals.items()}
         hiding = _hiding_layers(driver, order) if is_suspicious(flags, gradients, broken) else []
-        found = verdict(driver.labels[examples], flags, gradients, broken, hidden[examples], hiding)
+        found = verdict(driver.labels[examples], flags, gradients, broken, hidden[examples], hiding, clean.correct)
         if count >= min(len(order), MOST_PROBED) or not needs_more_examples(found):
             return ProbeRun(outcomes, found)
         count *= 2

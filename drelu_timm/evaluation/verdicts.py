@@ -1,4 +1,7 @@
-"""The verdict on gradient masking from the signals, the probes and the attacks of a suite, and its evidence."""
+"""The verdict on gradient masking from the signals, the probes and the attacks of a suite, and its evidence.
+
+The limits, and the rule that the verdict follows from, are in `results.result.conclusion`.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -9,14 +12,14 @@ from ..results.result import CHANCE_TELLS_BELOW, FEWEST, GAPS, Verdict, Word, co
 from .layers import HidingLayer
 from .masking import FAR, STRONGER, WHITE_BOX, is_suspicious
 
-_SENTENCES = {  # by probe, on examples that the earlier ones left
+_SENTENCES = {  # by probe; its share counts only examples on which earlier probes failed
     "rescaled": "PGD on rescaled logits, which saturate no softmax, fools the model on {} that PGD left.",
     "margin": "PGD on the margin adds {}.",
     "restarts": "More restarts of fewer steps add {}.",
     "noise": "Random sign noise adds {}.",
     "averaged": "Gradients averaged over noise add {}.",
     "square": "Square, which uses no gradient, adds {}.",
-    "annealing": "Caps that sharpen during the attack add {}.",
+    "annealing": "Cap annealing adds {}.",
     STRONGER: "PGD on gradients estimated from differences adds {}.",
 }
 
@@ -28,6 +31,7 @@ def verdict(
     broken: Mapping[str, Tensor],
     hidden: Tensor,
     layers: Sequence[HidingLayer] = (),
+    correct: Tensor | None = None,
 ) -> Verdict:
     """Return the verdict of the signals, the probes and the attacks of a suite.
 
@@ -35,9 +39,10 @@ def verdict(
         labels: [n], of the examples that were probed.
         flags: From `masking.signals`, [n] each.
         gradients: From `fidelity.gradient_flags`, on a part of these examples.
-        broken: By probe, [n]: the examples on which it fooled the model; False for examples that it did not get.
-        hidden: [n], the examples that the suite's white-box attacks left and another of its attacks did not.
+        broken: By probe, [n]: the examples on which it fooled the model; False for examples that it did not attack.
+        hidden: [n], the examples that only attacks other than white-box ones in the suite fooled.
         layers: Layers that hide the gradient, for the evidence only.
+        correct: [N], which of all examples are classified correctly, for the evidence only.
     """
     if not len(labels):
         nothing = "No example is classified correctly, so there is nothing to attack."
@@ -61,7 +66,10 @@ def verdict(
         numbers[f"{name}_low"], numbers[f"{name}_high"] = share_interval(int(shares[name].sum()), len(labels))
     numbers["suspicious"] = float(is_suspicious(flags, gradients, broken))
     word = conclusion(numbers)
-    return Verdict(word, (*_evidence(numbers), *map(str, layers), *_advice(numbers, word, layers)), numbers)
+    evidence = [*_evidence(numbers), *map(str, layers)]
+    if word != "sound":
+        evidence += [*_upper_bound(numbers, correct), *_advice(numbers, word, layers)]
+    return Verdict(word, tuple(evidence), numbers)
 
 
 def needs_more_examples(found: Verdict) -> bool:
@@ -89,8 +97,8 @@ def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
     yield f"Attacks without the gradient, or with a repaired one, fool the model on {with_interval('hidden')} more."
     if numbers["chance"] < CHANCE_TELLS_BELOW:
         yield (
-            f"At an eps that reaches the gray image from everywhere, at most {percent('chance')} (chance) can stay "
-            f"correct; white-box PGD leaves {with_interval('stuck')}."
+            f"At an eps at which every image can become the same gray image, at most {percent('chance')} (chance) can "
+            f"stay correct; white-box PGD leaves {with_interval('stuck')}."
         )
     else:
         yield (
@@ -103,7 +111,7 @@ def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
             "forward pass is not deterministic or depends on the other images of a batch. The verdict cannot be sound."
         )
     else:
-        yield "The forward pass is deterministic."
+        yield "A second forward pass gives the same logits."
     yield (
         f"The input gradient is zero, or not finite, for {percent('zero_gradient_ce')} (cross-entropy) and "
         f"{percent('zero_gradient_margin')} (margin)."
@@ -118,22 +126,30 @@ def _evidence(numbers: Mapping[str, float]) -> Iterator[str]:
             yield sentence.format((with_interval if f"broken_by_{name}" in GAPS else percent)(f"broken_by_{name}"))
 
 
+def _upper_bound(numbers: Mapping[str, float], correct: Tensor | None) -> Iterator[str]:
+    """Yield what the worst case means: it counts every example that was not probed as if the probes had failed."""
+    yield "The worst case is an upper bound of the robust accuracy: stronger attacks can find more."
+    if correct is not None and numbers["examples"] < int(correct.sum()):
+        expected = float(correct.double().mean()) * numbers["withstand_all"]
+        yield (
+            f"Only {numbers['examples']} of {int(correct.sum()):,} correctly classified examples were probed. If the "
+            f"others are like them, the robust accuracy is at most about {100 * expected:.1f} %."
+        )
+
+
 def _advice(numbers: Mapping[str, float], word: Word, layers: Sequence[HidingLayer]) -> Iterator[str]:
     """Yield what a user can do next."""
-    if word == "sound":
-        return
-    yield "The worst case is an upper bound of the robust accuracy: stronger attacks can find more."
     if kinds := dict.fromkeys(type(hiding.layer).__name__ for hiding in layers if hiding.name):
         yield (
             f"Register what attacks differentiate instead of {' and '.join(kinds)}, for example the identity: "
-            f"attacks.adaptive.backward.register({next(iter(kinds))}, lambda layer, x, clamp: x)."
+            f"drelu_timm.attacks.adaptive.backward.register({next(iter(kinds))}, lambda layer, x, clamp: x)."
         )
     if word == "masked":
         yield (
-            "Evaluate with --transfer-from a model without the trick: for preprocessing and purification, the "
-            "undefended model."
+            "Transfer from a model without the defense (transfer_from, --transfer-from): for preprocessing and "
+            "purification, the undefended model."
         )
     elif numbers["examples"] < FEWEST:
-        yield f"A verdict can be sound from {FEWEST} correctly classified examples on. Evaluate more."
+        yield f"A sound verdict needs at least {FEWEST} correctly classified examples. Evaluate more."
     elif not numbers["unsteady"]:
         yield "A share is too close to its limit. Evaluate more examples."

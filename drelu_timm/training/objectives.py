@@ -74,9 +74,8 @@ class Objective:
             for an objective without an attack.
         losses: Maps (model in training mode, images, adversarial images, labels) to the loss; images are [B, C, H, W].
         single_step: Whether the inner attack is the single step of N-FGSM instead of PGD.
-        ramp: Maps the share of the training's steps that are done, in [0, 1], to the ``losses`` of the next step; None
-            where they are the same in all steps.
-        certifies: Whether the loss is one of interval bounds, so that validation counts what they prove.
+        ramp: Maps the progress of the training, in [0, 1], to ``losses``; None if the loss does not change.
+        certifies: Whether the loss is one of interval bounds; then validation reports the certified accuracy.
     """
 
     raised: Callable[[nn.Module, Tensor, Tensor], Loss] | None
@@ -86,7 +85,7 @@ class Objective:
     certifies: bool = False
 
     def at(self, share: float) -> "Objective":
-        """Return the objective of the step before which ``share`` of the training's steps are done."""
+        """Return the objective at a training progress ``share`` in [0, 1]."""
         return self if self.ramp is None else replace(self, losses=self.ramp(share))
 
     def adversarial(self, images: Tensor, labels: Tensor, attack: InnerAttack, noise: Tensor) -> Tensor:
