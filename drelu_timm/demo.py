@@ -14,6 +14,7 @@ from rich.table import Table
 from .evaluate import evaluate
 from .evaluation.config import EvaluateConfig
 from .export import export
+from .files import check_output_folder
 from .flags import DemoConfig, ExportConfig
 from .results.plotting import CLEAN, POINTS, VERDICT_COLORS, WORST_CASE, accuracy_axes, save_figure
 from .results.result import Result, read_result
@@ -52,6 +53,7 @@ def demo(config: DemoConfig) -> Path:
     Returns:
         The folder with everything.
     """
+    check_output_folder(config.output_dir, FOLDERS.values(), "--output-dir")
     console = Console()
     results = {}
     for title, settings in MODELS.items():

@@ -11,7 +11,7 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -70,7 +70,7 @@ def locked(path: Path, *, wait: bool = False) -> BinaryIO:
     """
     import fcntl  # missing on Windows, where importing the package has to work
 
-    file = path.open("ab")
+    file = open(path, "ab", opener=_without_links)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:
@@ -124,7 +124,8 @@ def _lock(path: Path) -> TextIO:
         BlockingIOError: Another process holds it.
     """
     while True:
-        file = path.open("a+", encoding="utf-8")
+        # Words of the command may not be text in this locale.
+        file = open(path, "a+", encoding="utf-8", errors="backslashreplace", opener=_without_links)  # noqa: SIM115
         try:
             _lock_for_process(file)
             # A holder deletes its file. If that happened between our open and our lock, the lock is on a
@@ -139,6 +140,11 @@ def _lock(path: Path) -> TextIO:
             file.close()
             raise
         file.close()
+
+
+def _without_links(path: str, flags: int) -> int:
+    """Open a file, but not through a link that somebody planted under its name."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _lock_for_process(file: TextIO) -> None:
@@ -198,6 +204,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _temporary(path: Path) -> Path:
     """Return a new random name next to a path; `remove_leftovers` knows it, and it has the suffix of no other file."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def check_output_folder(folder: Path, ours: Iterable[str], flag: str) -> None:
+    """Refuse a folder that has files of others and none of ours.
+
+    Args:
+        folder: Folder to write into; it need not exist.
+        ours: Names of files and folders that an earlier call has written there.
+        flag: Flag that names the folder, for the error.
+
+    Raises:
+        InputError: The folder cannot be used.
+    """
+    try:
+        visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {str(folder)[:80]!r} cannot be used ({one_line(error)}). Use another.") from error
+    if visible and not visible.intersection(ours):
+        raise InputError(f"{flag} {folder} has other files. Use a new or an empty folder.")
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:

@@ -54,6 +54,7 @@ _TEMPLATE = Path(__file__).with_name("reports") / "page.html"
 _NUMBERS = "numbers.json"
 _FILES = ("report.html", "report.md", _NUMBERS)
 _FOLDERS = ("tables", "figures")
+_SUFFIXES = (".csv", ".md", ".tex", ".png")  # of the files in them
 
 
 def main(config: ReportConfig) -> int:
@@ -108,6 +109,8 @@ def _check_output_dir(output_dir: Path) -> None:
         raise InputError(f"--output-dir {output_dir} is the root folder. Use another.")
     try:
         empty = not output_dir.exists() or not any(output_dir.iterdir())
+        if any((output_dir / name).is_symlink() for name in _FOLDERS):
+            raise InputError(f"--output-dir {output_dir} has a link in the place of a folder. Use another.")
         if not empty and not all((output_dir / name).is_file() for name in _FILES):
             raise InputError(f"--output-dir {output_dir} has other files and no report. Use another.")
     except OSError as error:
@@ -118,7 +121,7 @@ def _check_output_dir(output_dir: Path) -> None:
 def _replaced(output_dir: Path) -> Iterator[Path]:
     """Yield a new folder whose files replace an earlier report's at the end; an error changes nothing.
 
-    Other files in the folder are kept, except in its folders tables and figures.
+    Other files in the folder are kept, except tables and figures of an earlier report.
 
     Raises:
         InputError: The folder cannot be written to, or another process writes to it.
@@ -133,11 +136,16 @@ def _replaced(output_dir: Path) -> Iterator[Path]:
             if not output_dir.exists() or not any(output_dir.iterdir()):
                 new.replace(output_dir)
                 return
-            for name in _FOLDERS:
-                shutil.rmtree(output_dir / name, ignore_errors=True)
-            for path in new.iterdir():
-                path.replace(output_dir / path.name)
-            new.rmdir()
+            for old in [path for name in _FOLDERS for path in (output_dir / name).glob("*")]:
+                if old.is_file() and old.suffix in _SUFFIXES:
+                    old.unlink()
+            for path in sorted(new.rglob("*")):
+                target = output_dir / path.relative_to(new)
+                if path.is_dir():
+                    target.mkdir(exist_ok=True)
+                else:
+                    path.replace(target)
+            shutil.rmtree(new)
         except OSError as error:
             raise InputError(f"{flag} cannot be written to ({one_line(error)}). Use another.") from error
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError, unknown
-from .files import held, locked, remove_leftovers, write_json
+from .files import check_output_folder, held, locked, remove_leftovers, write_json
 from .flags import SweepConfig
 from .launch import Launch
 from .reports.evaluated_runs import CELLS
@@ -61,6 +61,8 @@ def sweep(config: SweepConfig) -> int:
         if not config.generated and any(cell.train.generated for cell in cells):
             print(f"--generated has to name the generated images, here {_PLACEHOLDER}, before the sweep can run")
         return 0
+    names = {name for cell in cells for name in (cell.path.name, cell.log.name)}
+    check_output_folder(output_dir, {CELLS, "jobs", *names}, "--output-dir")
     with held(output_dir / ".lock", f"--output-dir {output_dir}"):
         for folder in (output_dir, output_dir / "jobs"):
             remove_leftovers(folder)

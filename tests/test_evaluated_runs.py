@@ -408,7 +408,7 @@ def test_a_sweep_whose_eps_are_not_those_of_its_curve_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"objective": "fat"}, "train.objective is 'fat'. It must be one of natural, at, trades, mart, n-fgsm."),
+        ({"objective": "fat"}, "train.objective is 'fat'. It must be one of natural, at, trades, mart, n-fgsm, ibp."),
         ({"beta": None}, "train.beta is None. It must be a number."),
         ({"model": 5}, "train.model is 5. It must be text in quotes, not empty."),
         ({"seed": "0"}, "train.seed is '0'. It must be a whole number, 0 or above."),

@@ -13,7 +13,7 @@ from launching import Launched, become_a_colleague
 from safetensors.torch import save_file
 
 from drelu_timm.errors import InputError
-from drelu_timm.files import atomic_file, atomic_folder, held, remove_leftovers
+from drelu_timm.files import atomic_file, atomic_folder, check_output_folder, held, locked, remove_leftovers
 from drelu_timm.train import train
 from drelu_timm.training.config import TrainConfig
 
@@ -170,3 +170,29 @@ def test_a_colleague_can_evaluate_a_run(monkeypatch):
         assert {path.stat().st_uid for path in (run / "results").iterdir()} == {65534}
         closed = [path for path in run.rglob("*") if path.is_file() and mode(path) != "0o664"]
         assert not closed
+
+
+@pytest.mark.parametrize("lock", [lambda path: held(path, "--output-dir x"), locked])
+def test_a_link_planted_as_a_lock_is_not_followed(tmp_path, lock):
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    (tmp_path / ".lock").symlink_to(victim)
+    with pytest.raises((InputError, OSError), match=r"[Tt]oo many levels"), lock(tmp_path / ".lock"):
+        pass
+    assert victim.read_text() == "untouched"
+
+
+def test_a_lock_names_a_command_that_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["drelu-timm", "train", "runs/\udcff"])
+    with held(tmp_path / ".lock", "--output-dir x"):
+        assert r"runs/\udcff" in (tmp_path / ".lock").read_text()
+
+
+def test_a_folder_of_others_is_refused(tmp_path):
+    check_output_folder(tmp_path / "new", ["jobs"], "--output-dir")
+    check_output_folder(tmp_path, ["jobs"], "--output-dir")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"--output-dir .* has other files"):
+        check_output_folder(tmp_path, ["jobs"], "--output-dir")
+    (tmp_path / "jobs").mkdir()
+    check_output_folder(tmp_path, ["jobs"], "--output-dir")

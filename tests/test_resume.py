@@ -513,6 +513,17 @@ def test_a_malformed_progress_is_a_one_line_error(tmp_path, monkeypatch, changes
             train(settings)
 
 
+@pytest.mark.parametrize("changes", [{"epoch": 10**9}, {"epoch": 1, "step": 10**9}, {"log": [{}] * 7}], ids=str)
+def test_a_forged_progress_does_not_finish_a_training(tmp_path, monkeypatch, changes):
+    settings = interrupted(tmp_path / "run", monkeypatch)
+    (state,) = (tmp_path / "run" / "state").glob("epoch-*")
+    content = json.loads((state / "progress.json").read_text())
+    (state / "progress.json").write_text(json.dumps({**content, **changes}))
+    with pytest.raises(InputError, match=r"progress\.json has epoch \d+, step \d+ and \d+ log rows, which contradict"):
+        train(settings)
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_killed_worker_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingBatches, "batch", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(

@@ -278,7 +278,7 @@ def test_a_cell_that_a_killed_sweep_has_left_is_not_begun_twice(tmp_path, grid, 
 
 
 def test_an_output_folder_that_cannot_be_one(grid):
-    with pytest.raises(InputError, match=r"--output-dir .*g\.toml/x cannot be written to \(.+\)\. Use another"):
+    with pytest.raises(InputError, match=r"--output-dir .*g\.toml/x' cannot be used \(.+\)\. Use another"):
         sweep(SweepConfig(str(grid), output_dir=grid / "x"))
 
 

@@ -51,7 +51,8 @@ def _accuracies(at: EpsResult) -> Table:
     for name, accuracy in at.accuracy.items():
         table.add_row(name, ATTACKS[name].kind if name in ATTACKS else "sequence", _percent(accuracy))
     table.add_section()
-    bound = "" if at.verdict.verdict == "sound" or not at.worst else "≤ "  # an upper bound, unless white-box attacks find nearly all
+    # An upper bound, unless white-box attacks find nearly everything.
+    bound = "" if at.verdict.verdict == "sound" or not at.worst else "≤ "
     table.add_row("worst case", "", f"{bound}{_percent(at.worst)}", style="bold")
     if at.certified is not None:
         table.add_row("certified", "interval bounds", f"≥ {_percent(at.certified)}")

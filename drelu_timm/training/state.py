@@ -134,6 +134,13 @@ class States:
             return Progress()
         state = _complete(self._folder)[-1]
         progress = load(Progress, content, state / "progress.json")
+        name = f"epoch-{progress.epoch:05d}-step-{progress.step:07d}"
+        if state.name != name or (progress.log is not None and len(progress.log) != progress.epoch):
+            raise InputError(
+                f"{state / 'progress.json'} has epoch {progress.epoch}, step {progress.step} and "
+                f"{len(progress.log or ())} log rows, which contradict each other or the folder's name. Delete "
+                f"{state} to start from scratch."
+            )
         for key, now in self._identity.items():
             before = content.get(key)  # None in a state that was written before the key was recorded
             if before != now:
