@@ -222,7 +222,7 @@ def check_output_folder(folder: Path, ours: Iterable[str], flag: str) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {str(folder)[:80]!r} cannot be used ({one_line(error)}). Use another.") from error
+        raise InputError(f"{flag} {str(folder)[:200]!r} cannot be used ({one_line(error)}). Use another.") from error
     if visible and not visible.intersection(ours):
         raise InputError(f"{flag} {folder} has other files. Use a new or an empty folder.")
 

@@ -152,7 +152,7 @@ def test_other_weights_are_another_model(toy, tmp_path):
 
 
 def race(number, model, images, labels, state, starting, refused, outcomes):
-    """Evaluate in a process; hold the lock until the other one was refused."""
+    """Evaluate, and hold the lock until the other one was refused."""
 
     def waits(x):
         assert refused.wait(60)

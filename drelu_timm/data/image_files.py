@@ -173,7 +173,7 @@ class ImageFiles:
         Of several frames or pages the first is decoded.
 
         Raises:
-            InputError: The file is not an image, is cut short, or has pixels whose range is not known.
+            InputError: The file is cut short, is of another kind, or has pixels whose range is not known.
         """
         what = f"--data-dir: {self.names[index]} in {self.tree.path}"
         try:

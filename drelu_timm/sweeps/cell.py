@@ -130,7 +130,7 @@ class Cell:
     def evaluation_cost(self) -> int:
         """Return an upper bound for all evaluations, in forward passes of one image.
 
-        The bound assumes that the model has layers that adaptive attacks know, and is correct on every image, whatever
+        The bound assumes that the model has layers that adaptive attacks know, and is correct on every image, with any
         the attack.
         """
         trained = resolve(self.train).threat_model
