@@ -130,8 +130,8 @@ class Cell:
     def evaluation_cost(self) -> int:
         """Return an upper bound for all evaluations, in forward passes of one image.
 
-        The bound assumes that the model has layers that adaptive attacks know, and is correct on every image, with any
-        the attack.
+        The bound assumes that the model has layers that adaptive attacks know, and is correct on every image under
+        every attack.
         """
         trained = resolve(self.train).threat_model
         return sum(self._evaluation_cost(one, len(attacked_in(one, trained))) for one in self.evaluations)
