@@ -141,7 +141,7 @@ def _advice(numbers: Mapping[str, float], word: Word, layers: Sequence[HidingLay
     """Yield what a user can do next."""
     if kinds := dict.fromkeys(type(hiding.layer).__name__ for hiding in layers if hiding.name):
         yield (
-            f"Register what attacks differentiate instead of {' and '.join(kinds)}, for example the identity: "
+            f"Register a substitute for {' and '.join(kinds)} that attacks can differentiate, such as the identity: "
             f"drelu_timm.attacks.adaptive.backward.register({next(iter(kinds))}, lambda layer, x, clamp: x)."
         )
     if word == "masked":
