@@ -72,8 +72,8 @@ def test_the_readme_has_the_same_numbers():
         [cnn("shallow_cnn", training, column) for column in ("pgd", "worst")] for training in ("D-ReLU-0.1", "AT")
     )
     said = (
-        f"has {drelu[0]} % under PGD (paper: {paper('shallow_cnn', 'D-ReLU-0.1', 'pgd')}) and {drelu[1]} % in the worst "
-        f"case; adversarially trained with ReLU, {trained[0]} % and {trained[1]} %"
+        f"has {drelu[0]} % under PGD (paper: {paper('shallow_cnn', 'D-ReLU-0.1', 'pgd')}) and {drelu[1]} % in the "
+        f"worst case; adversarially trained with ReLU, {trained[0]} % and {trained[1]} %"
     )
     readme = FOLDER.parent.with_name("README.md").read_text(encoding="utf-8")
     assert said in " ".join(readme.split())
