@@ -1,7 +1,7 @@
 """Interval bounds of a model's outputs for Linf, from the model's own forward pass.
 
 Source: Gowal et al. 2018, "On the Effectiveness of Interval Bound Propagation for Training Verifiably Robust Models",
-https://arxiv.org/abs/1810.12715. The bounds are exact, up to the rounding of the dtype they are
+https://arxiv.org/abs/1810.12715. The bounds hold up to the rounding of the dtype they are
 computed in: a published certificate is computed in float64.
 """
 
