@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from .errors import DReLUWarning, InputError, one_line
+from .formatting import one_line_text
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _holder(lock: Path) -> str:
     for _ in range(100):  # for a second: a holder locks the file before it can write its name into it
         with suppress(OSError):
             if name := lock.read_text(encoding="utf-8", errors="replace").strip():
-                return " ".join(name.split())[:300]
+                return one_line_text(name)[:300]
         time.sleep(0.01)
     return "another process"
 

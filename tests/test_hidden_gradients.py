@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from masking_battery import Noise, Times
 from torch import nn
 from verdict_test import defenses, tricks
 from verdict_test.roster import Entry, behind, dense, fitted, mixture
@@ -45,7 +46,7 @@ def test_the_gradient_of_a_smooth_model_is_its_derivative():
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
 def test_rounding_is_no_error_of_the_gradient(factor):
     model, images, labels = smooth()
-    loud = nn.Sequential(model, tricks.Times(factor))
+    loud = nn.Sequential(model, Times(factor))
     assert not gradient_flags(loud, images, labels, range(24))["misleading"].any()
     offset = nn.Sequential(model, Shifted(1e6))  # of which float32 keeps no digit of a small difference
     assert not gradient_flags(offset, images, labels, range(24))["misleading"].any()
@@ -105,7 +106,7 @@ def named(model, images):
         (tricks.Steps(1 / 8), "passes no gradient"),
         (tricks.Tampered(tricks.half_nan), "passes a gradient that is NaN or infinite"),
         (tricks.Tampered(tricks.flipped), "passes a gradient that is not its derivative"),
-        (tricks.Noise(0.1), "returns other values when it is called again"),
+        (Noise(0.1), "returns other values when it is called again"),
     ],
 )
 def test_the_layer_that_hides_the_gradient_is_named(layer, effect):
@@ -123,7 +124,7 @@ def test_no_layer_of_an_honest_model_is_named():
 
 def test_code_outside_of_layers_is_that_of_the_model():
     model, images, _ = smooth()
-    ((name, effect, _),) = named(defenses.RoundedOutput(nn.Sequential(model, tricks.Times(0.1))).eval(), images)
+    ((name, effect, _),) = named(defenses.RoundedOutput(nn.Sequential(model, Times(0.1))).eval(), images)
     assert (name, effect) == ("", "passes no gradient")
 
 

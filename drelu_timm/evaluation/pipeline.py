@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from math import isfinite, sqrt
 from typing import Any
 
@@ -219,13 +219,14 @@ def run_probes(driver: Driver, position: int, columns: Suite, clean: CleanPass, 
     order = probing_order(driver.labels, clean.correct, driver.seed)
     gradients = measure_gradients(driver, order[:EXAMINED])
     hidden = _hidden(columns, suite_run, position)
+    hiding_layers = cache(lambda: _hiding_layers(driver, order))  # they do not depend on how many examples are probed
     count, measured = PROBED, dict[str, Tensor]()
     while True:
         examples = torch.zeros_like(clean.correct)
         examples[order[:count]] = True
         broken, outcomes = _probed(driver, position, examples, clean, gradients, suite_run, measured)
         flags = {name: flag[examples] for name, flag in clean.signals.items()}
-        hiding = _hiding_layers(driver, order) if is_suspicious(flags, gradients, broken) else []
+        hiding = hiding_layers() if is_suspicious(flags, gradients, broken) else []
         found = verdict(driver.labels[examples], flags, gradients, broken, hidden[examples], hiding, clean.correct)
         if count >= min(len(order), MOST_PROBED) or not needs_more_examples(found):
             return ProbeRun(outcomes, found)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from masking_battery import Noise, Times
 from timm.models.convmixer import ConvMixer
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.resnet import BasicBlock, ResNet
@@ -249,8 +250,8 @@ _LIST: tuple[Entry, ...] = (
         "test-time dropout of units", "dropout", lambda: fitted(lambda: dense(between=tricks.Dropout(0.5)), epochs=30)
     ),
     Entry("test-time dropout of pixels", "dropout", lambda: fitted(lambda: dense(tricks.Dropout(0.2)), epochs=30)),
-    Entry("noise on the image", "noise", lambda: fitted(lambda: dense(tricks.Noise(0.3)), epochs=30)),
-    Entry("noise on features", "noise", lambda: fitted(lambda: dense(between=tricks.Noise(3.0)), epochs=30)),
+    Entry("noise on the image", "noise", lambda: fitted(lambda: dense(Noise(0.3)), epochs=30)),
+    Entry("noise on features", "noise", lambda: fitted(lambda: dense(between=Noise(3.0)), epochs=30)),
     Entry("random shift", "random transform", lambda: fitted(lambda: cnn(tricks.Shift()), epochs=20)),
     Entry("random erasing", "random transform", lambda: fitted(lambda: cnn(tricks.Erase()), epochs=20)),
     Entry("stochastic activation pruning", "random outputs", lambda: pruned()),
@@ -266,7 +267,7 @@ _LIST: tuple[Entry, ...] = (
     Entry("rounded ensemble", "vote", partial(ensemble, defenses.RoundedEnsemble)),
     Entry("merged binary classifiers", "code of classes", merged),
     Entry("error-correcting code", "code of classes", error_correcting),
-    Entry("logits times 1e4", "temperature", partial(around, lambda model: nn.Sequential(model, tricks.Times(1e4)))),
+    Entry("logits times 1e4", "temperature", partial(around, lambda model: nn.Sequential(model, Times(1e4)))),
     Entry("defensive distillation", "temperature", distilled),
     Entry("reverse sigmoid", "perturbed output", partial(around, defenses.ReverseSigmoid)),
     Entry("rounded logits", "perturbed output", partial(around, defenses.RoundedOutput)),
@@ -350,7 +351,7 @@ def tricks_projection() -> nn.Module:
 
 def loud_at() -> nn.Module:
     """Train a robust model whose logits are large, but do not saturate for most images."""
-    return around(lambda model: nn.Sequential(model, tricks.Times(10.0)), adversarial)
+    return around(lambda model: nn.Sequential(model, Times(10.0)), adversarial)
 
 
 def _alternating(entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:

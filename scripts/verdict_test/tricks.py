@@ -278,17 +278,6 @@ class Tent(nn.Module):
         return (1.5 - x.abs()).clamp(min=0)
 
 
-class Noise(nn.Module):
-    """Adds normal noise in every call."""
-
-    def __init__(self, deviation: float):
-        super().__init__()
-        self.deviation = deviation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.deviation * torch.randn_like(x)
-
-
 class Dropout(nn.Module):
     """Dropout that stays active at test time."""
 
@@ -371,14 +360,3 @@ class MeanSparse(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.where((x - self.mean).abs() < self.threshold, self.mean, x)
-
-
-class Times(nn.Module):
-    """Constant factor."""
-
-    def __init__(self, factor: float):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.factor * x
